@@ -1,0 +1,188 @@
+"""Megatron distributed checkpoints: written and read at any layout.
+
+The folder is laid out as Megatron-LM's: ``iter_0000300/`` for each saved iteration, and
+``latest_checkpointed_iteration.txt``, which is written last and names the newest whole one. Every
+checkpoint carries, under ``args``, the flags that it was made with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_direct import files, parallel
+from megatron_direct.config import ModelConfig, flag_name
+from megatron_direct.errors import UserError
+from megatron_direct.model import checkpoint_metadata
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def latest(folder: str | os.PathLike) -> Path | None:
+    """The newest whole checkpoint in a folder, or the folder itself if it is one, or None."""
+    folder = Path(folder)
+    if (folder / "metadata.json").is_file():
+        return folder
+    tracker = folder / _TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text().strip()
+    return folder / (text if text == "release" else f"iter_{int(text):07d}")
+
+
+def require(folder: str | os.PathLike) -> Path:
+    found = latest(folder)
+    if found is None or not (found / "metadata.json").is_file():
+        raise UserError(
+            f"{folder} holds no Megatron distributed checkpoint: expected {_TRACKER} and the "
+            "iteration it names, or metadata.json. Correct --load, or run pretrain first.")
+    return found
+
+
+def read_args(checkpoint: Path) -> dict:
+    """The flags a checkpoint was made with; {} if it carries none."""
+    from megatron.core import dist_checkpointing
+
+    args = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args")
+    return dict(vars(args)) if args is not None else {}
+
+
+def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[torch.nn.Module], optimizer,
+         scheduler, args: dict) -> None:
+    """Every rank calls this. ``chunks`` are bare; what was saved before stays until it is done."""
+    from megatron.core import dist_checkpointing
+
+    target = Path(folder) / f"iter_{iteration:07d}"
+    if parallel.is_rank_zero():
+        shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed while saving
+        target.mkdir(parents=True)
+    parallel.barrier()
+    state = _model_state(chunks)
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=checkpoint_metadata())
+        state["opt_param_scheduler"] = scheduler.state_dict()
+    state.update(args=argparse.Namespace(**args), iteration=iteration, checkpoint_version=3.0)
+    dist_checkpointing.save(state, str(target))
+    parallel.barrier()
+    if parallel.is_rank_zero():
+        with files.written_whole(Path(folder) / _TRACKER, "w") as tracker:
+            tracker.write(str(iteration))
+    parallel.barrier()
+
+
+def load_model(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> None:
+    """Weights into bare chunks of any layout. Raises UserError if their shapes are others."""
+    from megatron.core import dist_checkpointing
+
+    state = _model_state(chunks)
+    _check_shapes(checkpoint, state)
+    loaded = dist_checkpointing.load(state, str(checkpoint))
+    for key, chunk in zip(_model_keys(chunks), chunks, strict=True):
+        chunk.load_state_dict(loaded[key])
+
+
+def load_training(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimizer,
+                  scheduler) -> int:
+    """Weights, optimizer and schedule; returns the iteration they are of."""
+    from megatron.core import dist_checkpointing
+
+    state = _model_state(chunks)
+    _check_shapes(checkpoint, state)
+    _give_torch_adam_a_state(optimizer)
+    state["optimizer"] = optimizer.sharded_state_dict(
+        state, is_loading=True, metadata=checkpoint_metadata())
+    loaded = dist_checkpointing.load(state, str(checkpoint))
+    if "opt_param_scheduler" not in loaded:
+        raise UserError(f"{checkpoint} holds weights but no optimizer. Add --no-load-optim to "
+                        "begin with an optimizer of its own.")
+    for key, chunk in zip(_model_keys(chunks), chunks, strict=True):
+        chunk.load_state_dict(loaded[key])
+    optimizer.load_state_dict(loaded["optimizer"])
+    _separate_torch_adam_steps(optimizer)
+    optimizer.reload_model_params()
+    scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    return int(loaded["iteration"])
+
+
+def require_same_architecture(given: dict, carried: dict, checkpoint: Path) -> None:
+    """Raises UserError if an architecture flag was given that differs from the checkpoint's."""
+    for name, value in given.items():
+        if name in carried and carried[name] is not None and carried[name] != value:
+            raise UserError(
+                f"{flag_name(name)} {value} was given, but {checkpoint} was made with "
+                f"{carried[name]}. Leave the flag out, or load another checkpoint.")
+
+
+def architecture(carried: dict) -> dict:
+    """Of a checkpoint's flags, those of the model."""
+    return {name: carried[name] for name in ModelConfig.__dataclass_fields__ if name in carried}
+
+
+def _model_keys(chunks: Sequence[torch.nn.Module]) -> list[str]:
+    return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+
+
+def _model_state(chunks: Sequence[torch.nn.Module]) -> dict:
+    return {key: chunk.sharded_state_dict(metadata=checkpoint_metadata())
+            for key, chunk in zip(_model_keys(chunks), chunks, strict=True)}
+
+
+def _check_shapes(checkpoint: Path, state: dict) -> None:
+    """Compares whole shapes with the file's before anything is loaded."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    for entry in nested_values(state):
+        built = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+        for tensor in built:
+            if not isinstance(tensor, ShardedTensor):
+                continue
+            found = stored.get(tensor.key)
+            if found is None or (tuple(found.global_shape) != tuple(tensor.global_shape)
+                                 and not tensor.allow_shape_mismatch):
+                shape = "nothing" if found is None else tuple(found.global_shape)
+                raise UserError(
+                    f"{checkpoint} holds {shape} for {tensor.key}, but the flags describe a model "
+                    f"with {tuple(tensor.global_shape)}. Give the flags of the model that was "
+                    "saved.")
+
+
+def _torch_optimizers(optimizer):
+    """torch's own Adams inside a Megatron optimizer: what it falls back to without Apex and TE."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.Optimizer):
+            yield part.optimizer
+
+
+def _give_torch_adam_a_state(optimizer) -> None:
+    """Megatron asks an optimizer that is about to be loaded for its step; torch's has none yet."""
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    inner.state[parameter].update(
+                        step=torch.zeros(()), exp_avg=torch.zeros_like(parameter),
+                        exp_avg_sq=torch.zeros_like(parameter))
+
+
+def _separate_torch_adam_steps(optimizer) -> None:
+    """Megatron loads one step tensor into all parameters; each of them would count it up."""
+    for inner in _torch_optimizers(optimizer):
+        for state in inner.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
+def digest(checkpoint: Path) -> str:
+    """Of the names, sizes and ends of a checkpoint's files (its weights are not all read)."""
+    parts: list[bytes | str] = []
+    for path in sorted(p for p in Path(checkpoint).iterdir() if p.is_file()):
+        parts += [path.name, str(path.stat().st_size), *files.both_ends(path)]
+    return files.digest(*parts)

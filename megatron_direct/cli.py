@@ -1,0 +1,100 @@
+"""The command ``megatron-direct``: one sub-command a stage, alone or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+import warnings
+
+from megatron_direct import __version__
+from megatron_direct.config import (
+    BatchConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    add_flags,
+    from_flags,
+    given_flags,
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one sub-command and exits: 0 if it ended well, 1 on every rank if it did not."""
+    warnings.filterwarnings("ignore", module="megatron.core")  # of what is not installed
+    sys.exit(run(lambda: _dispatch(make_parser().parse_args(arguments))))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    from megatron_direct.stages.anneal import AnnealConfig
+    from megatron_direct.stages.curvature import CurvatureConfig
+    from megatron_direct.stages.pretrain import PretrainConfig
+    from megatron_direct.stages.report import ReportConfig
+    from megatron_direct.stages.select import SelectConfig
+    from megatron_direct.stages.selection import SelectionConfig
+
+    parser = argparse.ArgumentParser(prog="megatron-direct", description=sys.modules[
+        "megatron_direct"].__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_text, groups in (
+        ("pretrain", "the stable phase of a WSD schedule, up to the onset of annealing",
+         (PretrainConfig, ModelConfig, ParallelConfig, OptimizerConfig, BatchConfig)),
+        ("select", "sketches, curvature and the selection problem, in one launch",
+         (SelectConfig, CurvatureConfig, SelectionConfig, ModelConfig, ParallelConfig)),
+        ("anneal", "the decay phase over the selected samples, or over random ones",
+         (AnnealConfig, ParallelConfig, OptimizerConfig, BatchConfig)),
+        ("report", "the table of a run, and its report.html", (ReportConfig,)),
+    ):
+        command = commands.add_parser(name, help=help_text, allow_abbrev=False)
+        add_flags(command, *groups)
+    return parser
+
+
+def _dispatch(flags: argparse.Namespace) -> None:
+    layout = from_flags(ParallelConfig, flags)
+    if flags.command == "pretrain":
+        from megatron_direct.stages.pretrain import PretrainConfig, pretrain
+
+        pretrain(from_flags(PretrainConfig, flags), from_flags(ModelConfig, flags), layout,
+                 from_flags(OptimizerConfig, flags), from_flags(BatchConfig, flags))
+    elif flags.command == "select":
+        from megatron_direct.stages.curvature import CurvatureConfig
+        from megatron_direct.stages.select import SelectConfig, select
+        from megatron_direct.stages.selection import SelectionConfig
+
+        select(from_flags(SelectConfig, flags), given_flags(ModelConfig, flags), layout,
+               from_flags(CurvatureConfig, flags), from_flags(SelectionConfig, flags))
+    elif flags.command == "anneal":
+        from megatron_direct.stages.anneal import AnnealConfig, anneal
+
+        anneal(from_flags(AnnealConfig, flags),
+               {kind: given_flags(kind, flags) for kind in (OptimizerConfig, BatchConfig)}, layout)
+    elif flags.command == "report":
+        from megatron_direct import parallel
+        from megatron_direct.stages.report import ReportConfig, report
+
+        config = from_flags(ReportConfig, flags)
+        parallel.on_rank_zero(lambda: report(config))
+
+
+def run(work) -> int:
+    """``work()`` on all ranks, inside host() and a process group; returns the exit status.
+
+    An error is told once: by rank 0 if it met it, else by the first rank that did.
+    """
+    from megatron_direct import host, parallel
+    from megatron_direct.errors import UserError
+
+    with host.host(), parallel.process_group():
+        try:
+            work()
+        except UserError as error:
+            if parallel.first_to_speak():
+                print(f"megatron-direct: error: {error}", file=sys.stderr, flush=True)
+            return 1
+        except Exception:
+            if parallel.first_to_speak():
+                traceback.print_exc()
+            return 1
+    return 0

@@ -1,0 +1,1 @@
+"""Curvature of the validation loss: operators, Lanczos, spectrum."""

@@ -1,0 +1,92 @@
+"""The empirical Fisher of the validation samples, as an operator: F = (1/M) sum_i g_i g_i^T.
+
+g_i is the gradient of sample i's mean loss. A product takes two first-order passes: the first takes
+c_i = <g_i, v> out of hooks, the second is the backward pass of (1/M) sum_i c_i loss_i, whose
+gradient is F v. So it runs with every kernel that has a gradient. F is positive semi-definite, and
+its rank is at most M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_direct import parallel, schedule
+from megatron_direct.curvature.vectors import ParameterSpace
+from megatron_direct.data.samples import MicroBatch, Samples
+from megatron_direct.errors import UserError
+from megatron_direct.gradients.hooks import PieceHooks
+
+
+class FisherOperator:
+    """Products F v over ``numbers`` of ``samples``; vectors as in ``curvature.vectors``."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], space: ParameterSpace, samples: Samples,
+                 numbers: np.ndarray, micro_batch_size: int):
+        if len(numbers) == 0:
+            raise UserError("the validation set holds no samples: curvature needs at least one. "
+                            "Check --valid-data-path.")
+        self.space = space
+        self.num_samples = len(numbers)
+        self._chunks = chunks
+        # Kept: the tokens of the validation set are small beside one vector.
+        self._passes = list(schedule.passes(chunks, samples, numbers, micro_batch_size))
+
+    def matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        product = torch.zeros_like(vector)
+        for micro_batches in self._passes:
+            coefficients = self._inner_products(micro_batches, vector) / self.num_samples
+            product += self._weighted_gradient(micro_batches, coefficients)
+        self.space.add_partial_sums(product)
+        return parallel.sum_over_data(product)
+
+    def mean_gradient(self) -> torch.Tensor:
+        """(1/M) sum_i g_i, in one first-order pass."""
+        total = torch.zeros(sum(s.parameter.numel() for s in self.space.shards),
+                            dtype=self.space.dtype, device=self.space.device)
+        for micro_batches in self._passes:
+            weights = torch.full((len(micro_batches), micro_batches[0].tokens.shape[0]),
+                                 1 / self.num_samples, dtype=total.dtype, device=total.device)
+            total += self._weighted_gradient(micro_batches, weights)
+        self.space.add_partial_sums(total)
+        return parallel.sum_over_data(total)
+
+    def _inner_products(self, micro_batches: Sequence[MicroBatch], vector: torch.Tensor,
+                        ) -> torch.Tensor:
+        """[micro-batches, b] <g_i, v>, zero for padding rows."""
+        parts = {shard.name: part for shard, part in
+                 zip(self.space.shards, self.space.split(vector), strict=True)}
+        size = micro_batches[0].tokens.shape[0]
+        total = vector.new_zeros(len(micro_batches), size)
+
+        def add(micro_batch, shard, piece):
+            total[micro_batch] += piece.inner_products(parts[shard.name])
+
+        with PieceHooks(self._chunks, self.space.shards, add) as hooks:
+            losses = schedule.run_pass(self._chunks, micro_batches, backward=True,
+                                       before_forward=hooks.begin)
+        _require_finite(losses, micro_batches)
+        return parallel.sum_over_model(total)
+
+    def _weighted_gradient(self, micro_batches: Sequence[MicroBatch], weights: torch.Tensor,
+                           ) -> torch.Tensor:
+        """This rank's part of the gradient of sum_i weights_i loss_i."""
+        for shard in self.space.shards:
+            shard.parameter.grad = None
+        schedule.run_pass(self._chunks, micro_batches, backward=True, weights=list(weights))
+        gradients = [torch.zeros_like(s.parameter) if s.parameter.grad is None else s.parameter.grad
+                     for s in self.space.shards]
+        for shard in self.space.shards:
+            shard.parameter.grad = None
+        return self.space.join(gradients)
+
+
+def _require_finite(losses: torch.Tensor, micro_batches: Sequence[MicroBatch]) -> None:
+    kept = schedule.sample_rows(micro_batches)
+    bad = ~torch.isfinite(losses.flatten()[kept].cpu())
+    if bool(bad.any()):
+        numbers = np.concatenate([batch.samples for batch in micro_batches])[bad.numpy()]
+        raise UserError(f"the loss of validation sample {numbers[0]} is not finite. Remove the "
+                        "sample from the validation set, or check the checkpoint.")

@@ -1,0 +1,63 @@
+"""A GPTDataset that shows only the documents a mask keeps.
+
+Megatron packs shuffled documents into training sequences, so a mask over documents holds for every
+seed and sequence length. The mask comes in at the one place where it governs all that follows: the
+documents are restricted, and the dataset's identity changed, before any index is built or looked
+for in a cache. So a changed mask never meets an index that was built for another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from megatron_direct.data.mask import SampleMask
+from megatron_direct.errors import UserError
+
+
+@dataclass
+class MaskedGPTDatasetConfig(GPTDatasetConfig):
+    """GPTDatasetConfig, and the masks by prefix; a prefix without one is seen whole."""
+
+    sample_masks: Mapping[str, SampleMask] = field(default_factory=dict)
+
+
+class MaskedGPTDataset(GPTDataset):
+    """For BlendedMegatronDatasetBuilder, with a MaskedGPTDatasetConfig.
+
+    Raises UserError for a mask of another dataset, and for one that leaves no document.
+    """
+
+    def _build_document_sample_shuffle_indices(self):
+        mask = self.config.sample_masks.get(self.dataset_path)
+        if mask is not None:
+            mask.require_belongs_to(self.dataset_path)
+            self.indices = self.indices[kept_sequences(self.dataset, mask)[self.indices]]
+            if len(self.indices) == 0:
+                raise UserError(f"the mask of {self.dataset_path} leaves no document in the "
+                                f"{self.index_split.name} split. Leave the prefix out of the blend.")
+            self.unique_identifiers["sample_mask"] = mask.digest
+            self.unique_description = json.dumps(
+                self.unique_identifiers, indent=4, default=lambda value: value.unique_identifiers)
+            self.unique_description_hash = hashlib.md5(
+                self.unique_description.encode("utf-8"), usedforsecurity=False).hexdigest()
+        return super()._build_document_sample_shuffle_indices()
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens of the documents that are shown."""
+        return self._get_num_tokens_per_epoch()
+
+
+def kept_sequences(dataset, mask: SampleMask) -> np.ndarray:
+    """[sequences] bool. The indexed dataset counts sequences; a document has one or more."""
+    sequences_of_document = np.diff(dataset.document_indices)
+    if len(mask.keep) != len(sequences_of_document):
+        raise UserError(f"the mask has {len(mask.keep)} entries, but its dataset has "
+                        f"{len(sequences_of_document)} documents.")
+    return np.repeat(mask.keep, sequences_of_document)

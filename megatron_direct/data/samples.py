@@ -1,0 +1,120 @@
+"""Samples: the documents of a list of indexed datasets, one after the other, and batches of them.
+
+Sample i is document ``i - first[d]`` of dataset d. A model with sequence length L sees its first
+L + 1 tokens: L inputs, each with the next token as its label. What lies behind is *cut*, and
+counted; a document of fewer than two tokens has no label and is no sample, and is counted too.
+
+Shapes: b samples of a micro-batch, s positions (all samples padded to the longest of the pass).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_direct import host
+from megatron_direct.data import indexed
+from megatron_direct.errors import UserError
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """samples: [<= b] sample numbers; the rows behind them are padding, with no labels."""
+
+    samples: np.ndarray
+    tokens: torch.Tensor  # [b, s] int64
+    labels: torch.Tensor  # [b, s] int64
+    loss_mask: torch.Tensor  # [b, s] float32, 1 where a label counts
+    position_ids: torch.Tensor  # [b, s] int64
+
+    @property
+    def num_labels(self) -> torch.Tensor:
+        """[b] labels of each sample; 1 for padding rows, so that it can be divided by."""
+        return self.loss_mask.sum(1).clamp(min=1)
+
+
+class Samples:
+    """The documents of ``prefixes`` as samples of at most ``seq_length`` labels."""
+
+    def __init__(self, prefixes: Sequence[str], seq_length: int, vocab_size: int | None = None):
+        if len(set(prefixes)) < len(prefixes):
+            twice = sorted({p for p in prefixes if list(prefixes).count(p) > 1})
+            raise UserError(f"{', '.join(twice)} is listed twice. List each dataset once.")
+        self.prefixes = list(prefixes)
+        self.seq_length = seq_length
+        self.vocab_size = vocab_size
+        self.datasets = [indexed.open_indexed(prefix) for prefix in prefixes]
+        self.document_lengths = [indexed.document_lengths(d) for d in self.datasets]
+        self.first = np.concatenate(
+            [[0], np.cumsum([len(lengths) for lengths in self.document_lengths])]).astype(np.int64)
+        all_lengths = np.concatenate([np.empty(0, np.int64), *self.document_lengths])
+        self.num_labels = np.minimum(np.maximum(all_lengths - 1, 0), seq_length)
+        self.usable = np.flatnonzero(self.num_labels > 0)
+        self.num_cut = int(np.sum(all_lengths > seq_length + 1))
+        self.num_cut_tokens = int(np.sum(np.maximum(all_lengths - seq_length - 1, 0)))
+
+    def __len__(self) -> int:
+        """Documents, the unusable ones included."""
+        return int(self.first[-1])
+
+    @property
+    def num_unusable(self) -> int:
+        return len(self) - len(self.usable)
+
+    def dataset_of(self, samples: np.ndarray) -> np.ndarray:
+        """[n] the number of the dataset that each sample is in."""
+        return np.searchsorted(self.first, samples, side="right") - 1
+
+    def tokens(self, sample: int) -> np.ndarray:
+        """The sample's tokens, at most seq_length + 1."""
+        number = int(self.dataset_of(np.array(sample)))
+        tokens = indexed.document_tokens(
+            self.datasets[number], int(sample - self.first[number]), self.seq_length + 1)
+        if self.vocab_size is not None and len(tokens) and tokens.max() >= self.vocab_size:
+            raise UserError(
+                f"{self.prefixes[number]} holds token {tokens.max()}, but the model's vocabulary "
+                f"has {self.vocab_size} entries. Was it made with another tokenizer? Make it again "
+                "with the model's.")
+        return tokens
+
+    def passes(self, samples: np.ndarray, micro_batch_size: int, micro_batches_per_pass: int = 1,
+               *, share: int = 0, num_shares: int = 1, length_multiple: int = 1,
+               count_multiple: int = 1) -> Iterator[list[MicroBatch]]:
+        """Every sample once, in passes of equally shaped micro-batches.
+
+        Samples of like length share a micro-batch. Which samples do depends on ``samples`` and the
+        micro-batch size alone; share r of n takes every n-th micro-batch, so that the layout
+        changes nothing but who computes what. s is a multiple of ``length_multiple``; a pass is
+        filled with empty micro-batches to a multiple of ``count_multiple``.
+        """
+        plan = plan_micro_batches(self.num_labels, samples, micro_batch_size)[share::num_shares]
+        for start in range(0, len(plan), micro_batches_per_pass):
+            group = plan[start: start + micro_batches_per_pass]
+            longest = max(int(self.num_labels[ids].max()) for ids in group)
+            length = -(-longest // length_multiple) * length_multiple
+            group += [np.empty(0, np.int64)] * (-len(group) % count_multiple)
+            yield [self._micro_batch(ids, micro_batch_size, length) for ids in group]
+
+    def _micro_batch(self, samples: np.ndarray, size: int, length: int) -> MicroBatch:
+        tokens = np.zeros((size, length), np.int64)
+        labels = np.zeros((size, length), np.int64)
+        mask = np.zeros((size, length), np.float32)
+        for row, sample in enumerate(samples):
+            text = self.tokens(sample)
+            tokens[row, : len(text) - 1] = text[:-1]
+            labels[row, : len(text) - 1] = text[1:]
+            mask[row, : len(text) - 1] = 1.0
+        device = host.device()
+        positions = torch.arange(length, device=device).expand(size, length)
+        return MicroBatch(samples, torch.from_numpy(tokens).to(device),
+                          torch.from_numpy(labels).to(device), torch.from_numpy(mask).to(device),
+                          positions)
+
+
+def plan_micro_batches(num_labels: np.ndarray, samples: np.ndarray, size: int) -> list[np.ndarray]:
+    """Samples sorted by length, then by number, cut into micro-batches."""
+    order = samples[np.lexsort((samples, num_labels[samples]))]
+    return [order[start: start + size] for start in range(0, len(order), size)]

@@ -1,0 +1,48 @@
+"""Checks over all datasets of a command, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_direct.data import indexed
+from megatron_direct.errors import UserError
+
+
+def require_one_vocabulary(prefixes: Sequence[str], vocab_size: int | None,
+                           tokenizer_digest: str | None) -> tuple[int, str | None]:
+    """(vocabulary size, tokenizer digest) that all datasets, and a checkpoint, agree on.
+
+    vocab_size, tokenizer_digest: what the flags or the checkpoint say, None where they say nothing.
+    A dataset without a card (one made elsewhere) agrees with everything; its tokens are compared
+    with the vocabulary as they are read. Raises UserError that names the datasets that differ.
+    """
+    said_by = "the checkpoint"
+    for prefix in prefixes:
+        indexed.check_files(prefix)
+        card = indexed.read_card(prefix)
+        if not card:
+            continue
+        if tokenizer_digest is None:
+            tokenizer_digest, said_by = card["tokenizer_digest"], prefix
+        elif card["tokenizer_digest"] != tokenizer_digest:
+            raise UserError(
+                f"{prefix} was made with a tokenizer of {card['vocab_size']} entries (digest "
+                f"{card['tokenizer_digest']}), {said_by} with another one (digest "
+                f"{tokenizer_digest}). Make the dataset again with --tokenizer-model of the other.")
+        if vocab_size is None:
+            vocab_size = card["vocab_size"]
+        elif card["vocab_size"] > vocab_size:
+            raise UserError(f"{prefix} uses a vocabulary of {card['vocab_size']} entries, the model "
+                            f"has {vocab_size}. Make the dataset with the model's tokenizer.")
+    if vocab_size is None:
+        raise UserError("the size of the vocabulary is not known: neither the datasets nor a "
+                        "checkpoint say it. Give --vocab-size.")
+    return vocab_size, tokenizer_digest
+
+
+def require_disjoint(pools: Sequence[str], others: Sequence[str]) -> None:
+    """Raises UserError where a dataset is listed both as a pool and as validation or test."""
+    both = sorted(set(pools) & set(others))
+    if both:
+        raise UserError(f"{', '.join(both)} is listed as a pool and as a validation or test set. "
+                        "Selecting on the data one is judged by is no selection: keep them apart.")

@@ -1,0 +1,7 @@
+"""Errors that a user can mend: what was expected, what was found, what to do."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Raised for wrong flags, files and layouts; the command prints its message without a trace."""

@@ -1,0 +1,1 @@
+"""Per-sample gradients, taken from hooks and never kept whole."""

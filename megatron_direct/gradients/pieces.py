@@ -1,0 +1,69 @@
+"""A piece: what one layer contributes, in one micro-batch, to each sample's gradient.
+
+Each kind of layer makes the gradient of one parameter out of what passes through the layer, sample
+by sample, before any sum over samples. Shapes: s positions, b samples of the micro-batch, i and o a
+linear layer's local inputs and outputs, n rows, h width of an embedding, p entries of a vector.
+
+Every piece answers three questions about the gradients g_1 ... g_b of its parameter:
+``inner_products(v)`` is [b], <g_i, v>; ``matrices()`` is [b, rows, columns], the gradients
+themselves; and sketches are made from either the matrices or the factors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import embedding, linear
+
+
+@dataclass(frozen=True)
+class OuterProducts:
+    """Of a linear layer's weight: g_i = sum_t delta_ti a_ti^T, an o x i matrix."""
+
+    inputs: torch.Tensor  # a: [s, b, i]
+    output_grads: torch.Tensor  # delta: [s, b, o]
+
+    def matrices(self) -> torch.Tensor:
+        return torch.einsum("sbo,sbi->boi", self.output_grads, self.inputs)
+
+    def inner_products(self, vector: torch.Tensor) -> torch.Tensor:
+        return (linear(self.inputs, vector) * self.output_grads).sum((0, 2))
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """Of an embedding: row r of g_i is the sum of delta_ti over positions t that looked up r."""
+
+    rows: torch.Tensor  # [s, b] local row looked up; any row where ``held`` is False
+    held: torch.Tensor  # [s, b] False where the row is another rank's
+    output_grads: torch.Tensor  # delta: [s, b, h]
+    num_rows: int
+
+    def matrices(self) -> torch.Tensor:
+        num_samples, width = self.output_grads.shape[1:]
+        sums = self.output_grads.new_zeros(num_samples, self.num_rows, width)
+        values = self.output_grads * self.held[..., None]
+        for sample in range(num_samples):
+            sums[sample].index_add_(0, self.rows[:, sample], values[:, sample])
+        return sums
+
+    def inner_products(self, vector: torch.Tensor) -> torch.Tensor:
+        products = (embedding(self.rows, vector) * self.output_grads).sum(2)
+        return (products * self.held).sum(0)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Of a vector parameter (a norm's weight, a bias): g_i as it is."""
+
+    grads: torch.Tensor  # [b, p]
+
+    def matrices(self) -> torch.Tensor:
+        return self.grads[..., None]
+
+    def inner_products(self, vector: torch.Tensor) -> torch.Tensor:
+        return self.grads @ vector.reshape(-1)
+
+
+Piece = OuterProducts | RowSums | Entries

@@ -1,0 +1,131 @@
+"""``megatron-direct select``: which K samples of the pools should the annealing see?
+
+Three stages in one launch, each written to the run directory before the next begins, so that a run
+that was killed takes up the first unfinished one: sketches of every sample's gradient, the stiff
+directions of the validation set's curvature, and the selection problem.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_direct import checkpoint, datasets, model, parallel
+from megatron_direct.config import ModelConfig, ParallelConfig, flag
+from megatron_direct.data.indexed import dataset_digest
+from megatron_direct.data.samples import Samples
+from megatron_direct.errors import UserError
+from megatron_direct.gradients import store
+from megatron_direct.gradients.sketch import Sketch
+from megatron_direct.run import RunDirectory
+from megatron_direct.stages import selection as selection_stage
+from megatron_direct.stages.curvature import CurvatureConfig, StiffDirections, stiff_directions
+from megatron_direct.stages.selection import SelectionConfig
+from megatron_direct.stages.sketches import write_sketches
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Samples and sketches."""
+
+    load: str = flag("", "checkpoint at the onset of annealing (a Megatron distributed one)",
+                     required=True)
+    data_path: tuple = flag((), "the pools: indexed datasets to select from", nargs="+",
+                            required=True)
+    valid_data_path: tuple = flag((), "the validation set: indexed datasets", nargs="+",
+                                  required=True)
+    run_dir: str = flag("", "folder for all that this run makes", required=True)
+    sketch_size: int = flag(2048, "coordinates of a sketch (as in the authors' experiments)")
+    micro_batch_size: int = flag(8, "samples a rank computes at once")
+    num_valid_samples: int = flag(
+        256, "validation samples that curvature is computed on, at most; 0: all")
+    seed: int = flag(1234, "seed of hashes, of the draw of validation samples and of the solver")
+
+
+def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfig,
+           curvature: CurvatureConfig, selection: SelectionConfig) -> None:
+    """given_architecture: the architecture flags that were given; the rest is the checkpoint's."""
+    pools, valid = list(config.data_path), list(config.valid_data_path)
+    datasets.require_disjoint(pools, valid)
+    found = checkpoint.require(config.load)
+    architecture = model_of(found, given_architecture, [*pools, *valid])
+    layout.check(architecture, parallel.world_size())
+    samples = Samples(pools, architecture.seq_length, architecture.vocab_size)
+    valid_samples = Samples(valid, architecture.seq_length, architecture.vocab_size)
+    numbers = draw(valid_samples.usable, config.num_valid_samples, config.seed)
+    if len(numbers) == 0:
+        raise UserError(f"{', '.join(valid)}: no document of two tokens or more. Curvature needs "
+                        "at least one validation sample; correct --valid-data-path.")
+    selection_stage.num_to_select(selection, len(samples.usable))
+
+    run = RunDirectory(config.run_dir)
+    identity = parallel.on_rank_zero(
+        lambda: _identity(config, architecture, curvature, selection, found))
+    if parallel.on_rank_zero(lambda: run.begin("select", identity, vars(layout))):
+        parallel.say(f"{config.run_dir} already holds this selection.")
+        return
+
+    with parallel.model_parallel(layout, layout.num_model_chunks(architecture)):
+        chunks = model.build(architecture, layout)
+        checkpoint.load_model(found, chunks)
+        shards = model.parameter_shards(chunks)
+        sketch = Sketch(shards, config.sketch_size, config.seed)
+        for name, some, which in (("pool", samples, samples.usable),
+                                  ("valid", valid_samples, numbers)):
+            write_sketches(run.path / "sketches" / name, identity, chunks, shards, sketch, some,
+                           which, config.micro_batch_size)
+        valid_sketches = run.path / "sketches" / "valid"
+        directions = stiff_directions(
+            curvature, chunks, shards, sketch, valid_samples, numbers, config.micro_batch_size,
+            seed=config.seed, folder=run.path / "curvature",
+            trace=parallel.on_rank_zero(lambda: mean_energy(store.load(valid_sketches).rows)))
+    parallel.on_rank_zero(lambda: _solve(config, selection, samples, directions, run.path))
+    selection_stage.load_masks(run.path, pools)
+    parallel.on_rank_zero(lambda: run.finish("select"))
+
+
+def model_of(found: Path, given: dict, prefixes: list[str]) -> ModelConfig:
+    """The architecture of a checkpoint, checked against the flags given and the datasets."""
+    carried = checkpoint.read_args(found)
+    checkpoint.require_same_architecture(given, carried, found)
+    values = {**checkpoint.architecture(carried), **given}
+    values["vocab_size"], _ = datasets.require_one_vocabulary(
+        prefixes, values.get("vocab_size"), carried.get("tokenizer_digest"))
+    return ModelConfig(**values)
+
+
+def draw(usable: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """At most ``count`` of the samples, drawn without replacement, ascending; all for 0."""
+    if count == 0 or len(usable) <= count:
+        return usable
+    return np.sort(np.random.default_rng(seed).choice(usable, count, replace=False))
+
+
+def mean_energy(rows: np.ndarray) -> float:
+    """(1/M) sum_i ||g_i||^2, the trace of the empirical Fisher, from sketches [M, k]."""
+    rows = rows.astype(np.float64)
+    return float(np.mean(np.sum(rows * rows, axis=1)))
+
+
+def _identity(config: SelectConfig, architecture: ModelConfig, curvature: CurvatureConfig,
+              selection: SelectionConfig, found: Path) -> dict:
+    """All that the selection depends on. Paths and micro-batch sizes are not: digests are."""
+    prefixes = [*config.data_path, *config.valid_data_path]
+    return {
+        **vars(architecture), **vars(curvature), **vars(selection),
+        "sketch_size": config.sketch_size, "num_valid_samples": config.num_valid_samples,
+        "seed": config.seed, "load": str(config.load),
+        "data_path": list(config.data_path), "valid_data_path": list(config.valid_data_path),
+        "checkpoint_digest": checkpoint.digest(found),
+        "dataset_digests": {prefix: dataset_digest(prefix) for prefix in prefixes},
+    }
+
+
+def _solve(config: SelectConfig, selection: SelectionConfig, samples: Samples,
+           directions: StiffDirections, folder: Path) -> None:
+    pool = store.load(folder / "sketches" / "pool")
+    valid = store.load(folder / "sketches" / "valid")
+    selection_stage.solve(selection, samples, pool, valid.rows.mean(0), directions,
+                          seed=config.seed, folder=folder)

@@ -1,0 +1,37 @@
+"""Metadata of megatron-direct. Versions that were tested together: constraints-cpu.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"',
+                    (HERE / "megatron_direct" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="megatron-direct",
+    version=VERSION,
+    description="Principled sample selection for the annealing phase of LLM pre-training, "
+                "on Megatron-Core",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_direct", "megatron_direct.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.17",
+        "numpy",
+        "sentencepiece",
+        "psutil",  # megatron-core's checkpoint writer needs it and does not say so
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={
+        "mpi": ["mpi4py"],
+        "te": ["transformer-engine"],
+        "dev": ["pytest", "scipy", "hypothesis", "ruff"],
+    },
+    entry_points={"console_scripts": ["megatron-direct = megatron_direct.cli:main"]},
+)

@@ -1,0 +1,159 @@
+"""Real ranks for tests: processes on gloo, kept between tests since importing megatron costs 3 s.
+
+``run_on_ranks(n, function, *arguments)`` calls the function on n ranks, inside host() and a process
+group of n, and returns what each rank returned, in the order of ranks. The function is a top-level
+one of a test module. What a rank raises is raised in the test, with the rank's own traceback. Ranks
+meet through a file store in a temporary folder, so that nothing guesses a port.
+
+``LAYOUTS`` and ``on_layout`` are the one idiom of parity tests: the same function on one rank and
+on every layout, and the test compares.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+import uuid
+from dataclasses import dataclass
+
+from megatron_direct.config import ModelConfig, ParallelConfig
+
+TIMEOUT_SECONDS = 240
+
+
+class RankError(AssertionError):
+    """A rank raised; the message holds its traceback."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a layout; vp: layers of a chunk in the interleaved schedule."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    vp: int | None = None
+    sp: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        name = f"tp{self.tp}-pp{self.pp}-dp{self.dp}"
+        return name + (f"-vp{self.vp}" if self.vp else "") + ("-sp" if self.sp else "")
+
+    def config(self) -> ParallelConfig:
+        return ParallelConfig(self.tp, self.pp, self.vp, self.sp)
+
+
+LAYOUTS = [
+    Layout(tp=2),
+    Layout(pp=2),
+    Layout(tp=2, pp=2),
+    Layout(dp=2),
+    Layout(pp=2, vp=1),
+    Layout(tp=2, sp=True),
+]
+
+
+def on_layout(layout: Layout, function, model: ModelConfig, *arguments):
+    """``function(model, parallel_config, *arguments)`` in the layout's process groups."""
+    return run_on_ranks(layout.world_size, _in_layout, function, model, layout.config(), arguments)
+
+
+def _in_layout(function, model, layout, arguments):
+    from megatron_direct import parallel
+
+    with parallel.model_parallel(layout, layout.num_model_chunks(model)):
+        return function(model, layout, *arguments)
+
+
+def run_on_ranks(world_size: int, function, *arguments) -> list:
+    store = os.path.join(tempfile.gettempdir(), f"ranks-{uuid.uuid4().hex}")
+    workers = [_worker(rank) for rank in range(world_size)]
+    try:
+        for rank, (_, pipe) in enumerate(workers):
+            pipe.send((sys.path, store, rank, world_size))
+            pipe.send((function, arguments))
+        outcomes = [_receive(pipe, rank) for rank, (_, pipe) in enumerate(workers)]
+    except BaseException:
+        stop_workers()
+        raise
+    finally:
+        if os.path.exists(store):
+            os.remove(store)
+    failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
+    if failures:
+        stop_workers()
+        raise RankError("\n".join(failures))
+    return [value for _, value in outcomes]
+
+
+def _receive(pipe, rank: int):
+    if not pipe.poll(TIMEOUT_SECONDS):
+        raise RankError(f"rank {rank} gave no answer in {TIMEOUT_SECONDS} s")
+    return pipe.recv()
+
+
+_workers: dict[int, tuple] = {}
+
+
+def _worker(rank: int):
+    if rank not in _workers:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        # Not daemonic: Megatron's checkpoint writer starts processes of its own.
+        process = context.Process(target=_serve, args=(theirs,))
+        process.start()
+        theirs.close()
+        _workers[rank] = (process, ours)
+    return _workers[rank]
+
+
+@atexit.register
+def stop_workers() -> None:
+    while _workers:
+        process, pipe = _workers.popitem()[1]
+        pipe.close()
+        process.terminate()
+        process.join()
+
+
+def _serve(pipe) -> None:
+    import warnings
+
+    warnings.simplefilter("ignore")
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            sys.path[:], store, rank, world_size = pipe.recv()
+        except EOFError:
+            return
+        try:
+            function, arguments = pipe.recv()
+            pipe.send((True, _run(store, rank, world_size, function, arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _run(store, rank, world_size, function, arguments):
+    import datetime
+
+    import torch.distributed as dist
+
+    from megatron_direct import host
+
+    dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank,
+                            world_size=world_size, timeout=datetime.timedelta(seconds=120))
+    try:
+        with host.host():
+            return function(*arguments)
+    finally:
+        dist.destroy_process_group()

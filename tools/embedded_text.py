@@ -1,0 +1,116 @@
+"""Text that every Python installation has: the embedded run needs nothing fetched.
+
+    python tools/embedded_text.py --output-dir build/text
+
+writes three domains as JSONL, ``docstrings.jsonl``, ``source.jsonl`` and ``licenses.jsonl``. A
+record has ``text`` and ``file``, which it was taken from; ``preprocess_selection.py --group-key
+file`` keeps the records of one file together, so that no file is both in the pool and in a test
+set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+# About one training sequence of the embedded model: 256 tokens of two to four characters.
+PASSAGE_CHARACTERS = 600
+SHORTEST_CHARACTERS = 80
+
+
+def python_files(root: Path) -> list[Path]:
+    """The standard library's own files, in a fixed order; no tests, no packages."""
+    return [path for path in sorted(root.rglob("*.py"))
+            if not {"test", "tests", "idle_test", "site-packages", "lib2to3"} & set(
+                path.relative_to(root).parts)]
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield from passages(text)
+
+
+def source(path: Path) -> Iterator[str]:
+    """Code without its docstrings and comments, so that the domains do not share text."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) \
+                and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    yield from passages(ast.unparse(tree))
+
+
+def passages(text: str) -> Iterator[str]:
+    """Pieces of about PASSAGE_CHARACTERS, cut at line ends."""
+    piece: list[str] = []
+    for line in text.splitlines():
+        piece.append(line)
+        if sum(map(len, piece)) >= PASSAGE_CHARACTERS:
+            yield "\n".join(piece).strip()
+            piece = []
+    if sum(map(len, piece)) >= SHORTEST_CHARACTERS:
+        yield "\n".join(piece).strip()
+
+
+def license_files(root: Path, packages: Path) -> list[Path]:
+    """License texts of the standard library and of the packages that are installed."""
+    found = [path for path in packages.rglob("*")
+             if path.is_file() and path.suffix in ("", ".txt", ".md", ".rst")
+             and any(word in path.name.upper() for word in ("LICENSE", "LICENCE", "COPYING"))]
+    return [*(path for path in (root / "LICENSE.txt",) if path.is_file()), *sorted(found)]
+
+
+def write_domain(path: Path, records: Iterator[tuple[str, str]]) -> tuple[int, int]:
+    """(records, characters) written; a passage that was seen before is left out."""
+    seen: set[str] = set()
+    characters = 0
+    with open(path, "w", encoding="utf-8") as file:
+        for name, text in records:
+            if text not in seen:
+                seen.add(text)
+                characters += len(text)
+                file.write(json.dumps({"text": text, "file": name}) + "\n")
+    return len(seen), characters
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--output-dir", required=True, type=Path)
+    parser.add_argument("--max-source-files", type=int, default=250,
+                        help="Python files whose code becomes the source domain, spread evenly "
+                             "over all of them (default %(default)s)")
+    flags = parser.parse_args()
+    root = Path(sysconfig.get_path("stdlib"))
+    packages = Path(sysconfig.get_path("purelib"))
+    files = python_files(root)
+    some = files[:: max(1, len(files) // flags.max_source_files)][: flags.max_source_files]
+    licenses = license_files(root, packages)
+    flags.output_dir.mkdir(parents=True, exist_ok=True)
+    domains = {
+        "docstrings": ((str(p.relative_to(root)), t) for p in files for t in docstrings(p)),
+        "source": ((str(p.relative_to(root)), t) for p in some for t in source(p)),
+        # Few files, some very long, many alike: here a passage is a document of its own.
+        "licenses": ((f"{p.name} {i}", t) for p in licenses for i, t in enumerate(
+            passages(p.read_text(encoding="utf-8", errors="replace")))),
+    }
+    for name, records in domains.items():
+        count, characters = write_domain(flags.output_dir / f"{name}.jsonl", records)
+        print(f"{name}: {count} passages, {characters} characters")
+
+
+if __name__ == "__main__":
+    main()
