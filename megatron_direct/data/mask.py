@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +55,7 @@ class SampleMask:
         except FileNotFoundError:
             raise UserError(f"{path} does not exist. Run select first, or correct the path."
                             ) from None
-        except (ValueError, KeyError, EOFError, OSError) as error:
+        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} is no sample mask, or is damaged ({error}). Run select again."
                             ) from error
 

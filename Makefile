@@ -1,0 +1,70 @@
+# The two commands: `make anneal` and `make test`. Everything they need is installed into .venv.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+BUILD := build
+TEXT := $(BUILD)/text/.done
+DATA := $(BUILD)/data
+EMBEDDED := $(DATA)/embedded
+DOMAINS := docstrings source licenses
+THETA := $(BUILD)/theta
+RUN := runs/embedded
+
+# The embedded run's environment, for launch/anneal_gpt.sh.
+export CHECKPOINT_PATH ?= $(THETA)
+export RUN_DIR ?= $(RUN)
+export DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_pool)
+export VALID_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_valid)
+export TEST_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_test)
+
+.PHONY: anneal test test-slow lint data theta clean bench-solver bench-curvature
+
+anneal: $(READY) data theta
+	PATH=$(abspath $(BIN)):$$PATH bash launch/anneal_gpt.sh $(FLAGS)
+
+data: $(DATA)/.done
+theta: $(THETA)/.done
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+bench-solver: $(READY)
+	$(BIN)/python benchmarks/solver/bench.py
+
+bench-curvature: $(READY)
+	$(BIN)/python benchmarks/curvature.py
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 benchmarks/curvature.py \
+		--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+
+$(READY): setup.py constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[dev]"
+	touch $@
+
+$(TEXT): $(READY) tools/embedded_text.py
+	$(BIN)/python tools/embedded_text.py --output-dir $(@D)
+	touch $@
+
+$(DATA)/.done: $(TEXT) tools/preprocess_selection.py
+	$(BIN)/python tools/preprocess_selection.py \
+		--input $(DOMAINS:%=$(BUILD)/text/%.jsonl) --group-key file --split 86,7,7 \
+		--tokenizer-model $(DATA)/tokenizer.model --train-tokenizer --vocab-size 4096 \
+		--append-eod --corrupt-fraction 0.25 --output-prefix $(EMBEDDED) --workers 2
+	touch $@
+
+$(THETA)/.done: $(DATA)/.done
+	$(BIN)/megatron-direct pretrain --data-path $(DATA_PATH) --save $(THETA)
+	touch $@
+
+clean:
+	rm -rf $(BUILD) $(RUN)

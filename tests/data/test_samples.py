@@ -1,0 +1,72 @@
+"""Samples and their micro-batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from indexed_files import random_documents, write_dataset
+
+from megatron_direct.data.samples import Samples
+from megatron_direct.errors import UserError
+
+
+@pytest.fixture
+def samples(tmp_path):
+    first = write_dataset(tmp_path / "a", [[[1, 2, 3]], [[4]], [[5, 6], [7, 8, 9, 10]]])
+    second = write_dataset(tmp_path / "b", [[[11, 12]]])
+    return Samples([first, second], seq_length=4, vocab_size=16)
+
+
+def test_what_is_cut_and_what_is_too_short_is_counted(samples):
+    assert len(samples) == 4
+    np.testing.assert_array_equal(samples.num_labels, [2, 0, 4, 1])
+    np.testing.assert_array_equal(samples.usable, [0, 2, 3])
+    assert (samples.num_unusable, samples.num_cut, samples.num_cut_tokens) == (1, 1, 1)
+    np.testing.assert_array_equal(samples.tokens(2), [5, 6, 7, 8, 9])
+    np.testing.assert_array_equal(samples.dataset_of(np.array([0, 2, 3])), [0, 0, 1])
+
+
+def test_a_micro_batch_holds_shifted_tokens_and_masks_the_padding(samples):
+    (batch,), = samples.passes(samples.usable, 4)
+    np.testing.assert_array_equal(batch.samples, [3, 0, 2])  # by length
+    np.testing.assert_array_equal(batch.tokens.numpy(), [
+        [11, 0, 0, 0], [1, 2, 0, 0], [5, 6, 7, 8], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.labels.numpy(), [
+        [12, 0, 0, 0], [2, 3, 0, 0], [6, 7, 8, 9], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.loss_mask.sum(1).numpy(), [1, 2, 4, 0])
+    np.testing.assert_array_equal(batch.num_labels.numpy(), [1, 2, 4, 1])
+
+
+@pytest.mark.parametrize("num_shares", [1, 2, 3])
+def test_shares_divide_the_same_micro_batches(tmp_path, num_shares):
+    prefix = write_dataset(tmp_path / "c", random_documents(31, 50))
+    samples = Samples([prefix], seq_length=16)
+
+    def micro_batches(shares):
+        return {tuple(batch.samples) for share in range(shares)
+                for group in samples.passes(samples.usable, 4, 2, share=share, num_shares=shares)
+                for batch in group if len(batch.samples)}
+
+    assert micro_batches(num_shares) == micro_batches(1)
+    assert sorted(n for batch in micro_batches(num_shares) for n in batch) == \
+        samples.usable.tolist()
+
+
+def test_a_pass_has_one_shape_and_is_filled_up(tmp_path):
+    prefix = write_dataset(tmp_path / "c", random_documents(22, 50))
+    samples = Samples([prefix], seq_length=16)
+    for group in samples.passes(samples.usable, 4, 4, count_multiple=2, length_multiple=3):
+        assert len(group) % 2 == 0
+        assert len({tuple(batch.tokens.shape) for batch in group}) == 1
+        assert group[0].tokens.shape[1] % 3 == 0
+
+
+def test_a_token_outside_the_vocabulary_names_its_dataset(samples):
+    samples.vocab_size = 12
+    with pytest.raises(UserError, match=r"b holds token 12, but the model's vocabulary has 12"):
+        samples.tokens(3)
+
+
+def test_a_dataset_listed_twice_is_refused(samples):
+    with pytest.raises(UserError, match="is listed twice"):
+        Samples([samples.prefixes[0]] * 2, seq_length=4)

@@ -1,0 +1,121 @@
+"""A GPT in plain torch functions, on whole weights: the truth that sharded results are held to.
+
+Written from the architecture alone; it shares no code with Megatron or with the package. Weights
+come as {name: [rows, columns]} with the names, and the row order, of the whole model: QKV rows go
+by query group (the group's queries, its key, its value), the rows of a gated MLP are [gate; up].
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+EPS = 1e-5
+
+
+class PlainGPT:
+    """Losses of documents as functions of one flat vector of all weights.
+
+    ``names`` fixes the order of the weights in the vector.
+    """
+
+    def __init__(self, model, shapes: dict[str, tuple[int, int]]):
+        self.model = model
+        self.shapes = dict(sorted(shapes.items()))
+
+    def flatten(self, matrices: dict[str, np.ndarray]) -> torch.Tensor:
+        return torch.cat([torch.from_numpy(matrices[name]).reshape(-1) for name in self.shapes])
+
+    def unflatten(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        sizes = [rows * columns for rows, columns in self.shapes.values()]
+        return {name: part.view(shape) for part, (name, shape)
+                in zip(vector.split(sizes), self.shapes.items(), strict=True)}
+
+    def all_logits(self, vector: torch.Tensor, documents) -> list[torch.Tensor]:
+        """[labels, vocabulary] logits of each document."""
+        weights = self.unflatten(vector)
+        length = self.model.seq_length
+        return [self._logits(weights, torch.as_tensor(d[: length + 1][:-1])) for d in documents]
+
+    def document_losses(self, logits, documents) -> torch.Tensor:
+        """[documents] sums of token losses."""
+        sums = []
+        for values, document in zip(logits, documents, strict=True):
+            labels = torch.as_tensor(document[: self.model.seq_length + 1][1:])
+            at_label = values[torch.arange(len(labels)), labels]
+            sums.append((torch.logsumexp(values, -1) - at_label).sum())
+        return torch.stack(sums)
+
+    def loss(self, vector: torch.Tensor, documents) -> torch.Tensor:
+        """Mean over all label tokens."""
+        logits = self.all_logits(vector, documents)
+        return self.document_losses(logits, documents).sum() / sum(map(len, logits))
+
+    def _logits(self, weights, tokens):
+        model = self.model
+        x = weights["embedding.word_embeddings.weight"][tokens]
+        if model.position_embedding_type == "learned_absolute":
+            x = x + weights["embedding.position_embeddings.weight"][: len(tokens)]
+        for layer in range(model.num_layers):
+            part = f"decoder.layers.{layer}."
+            x = x + self._attention(weights, part + "self_attention.", x)
+            x = x + self._mlp(weights, part + "mlp.", x)
+        x = self._norm(weights, "decoder.final_layernorm.", x)
+        output = ("output_layer.weight" if model.untie_embeddings_and_output_weights
+                  else "embedding.word_embeddings.weight")
+        return x @ weights[output].T
+
+    def _norm(self, weights, prefix, x):
+        if self.model.normalization == "LayerNorm":
+            x = x - x.mean(-1, keepdim=True)
+        x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPS) * weights[prefix + "weight"][:, 0]
+        return x + weights[prefix + "bias"][:, 0] if prefix + "bias" in weights else x
+
+    def _linear(self, weights, prefix, x):
+        y = x @ weights[prefix + "weight"].T
+        return y + weights[prefix + "bias"][:, 0] if prefix + "bias" in weights else y
+
+    def _attention(self, weights, prefix, x):
+        model = self.model
+        heads = model.num_attention_heads
+        groups = model.num_query_groups or heads
+        per_group, length, width = heads // groups, len(x), model.hidden_size // heads
+        x = self._norm(weights, prefix + "linear_qkv.layer_norm_", x)
+        qkv = self._linear(weights, prefix + "linear_qkv.", x)
+        qkv = qkv.view(length, groups, per_group + 2, width)
+        outputs = []
+        for group in range(groups):
+            key, value = qkv[:, group, per_group], qkv[:, group, per_group + 1]
+            for head in range(per_group):
+                query = self._rotate(qkv[:, group, head])
+                scores = query @ self._rotate(key).T / math.sqrt(width)
+                future = torch.ones(length, length, dtype=torch.bool).triu(1)
+                scores = scores.masked_fill(future, -math.inf)
+                scores = scores - scores.detach().max(-1, keepdim=True).values
+                exponentials = torch.exp(scores)
+                outputs.append(exponentials / exponentials.sum(-1, keepdim=True) @ value)
+        return self._linear(weights, prefix + "linear_proj.", torch.cat(outputs, -1))
+
+    def _rotate(self, x):
+        if self.model.position_embedding_type != "rope":
+            return x
+        length, width = x.shape
+        # Angles in single precision, as Megatron has them in every precision.
+        frequencies = 1.0 / self.model.rotary_base ** (
+            torch.arange(0, width, 2, dtype=torch.float32) / width)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+        cos, sin = torch.cos(angles).to(x.dtype), torch.sin(angles).to(x.dtype)
+        first, second = x[:, : width // 2], x[:, width // 2:]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+    def _mlp(self, weights, prefix, x):
+        x = self._norm(weights, prefix + "linear_fc1.layer_norm_", x)
+        x = self._linear(weights, prefix + "linear_fc1.", x)
+        if self.model.swiglu:
+            gate, up = x.chunk(2, -1)
+            x = gate / (1 + torch.exp(-gate)) * up
+        else:
+            x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        return self._linear(weights, prefix + "linear_fc2.", x)
