@@ -102,8 +102,7 @@ def load_training(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimizer
                         "begin with an optimizer of its own.")
     for key, chunk in zip(_model_keys(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[key])
-    optimizer.load_state_dict(loaded["optimizer"])
-    _separate_torch_adam_steps(optimizer)
+    _load_optimizer(optimizer, loaded["optimizer"])
     optimizer.reload_model_params()
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     return int(loaded["iteration"])
@@ -154,30 +153,46 @@ def _check_shapes(checkpoint: Path, state: dict) -> None:
                     "saved.")
 
 
-def _torch_optimizers(optimizer):
-    """torch's own Adams inside a Megatron optimizer: what it falls back to without Apex and TE."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part.optimizer, torch.optim.Optimizer):
-            yield part.optimizer
+# Without Apex and Transformer Engine, Megatron falls back to torch's own Adam, whose loading it
+# gets wrong in three ways: it asks an optimizer that has not stepped for its step; it gives all
+# parameters one step tensor, which each of them would then count up; and it looks for a step among
+# the distributed optimizer's tensors, where it is not. What follows mends that.
+
+
+def _parts(optimizer) -> list:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _torch_adam_states(part) -> list[dict]:
+    """[parameters] states of torch's own Adam inside a Megatron optimizer; [] for any other."""
+    inner = part.optimizer
+    if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+        return []
+    return [inner.state[p] for group in inner.param_groups for p in group["params"]]
 
 
 def _give_torch_adam_a_state(optimizer) -> None:
-    """Megatron asks an optimizer that is about to be loaded for its step; torch's has none yet."""
-    for inner in _torch_optimizers(optimizer):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    inner.state[parameter].update(
-                        step=torch.zeros(()), exp_avg=torch.zeros_like(parameter),
-                        exp_avg_sq=torch.zeros_like(parameter))
+    for part in _parts(optimizer):
+        parameters = [p for group in part.optimizer.param_groups for p in group["params"]]
+        for state, parameter in zip(_torch_adam_states(part), parameters, strict=False):
+            if not state:
+                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter),
+                             exp_avg_sq=torch.zeros_like(parameter))
 
 
-def _separate_torch_adam_steps(optimizer) -> None:
-    """Megatron loads one step tensor into all parameters; each of them would count it up."""
-    for inner in _torch_optimizers(optimizer):
-        for state in inner.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+def _load_optimizer(optimizer, loaded: dict) -> None:
+    parts = _parts(optimizer)
+    for part, state in zip(parts, [loaded] if len(parts) == 1 else
+                           [loaded[key] for key in sorted(loaded)], strict=True):
+        tensors = state.pop("param_state") if _torch_adam_states(part) and \
+            "param_state" in state else None
+        part.load_state_dict(state)
+        states = _torch_adam_states(part)
+        steps = [s.pop("step").clone() for s in states]
+        if tensors is not None:
+            part.load_parameter_state_from_fully_reshardable(tensors)
+        for s, step in zip(states, steps, strict=True):
+            s["step"] = step
 
 
 def digest(checkpoint: Path) -> str:

@@ -6,6 +6,7 @@ import argparse
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 
 from megatron_direct import __version__
 from megatron_direct.config import (
@@ -22,7 +23,8 @@ from megatron_direct.config import (
 def main(arguments: list[str] | None = None) -> None:
     """Runs one sub-command and exits: 0 if it ended well, 1 on every rank if it did not."""
     warnings.filterwarnings("ignore", module="megatron.core")  # of what is not installed
-    sys.exit(run(lambda: _dispatch(make_parser().parse_args(arguments))))
+    flags = make_parser().parse_args(arguments)
+    sys.exit(run(lambda: _dispatch(flags), from_flags(ParallelConfig, flags)))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -78,7 +80,7 @@ def _dispatch(flags: argparse.Namespace) -> None:
         parallel.on_rank_zero(lambda: report(config))
 
 
-def run(work) -> int:
+def run(work: Callable[[], None], layout: ParallelConfig) -> int:
     """``work()`` on all ranks, inside host() and a process group; returns the exit status.
 
     An error is told once: by rank 0 if it met it, else by the first rank that did.
@@ -86,7 +88,8 @@ def run(work) -> int:
     from megatron_direct import host, parallel
     from megatron_direct.errors import UserError
 
-    with host.host(), parallel.process_group():
+    with host.host(), parallel.process_group(
+            layout.distributed_timeout_minutes):
         try:
             work()
         except UserError as error:

@@ -32,8 +32,9 @@ def require_one_vocabulary(prefixes: Sequence[str], vocab_size: int | None,
         if vocab_size is None:
             vocab_size = card["vocab_size"]
         elif card["vocab_size"] > vocab_size:
-            raise UserError(f"{prefix} uses a vocabulary of {card['vocab_size']} entries, the model "
-                            f"has {vocab_size}. Make the dataset with the model's tokenizer.")
+            raise UserError(
+                f"{prefix} uses a vocabulary of {card['vocab_size']} entries, the model has "
+                f"{vocab_size}. Make the dataset with the model's tokenizer.")
     if vocab_size is None:
         raise UserError("the size of the vocabulary is not known: neither the datasets nor a "
                         "checkpoint say it. Give --vocab-size.")

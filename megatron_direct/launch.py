@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     warnings.filterwarnings("ignore", module="megatron.core")  # of what is not installed
     flags = _parser().parse_args(arguments)
-    sys.exit(cli.run(lambda: _run(flags)))
+    sys.exit(cli.run(lambda: _run(flags), from_flags(ParallelConfig, flags)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -70,6 +70,10 @@ def _transformer_config(model: ModelConfig, layout: ParallelConfig, dtype: torch
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
         sequence_parallel=layout.sequence_parallel,
+        # Between two stages with several chunks each, a batched exchange takes one chunk's message
+        # for another's, without a word.
+        overlap_p2p_comm=num_chunks > 1,
+        batch_p2p_comm=num_chunks == 1,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         use_cpu_initialization=not host.has_gpu(),

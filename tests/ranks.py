@@ -89,7 +89,6 @@ def run_on_ranks(world_size: int, function, *arguments) -> list:
             os.remove(store)
     failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
     if failures:
-        stop_workers()
         raise RankError("\n".join(failures))
     return [value for _, value in outcomes]
 

@@ -1,8 +1,8 @@
-"""Weights that are the same in every layout, and whole matrices put together from the ranks' shards.
+"""Weights that are the same in every layout, and whole matrices put together from ranks' shards.
 
-``fill_by_hash`` sets each entry from a hash of its place in the whole model. ``pieces`` takes what a
-rank holds of a vector over the parameters out of the rank, and ``assemble`` puts the ranks' pieces
-together, after it has seen that copies of an entry agree.
+``fill_by_hash`` sets each entry from a hash of its place in the whole model. ``pieces`` takes what
+a rank holds of a vector over the parameters out of the rank, and ``assemble`` puts the ranks'
+pieces together, after it has seen that copies of an entry agree.
 """
 
 from __future__ import annotations

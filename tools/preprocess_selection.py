@@ -4,7 +4,7 @@
         --train-tokenizer --vocab-size 32000 --split 98,1,1 --append-eod --workers 8
 
 Each input file is a *domain*, named by its stem, and becomes up to three prefixes:
-``data/mine_wiki_pool`` (what is selected from), ``data/mine_wiki_valid`` and ``data/mine_wiki_test``.
+``data/mine_wiki_pool`` (what is selected from), ``data/mine_wiki_valid``, ``data/mine_wiki_test``.
 Documents that are equal, or that share ``--group-key``, always land in the same one of the three.
 Beside each prefix stands a card, ``PREFIX.json``: domain, tokenizer, counts.
 

@@ -31,7 +31,8 @@ class SampleMask:
     @property
     def digest(self) -> str:
         """Of what it keeps and whose it is: two masks with one digest are the same mask."""
-        return files.digest(self.dataset_digest, str(len(self.keep)), np.packbits(self.keep).tobytes())
+        bits = np.packbits(self.keep).tobytes()
+        return files.digest(self.dataset_digest, str(len(self.keep)), bits)
 
     @property
     def num_kept(self) -> int:

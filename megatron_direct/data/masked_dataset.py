@@ -39,8 +39,9 @@ class MaskedGPTDataset(GPTDataset):
             mask.require_belongs_to(self.dataset_path)
             self.indices = self.indices[kept_sequences(self.dataset, mask)[self.indices]]
             if len(self.indices) == 0:
-                raise UserError(f"the mask of {self.dataset_path} leaves no document in the "
-                                f"{self.index_split.name} split. Leave the prefix out of the blend.")
+                raise UserError(
+                    f"the mask of {self.dataset_path} leaves no document in the "
+                    f"{self.index_split.name} split. Leave the prefix out of the blend.")
             self.unique_identifiers["sample_mask"] = mask.digest
             self.unique_description = json.dumps(
                 self.unique_identifiers, indent=4, default=lambda value: value.unique_identifiers)

@@ -4,7 +4,7 @@ Entry (r, c) of the matrix called ``name`` is added, with sign s1(r) s2(c), to c
 (h1(r) + h2(c)) mod k. The four hashes are drawn for the name, and for the row's and the column's
 number in the whole matrix: this is the TensorSketch of Pham and Pagh (KDD 2013), a count sketch
 with E <S g, S h> = <g, h>. Since S is linear, the sketch of a sum is the sum of the sketches: each
-rank sketches its own shard of a gradient, and one sum over the model's ranks makes the sketch whole.
+rank sketches its own shard of a gradient, and one sum over the model's ranks makes the whole.
 """
 
 from __future__ import annotations

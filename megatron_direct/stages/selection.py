@@ -76,8 +76,9 @@ def solve(config: SelectionConfig, samples: Samples, pool: Sketches, mean_valid:
     names = indexed.prefix_names(samples.prefixes)
     for prefix, mask in masks.items():
         mask.save(mask_path(folder, names[prefix]))
-    files.write_json(folder / "selection.json", _report(config, samples, pool, cost, found, chosen,
-                                                        masks, names))
+    summary = _report(config, samples, pool, cost, found, chosen, masks, names)
+    files.write_json(folder / "selection.json", summary)
+    parallel.say(_in_words(summary))
 
 
 def stiff_costs(rows: np.ndarray, directions: StiffDirections) -> np.ndarray:
@@ -151,6 +152,18 @@ def composition(samples: Samples, chosen: np.ndarray) -> dict[str, dict[str, int
             "corrupted": int(corrupted.sum()),
             "selected_corrupted": int(corrupted[documents].sum())}
     return result
+
+
+def _in_words(summary: dict) -> str:
+    counts = summary["samples"]
+    lines = [f"selection: {summary['num_select']} of {counts['in_pools']} samples by "
+             f"{summary['objective']}, {summary['status']}; {counts['cut']} cut at the sequence "
+             f"length, {counts['too_short']} too short, {counts['not_finite']} not finite"]
+    for name, part in summary["composition"].items():
+        corrupted = (f" (corrupted: {part['selected_corrupted']} of {part['corrupted']})"
+                     if part["corrupted"] else "")
+        lines.append(f"  {name}: {part['selected']} of {part['samples']}{corrupted}")
+    return "\n".join(lines)
 
 
 def _report(config: SelectionConfig, samples: Samples, pool: Sketches, cost: np.ndarray,

@@ -1,0 +1,27 @@
+"""Everything host() replaces is put back, also when the work inside fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_direct import host
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="host() does nothing where there is a GPU")
+def test_what_is_replaced_is_put_back():
+    replaced = [(owner, name, getattr(owner, name)) for owner, name, _ in host._stand_ins()]
+    assert len(replaced) == 8
+    with pytest.raises(RuntimeError, match="inside"), host.host():
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+        assert torch.cuda.current_device() == torch.device("cpu")
+        assert all(getattr(owner, name) is not original for owner, name, original in replaced)
+        raise RuntimeError("inside")
+    assert all(getattr(owner, name) is original for owner, name, original in replaced)
+    assert torch.zeros(2).type() == "torch.FloatTensor"
+
+
+def test_without_a_gpu_the_device_is_the_cpu_and_the_backend_gloo():
+    expected = ("cuda", "nccl") if torch.cuda.is_available() else ("cpu", "gloo")
+    assert (host.device().type, host.collective_backend()) == expected
