@@ -38,7 +38,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 
 bench-solver: $(READY)
-	$(BIN)/python benchmarks/solver/bench.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solver/bench.py
 
 bench-curvature: $(READY)
 	$(BIN)/python benchmarks/curvature.py
@@ -58,7 +58,7 @@ $(TEXT): $(READY) tools/embedded_text.py
 $(DATA)/.done: $(TEXT) tools/preprocess_selection.py
 	$(BIN)/python tools/preprocess_selection.py \
 		--input $(DOMAINS:%=$(BUILD)/text/%.jsonl) --group-key file --split 86,7,7 \
-		--tokenizer-model $(DATA)/tokenizer.model --train-tokenizer --vocab-size 4096 \
+		--tokenizer-model $(DATA)/tokenizer.model --train-tokenizer --vocab-size 2048 \
 		--append-eod --corrupt-fraction 0.25 --output-prefix $(EMBEDDED) --workers 2
 	touch $@
 

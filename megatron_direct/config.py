@@ -143,7 +143,7 @@ class BatchConfig:
     """Batches, in sequences."""
 
     micro_batch_size: int = flag(8, "sequences a rank computes at once")
-    global_batch_size: int = flag(32, "sequences of one optimizer step, over all ranks")
+    global_batch_size: int = flag(16, "sequences of one optimizer step, over all ranks")
     seed: int = flag(1234, "seed of initial weights and of the order of the data")
 
     def num_microbatches(self, data_parallel_size: int) -> int:

@@ -13,6 +13,7 @@ import os
 import pickle
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -133,6 +134,17 @@ def share_from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def sum_over_world(array: np.ndarray) -> np.ndarray:
+    """Sum of a float64 array over all ranks."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array)).to(host.device())
+    return _all_reduce(tensor, dist.group.WORLD).cpu().numpy()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This rank's number among all ranks, and how many there are."""
+    return dist.get_rank(), dist.get_world_size()
+
+
 def barrier() -> None:
     if dist.get_world_size() > 1:
         dist.barrier()
@@ -178,15 +190,6 @@ def _portable(error: Exception) -> Exception:
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
-
-
-def gather_to_rank_zero(value) -> list | None:
-    """Every rank's value, in the order of ranks, on rank 0; None elsewhere."""
-    if dist.get_world_size() == 1:
-        return [value]
-    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0)
-    return values
 
 
 def require_same_on_all_ranks(value: str, what: str) -> None:

@@ -65,17 +65,27 @@ def is_finished(folder: Path, identity: dict) -> bool:
     return manifest.is_file() and files.read_json(manifest)["identity"] == identity
 
 
-def load(folder: Path) -> Sketches:
-    """All ranks' rows, sorted by sample number. Raises UserError where a file was changed."""
+def num_bytes(folder: Path) -> int:
+    """Of all rows."""
+    size = files.read_json(folder / _MANIFEST)["data_parallel_size"]
+    return sum(_paths(folder, rank)[0].stat().st_size for rank in range(size))
+
+
+def load(folder: Path, share: int = 0, num_shares: int = 1) -> Sketches:
+    """The rows, sorted by sample number; share r of n takes every n-th rank's file.
+
+    Raises UserError where a file was changed.
+    """
     manifest = files.read_json(folder / _MANIFEST)
-    for name, digest in manifest["digests"].items():
-        if not (folder / name).is_file() or files.file_digest(folder / name) != digest:
-            raise UserError(f"{folder / name} is not as it was written. Delete {folder} and run "
-                            "select again.")
-    parts = []
-    for rank in range(manifest["data_parallel_size"]):
+    size = manifest["sketch_size"]
+    parts = [(np.empty((0, size), np.float32), np.empty(0, np.int64), np.empty(0, np.float32))]
+    for rank in range(share, manifest["data_parallel_size"], num_shares):
+        for path in _paths(folder, rank):
+            if not path.is_file() or files.file_digest(path) != manifest["digests"][path.name]:
+                raise UserError(f"{path} is not as it was written. Delete {folder} and run select "
+                                "again.")
         rows, samples, losses = _paths(folder, rank)
-        parts.append((np.fromfile(rows, np.float32).reshape(-1, manifest["sketch_size"]),
+        parts.append((np.fromfile(rows, np.float32).reshape(-1, size),
                       np.fromfile(samples, np.int64), np.fromfile(losses, np.float32)))
     rows, samples, losses = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     order = np.argsort(samples)

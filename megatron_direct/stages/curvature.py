@@ -1,4 +1,4 @@
-"""The curvature stage of ``select``: stiff directions, and what they are in sketch coordinates."""
+"""The curvature stage of ``select``: leading directions, and what they are once sketched."""
 
 from __future__ import annotations
 
@@ -39,17 +39,21 @@ class CurvatureConfig:
 
 
 @dataclass(frozen=True)
-class StiffDirections:
-    """eigenvalues: [p] of the stiff directions, descending, > 0; sketches: [p, k], S v_j."""
+class Directions:
+    """The eigenpairs that were computed, in sketch coordinates; the first num_stiff are stiff.
+
+    eigenvalues: [p], descending; sketches: [p, k], row j is S v_j.
+    """
 
     eigenvalues: np.ndarray
     sketches: np.ndarray
+    num_stiff: int
 
 
-def stiff_directions(config: CurvatureConfig, chunks: Sequence[torch.nn.Module],
-                     shards: Sequence[ParameterShard], sketch: Sketch, samples: Samples,
-                     numbers: np.ndarray, micro_batch_size: int, *, seed: int, trace: float,
-                     folder: Path) -> StiffDirections:
+def leading_directions(config: CurvatureConfig, chunks: Sequence[torch.nn.Module],
+                       shards: Sequence[ParameterShard], sketch: Sketch, samples: Samples,
+                       numbers: np.ndarray, micro_batch_size: int, *, seed: int, trace: float,
+                       folder: Path) -> Directions:
     """Computes them, or reads them if ``folder`` holds them already; all ranks call this.
 
     trace: of the operator, the whole of its energy (it is positive semi-definite).
@@ -59,12 +63,10 @@ def stiff_directions(config: CurvatureConfig, chunks: Sequence[torch.nn.Module],
         operator = FisherOperator(chunks, space, samples, numbers, micro_batch_size)
         spectrum = _leading_eigenpairs(config, operator, space, seed)
         elbow = find_elbow(spectrum.eigenvalues, config.energy_share, total_energy=trace)
-        vectors = spectrum.eigenvectors[: elbow.num_stiff]
-        sketched = torch.stack([sketch.of_vector(space.split(v), shards) for v in vectors]) \
-            if vectors else torch.zeros(0, sketch.size, device=space.device)
-        sketched = parallel.sum_over_model(sketched).cpu().numpy()
-        parallel.on_rank_zero(lambda: _write(folder, config, spectrum, elbow, sketched,
-                                             len(numbers), space.dimension))
+        sketched = parallel.sum_over_model(torch.stack(
+            [sketch.of_vector(space.split(v), shards) for v in spectrum.eigenvectors]))
+        parallel.on_rank_zero(lambda: _write(folder, config, spectrum, elbow,
+                                             sketched.cpu().numpy(), len(numbers), space.dimension))
         parallel.say(f"curvature: {elbow}; {spectrum.num_matvecs} products, {spectrum.status}")
     return parallel.on_rank_zero(lambda: _read(folder))
 
@@ -94,8 +96,9 @@ def _leading_eigenpairs(config: CurvatureConfig, operator: FisherOperator, space
 def _write(folder: Path, config: CurvatureConfig, spectrum: Spectrum, elbow: Elbow,
            sketched: np.ndarray, num_samples: int, dimension: int) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, eigenvalues=spectrum.eigenvalues[: elbow.num_stiff], sketches=sketched)
-    with files.written_whole(folder / "stiff.npz") as file:
+    np.savez(buffer, eigenvalues=spectrum.eigenvalues, sketches=sketched,
+             num_stiff=elbow.num_stiff)
+    with files.written_whole(folder / "directions.npz") as file:
         file.write(buffer.getvalue())
     files.write_json(folder / "spectrum.json", {
         "operator": config.curvature,
@@ -111,6 +114,6 @@ def _write(folder: Path, config: CurvatureConfig, spectrum: Spectrum, elbow: Elb
     })
 
 
-def _read(folder: Path) -> StiffDirections:
-    with np.load(folder / "stiff.npz") as data:
-        return StiffDirections(data["eigenvalues"], data["sketches"])
+def _read(folder: Path) -> Directions:
+    with np.load(folder / "directions.npz") as data:
+        return Directions(data["eigenvalues"], data["sketches"], int(data["num_stiff"]))

@@ -29,8 +29,8 @@ class PretrainConfig:
     data_path: tuple = flag((), "indexed datasets: prefixes, or weights and prefixes by turns",
                             nargs="+", required=True)
     save: str = flag("", "folder for checkpoints and metrics", required=True)
-    train_iters: int = flag(400, "iterations of the stable phase, warm-up included")
-    save_interval: int = flag(200, "iterations between checkpoints")
+    train_iters: int = flag(300, "iterations of the stable phase, warm-up included")
+    save_interval: int = flag(100, "iterations between checkpoints")
 
 
 def pretrain(config: PretrainConfig, architecture: ModelConfig, layout: ParallelConfig,

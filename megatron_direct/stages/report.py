@@ -7,7 +7,6 @@ import html
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_direct import files
 from megatron_direct.config import flag

@@ -21,7 +21,7 @@ from megatron_direct.gradients import store
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.run import RunDirectory
 from megatron_direct.stages import selection as selection_stage
-from megatron_direct.stages.curvature import CurvatureConfig, StiffDirections, stiff_directions
+from megatron_direct.stages.curvature import CurvatureConfig, leading_directions
 from megatron_direct.stages.selection import SelectionConfig
 from megatron_direct.stages.sketches import write_sketches
 
@@ -77,11 +77,11 @@ def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfi
             write_sketches(run.path / "sketches" / name, identity, chunks, shards, sketch, some,
                            which, config.micro_batch_size)
         valid_sketches = run.path / "sketches" / "valid"
-        directions = stiff_directions(
+        directions = leading_directions(
             curvature, chunks, shards, sketch, valid_samples, numbers, config.micro_batch_size,
             seed=config.seed, folder=run.path / "curvature",
             trace=parallel.on_rank_zero(lambda: mean_energy(store.load(valid_sketches).rows)))
-    parallel.on_rank_zero(lambda: _solve(config, selection, samples, directions, run.path))
+    selection_stage.solve(selection, samples, run.path, directions, seed=config.seed)
     selection_stage.load_masks(run.path, pools)
     parallel.on_rank_zero(lambda: run.finish("select"))
 
@@ -122,10 +122,3 @@ def _identity(config: SelectConfig, architecture: ModelConfig, curvature: Curvat
         "dataset_digests": {prefix: dataset_digest(prefix) for prefix in prefixes},
     }
 
-
-def _solve(config: SelectConfig, selection: SelectionConfig, samples: Samples,
-           directions: StiffDirections, folder: Path) -> None:
-    pool = store.load(folder / "sketches" / "pool")
-    valid = store.load(folder / "sketches" / "valid")
-    selection_stage.solve(selection, samples, pool, valid.rows.mean(0), directions,
-                          seed=config.seed, folder=folder)

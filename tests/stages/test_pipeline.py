@@ -300,3 +300,37 @@ def test_a_pool_that_changed_since_is_refused(folder, run):
                  "changed")
     finally:
         write_dataset(folder / "a", _documents(0, 90))
+
+
+# --- the selection problem's settings ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"objective": "descent"}, {"objective": "alignment", "flat_subspace": "bulk",
+                                   "energy_share": 0.3}], ids=str)
+def test_rows_spread_over_the_ranks_give_the_gathered_selection(folder, settings):
+    """The rows were written by two data-parallel ranks; four solve, two of them without rows."""
+    names = [f"{where}-{settings}" for where in ("gathered", "spread")]
+    for where, name in zip(("gathered", "spread"), names, strict=True):
+        run_on_ranks(4, _select_with, folder, Layout(tp=2, dp=2), name,
+                     {**settings, "sketch_rows": where})
+    np.testing.assert_array_equal(_kept(folder / names[0]), _kept(folder / names[1]))
+    summaries = [json.loads((folder / name / "selection.json").read_text()) for name in names]
+    assert summaries[0]["mask_digests"] == summaries[1]["mask_digests"]
+    assert summaries[0]["stiff_cost"] == pytest.approx(summaries[1]["stiff_cost"], rel=1e-9)
+
+
+def test_quotas_are_kept(folder):
+    run_on_ranks(1, _select_with, folder, Layout(), "quotas", {"quotas": ("a:25:25", "b::20")})
+    composition = json.loads((folder / "quotas" / "selection.json").read_text())["composition"]
+    assert (composition["a"]["selected"], composition["b"]["selected"]) == (25, 15)
+
+
+@pytest.mark.parametrize(("quotas", "match"), [
+    (("c:1:2",), "no pool is called c. They are called a, b"),
+    (("a:few:2",), "--quotas a:few:2 is not NAME:LEAST:GREATEST"),
+    (("b:61:",), "--quotas: .*61"),
+])
+def test_quotas_that_cannot_be_met_are_refused(folder, quotas, match):
+    with pytest.raises(RankError, match=match):
+        run_on_ranks(1, _select_with, folder, Layout(), f"no-{quotas[0]}", {"quotas": quotas})
