@@ -116,11 +116,14 @@ def _worker(rank: int):
 
 @atexit.register
 def stop_workers() -> None:
-    while _workers:
-        process, pipe = _workers.popitem()[1]
-        pipe.close()
-        process.terminate()
-        process.join()
+    stopping = [_workers.popitem()[1] for _ in list(_workers)]
+    for _, pipe in stopping:
+        pipe.close()  # a worker that waits for work returns, and ends its own processes
+    for process, _ in stopping:
+        process.join(timeout=10)
+        if process.is_alive():
+            process.terminate()
+            process.join()
 
 
 def _serve(pipe) -> None:

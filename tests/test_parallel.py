@@ -51,7 +51,7 @@ def test_ranks_that_disagree_are_found():
 
 @pytest.mark.parametrize(("layout", "world_size", "match"), [
     (ParallelConfig(tensor_model_parallel_size=3), 4, "multiple of 3 ranks, but 4"),
-    (ParallelConfig(tensor_model_parallel_size=4), 4, "does not divide the model's --num-attention"),
+    (ParallelConfig(tensor_model_parallel_size=4), 4, "does not divide the model.s --num-att"),
     (ParallelConfig(pipeline_model_parallel_size=4), 4, "--num-layers 2 cannot be split"),
     (ParallelConfig(sequence_parallel=True), 1, "--sequence-parallel"),
     (ParallelConfig(num_layers_per_virtual_pipeline_stage=1), 1, "at least 2"),

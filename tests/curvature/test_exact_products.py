@@ -50,7 +50,7 @@ SMALL = ModelConfig(**_llama | {"hidden_size": 8, "ffn_hidden_size": 8,
 
 @functools.cache
 def _documents() -> list[np.ndarray]:
-    """Thirteen of uneven lengths, two of them cut: uneven shares, and micro-batches with padding."""
+    """Thirteen of uneven lengths, two of them cut: uneven shares, and padding."""
     generator = np.random.default_rng(0)
     return [generator.integers(0, VOCAB_SIZE, n) for n in (2, 3, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 20)]
 
@@ -74,9 +74,9 @@ def _build(model: ModelConfig, layout: ParallelConfig, prefix: str, dtype=torch.
     return chunks, ParameterSpace(shards), Samples([prefix], model.seq_length, VOCAB_SIZE)
 
 
-def _operator(kind: str, model, layout, prefix, dtype=torch.float64):
-    chunks, space, samples = _build(model, layout, prefix, dtype)
-    return OPERATORS[kind](chunks, space, samples, samples.usable, MICRO_BATCH_SIZE)
+def _operator(kind: str, model, layout, prefix, micro_batch_size=MICRO_BATCH_SIZE):
+    chunks, space, samples = _build(model, layout, prefix)
+    return OPERATORS[kind](chunks, space, samples, samples.usable, micro_batch_size)
 
 
 def _plain(whole: dict[str, np.ndarray], model: ModelConfig):
@@ -175,10 +175,10 @@ def _columns(model, layout, prefix, kind, picked):
 def _leading(model, layout, prefix, kind, count):
     from megatron_direct.curvature.lanczos import lanczos, residual_norms
 
-    operator = _operator(kind, model, layout, prefix)
+    operator = _operator(kind, model, layout, prefix, micro_batch_size=8)
     space = operator.space
     found = lanczos(operator.matvec, space.random_signs(0), count, dot=space.dot,
-                    block_dot=space.block_dot, tol=1e-9, max_matvecs=1500)
+                    block_dot=space.block_dot, tol=1e-7, max_matvecs=1000)
     residuals = residual_norms(operator.matvec, found.eigenvalues, found.eigenvectors,
                                dot=space.dot)
     gram = np.array([space.block_dot(found.eigenvectors, w) for w in found.eigenvectors])
@@ -219,17 +219,22 @@ def test_columns_of_the_matrix(kind, prefix):
     assert _error(found, matrix[positions[list(picked)]]) < TOLERANCE[torch.float64]
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=str)
-@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize(("kind", "layout"), [
+    pytest.param("hessian", Layout(), marks=pytest.mark.slow),
+    ("hessian", Layout(tp=2, pp=2)),
+    ("gauss-newton", Layout()),
+    pytest.param("gauss-newton", Layout(tp=2, pp=2), marks=pytest.mark.slow),
+], ids=str)
 def test_leading_eigenpairs(kind, layout, prefix):
     plain, matrix = _dense(kind, prefix)
     values, vectors = torch.linalg.eigh(matrix)
+    norm = float(values.abs().max())  # of the Hessian here the negative edge
     values, vectors = values.flip(0)[:16], vectors.flip(1)[:, :16]
     ranks = on_layout(layout, _leading, SMALL, prefix, kind, 16)
     converged, found, residuals, gram, _ = ranks[0]
     assert converged
     np.testing.assert_allclose(found, values, rtol=1e-6)
-    assert residuals.max() < 1e-8 * found[0]
+    assert residuals.max() <= 1e-7 * norm
     np.testing.assert_allclose(gram, np.eye(16), atol=1e-10)
     basis = torch.stack([plain.flatten(assemble([rank[4][j] for rank in ranks]))
                          for j in range(16)])
@@ -249,7 +254,8 @@ def test_central_differences_of_gradients_agree(prefix):
     gradient = torch.func.grad(lambda w: plain.loss(w, _documents()))
     # The error of step h is h^2 / 6 times the fourth derivative, plus rounding / h.
     step = 1e-4 / vector.norm()
-    difference = (gradient(weights + step * vector) - gradient(weights - step * vector)) / (2 * step)
+    ahead, behind = gradient(weights + step * vector), gradient(weights - step * vector)
+    difference = (ahead - behind) / (2 * step)
     assert _error(difference, truth["hessian"]) < 1e-6
 
 
@@ -339,9 +345,11 @@ def test_a_collective_without_its_transpose_is_wrong_and_not_symmetric(prefix):
 def _fail_within_a_product(model, layout, prefix):
     import torch.nn.functional as functional
     from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     def state():
-        return (functional.softmax, functional.layer_norm, mappings._CopyToModelParallelRegion,
+        return (functional.layer_norm, mappings._CopyToModelParallelRegion,
+                DotProductAttention.forward, operator._chunks[0].config.activation_func,
                 [shard.parameter.grad for shard in operator.space.shards])
 
     operator = _operator("hessian", model, layout, prefix)

@@ -1,0 +1,175 @@
+"""What a curvature product costs, against a gradient of the same batch, measured in one run.
+
+    python benchmarks/curvature.py
+    torchrun --nproc-per-node 4 benchmarks/curvature.py --tensor-model-parallel-size 2 \\
+        --pipeline-model-parallel-size 2
+
+Gradient and products take turns on the same micro-batches; of each the fastest round counts, since
+other work on the machine only ever adds time. Ratios are what to read, not times. Memory is what a
+call takes above the memory at rest, in which the weights are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_direct import config, host, model, parallel, schedule
+from megatron_direct.config import ModelConfig, ParallelConfig
+from megatron_direct.curvature.fisher import FisherOperator
+from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
+from megatron_direct.curvature.hessian import HessianOperator
+from megatron_direct.curvature.lanczos import lanczos
+from megatron_direct.curvature.vectors import ParameterSpace
+from megatron_direct.data.samples import Samples
+
+OPERATORS = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator,
+             "fisher": FisherOperator}
+# 6.0 M parameters, two thirds of them in the layers.
+MODEL = ModelConfig(num_layers=6, hidden_size=256, num_attention_heads=4, vocab_size=4096,
+                    seq_length=256)
+LANCZOS_STEPS = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    config.add_flags(parser, ParallelConfig)
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--num-samples", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    layout = config.from_flags(ParallelConfig, arguments)
+    layout.check(MODEL, parallel.world_size())
+    with host.host(), parallel.process_group(), \
+            parallel.model_parallel(layout, layout.num_model_chunks(MODEL)), \
+            tempfile.TemporaryDirectory() as folder:
+        prefix = parallel.on_rank_zero(lambda: _random_documents(folder, arguments.num_samples))
+        _measure(layout, Samples([prefix], MODEL.seq_length), arguments)
+        parallel.barrier()
+
+
+def _random_documents(folder: str, count: int) -> str:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = str(Path(folder) / "documents")
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.int32)
+    generator = np.random.default_rng(0)
+    for _ in range(count):
+        document = generator.integers(0, MODEL.vocab_size, MODEL.seq_length + 1)
+        builder.add_document(torch.from_numpy(document), [len(document)])
+    builder.finalize(prefix + ".idx")
+    return prefix
+
+
+def _measure(layout: ParallelConfig, samples: Samples, arguments) -> None:
+    chunks = model.build(MODEL, layout)
+    space = ParameterSpace(model.parameter_shards(chunks))
+    operators = {name: operator(chunks, space, samples, samples.usable, arguments.micro_batch_size)
+                 for name, operator in OPERATORS.items()}
+    passes = list(schedule.passes(chunks, samples, samples.usable, arguments.micro_batch_size))
+    vector = space.random_signs(0)
+    calls = {"gradient": lambda: _gradient(chunks, space, passes)}
+    for name, operator in operators.items():
+        calls[name] = lambda operator=operator: operator.matvec(vector)
+
+    seconds = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(arguments.rounds):
+        for name, call in calls.items():
+            seconds[name].append(_seconds(call))
+    memory = {name: _peak_bytes(call) for name, call in calls.items()}
+    steps = {name: _all_reduces_per_step(operator) for name, operator in operators.items()}
+    if parallel.is_rank_zero():
+        print(f"{space.dimension / 1e6:.1f} M parameters, {parallel.world_size()} ranks, {layout}, "
+              f"{len(samples)} samples of {MODEL.seq_length} tokens")
+        print(f"{'':14}{'seconds':>9}{'/ gradient':>12}{'MiB':>8}{'/ gradient':>12}"
+              f"{'all-reduces':>13}")
+        for name in calls:
+            fastest, reference = min(seconds[name]), min(seconds["gradient"])
+            print(f"{name:14}{fastest:9.3f}{fastest / reference:12.2f}{memory[name] / 2**20:8.0f}"
+                  f"{memory[name] / memory['gradient']:12.2f}{steps.get(name, ''):>13}")
+        print("all-reduces: of a Lanczos step, besides those within the passes over the model")
+
+
+def _gradient(chunks, space, passes) -> torch.Tensor:
+    """The gradient of the summed sample losses: what a product is measured against."""
+    gradient = torch.zeros(sum(s.parameter.numel() for s in space.shards), device=space.device)
+    for shard, part in zip(space.shards, space.split(gradient), strict=True):
+        shard.parameter.grad = part
+    for micro_batches in passes:
+        schedule.run_pass(chunks, micro_batches, backward=True)
+    for shard in space.shards:
+        shard.parameter.grad = None
+    space.add_partial_sums(gradient)
+    return parallel.sum_over_data(gradient)
+
+
+def _seconds(call) -> float:
+    """Wall-clock time until every rank is done."""
+    parallel.barrier()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    parallel.barrier()
+    return time.perf_counter() - start
+
+
+def _peak_bytes(call) -> int:
+    """Most memory of this rank during a call, above what it held before."""
+    gc.collect()
+    parallel.barrier()
+    if host.has_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back, so that it is not counted as held
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def _all_reduces_per_step(operator) -> int:
+    """Collective sums between the products of Lanczos, and after the passes of a product."""
+    space, counts = operator.space, []
+    with _counted(parallel, "_all_reduce") as count:
+        lanczos(operator.matvec, space.random_signs(0), 2, dot=space.dot,
+                block_dot=space.block_dot, tol=1e-3, max_matvecs=LANCZOS_STEPS + 2,
+                on_step=lambda state: counts.append(count()))
+    return max(np.diff(counts))
+
+
+@contextlib.contextmanager
+def _counted(owner, name: str):
+    """Counts the calls of ``owner.name(tensor, group)`` that any other rank takes part in."""
+    original, calls = getattr(owner, name), []
+
+    def counting(tensor, group):
+        if torch.distributed.get_world_size(group) > 1:
+            calls.append(group)
+        return original(tensor, group)
+
+    setattr(owner, name, counting)
+    try:
+        yield lambda: len(calls)
+    finally:
+        setattr(owner, name, original)
+
+
+if __name__ == "__main__":
+    main()

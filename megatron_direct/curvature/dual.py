@@ -1,0 +1,134 @@
+"""Exact second-order products by reverse over forward differentiation, through Megatron's schedule.
+
+L(theta) is the mean loss of all label tokens, v a direction, and phi(theta) = <grad L(theta), v>
+its derivative along v. phi is one more loss: its gradient is H v. A pipeline stage computes it with
+dual parameters (theta, v) and passes value and tangent [y; y'] on as one activation, stacked along
+the sequence; the last stage hands back the tangents of the losses. Megatron's own schedule carries
+both ways, and its backward pass leaves H v where it otherwise leaves the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.autograd import forward_ad
+
+from megatron_direct import parallel, schedule
+from megatron_direct.curvature import tangents
+from megatron_direct.curvature.requirements import require_exact_products
+from megatron_direct.curvature.vectors import ParameterSpace
+from megatron_direct.data.samples import MicroBatch, Samples
+from megatron_direct.errors import UserError
+
+
+class DualChunk(torch.nn.Module):
+    """A model chunk that computes with dual parameters, in the place of a chunk in a schedule.
+
+    ``with_tangents``: whether the tangents are part of the graph (see ``tangents``).
+    """
+
+    def __init__(self, chunk: torch.nn.Module, tangent_of: dict[str, torch.Tensor],
+                 with_tangents: bool):
+        super().__init__()
+        self.module = chunk  # where Megatron looks for what a wrapper lacks
+        self.config = chunk.config
+        self._tangent_of = tangent_of
+        self._with_tangents = with_tangents
+        self._input = None
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """The activation of the stage before: a list of one [2s, b, h], or of None."""
+        self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def forward(self, tokens, position_ids, attention_mask, labels):
+        """[b, s] tangents of the token losses on the last stage, else [2s, b, h]."""
+        with forward_ad.dual_level():
+            self.module.set_input_tensor(self._dual_input())
+            parameters = {
+                name: forward_ad.make_dual(parameter, self._tangent_of[name])
+                for name, parameter in self.module.named_parameters()}
+            output = torch.func.functional_call(
+                self.module, parameters, (tokens, position_ids, attention_mask),
+                {"labels": labels})
+            self.module.set_input_tensor(None)
+            if self.module.post_process:
+                return output
+            value, tangent = forward_ad.unpack_dual(output)
+            return torch.cat([value, tangent if self._with_tangents else tangent.detach()])
+
+    def _dual_input(self):
+        if self._input is None:
+            return None
+        value, tangent = self._input.chunk(2)
+        self._input = None
+        return forward_ad.make_dual(value, tangent if self._with_tangents else tangent.detach())
+
+
+class DualOperator:
+    """Products of a second derivative of the mean token loss of ``numbers`` of ``samples``.
+
+    Base of the ``hessian`` and ``gauss-newton`` operators. Needs memory for the activations of the
+    micro-batches in flight and one vector, however many samples there are.
+
+    Raises UserError where there is no sample, and under settings that have no exact products.
+    """
+
+    with_tangents: bool
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], space: ParameterSpace, samples: Samples,
+                 numbers: np.ndarray, micro_batch_size: int):
+        if len(numbers) == 0:
+            raise UserError("the validation set holds no samples: curvature needs at least one. "
+                            "Check --valid-data-path.")
+        require_exact_products(chunks)
+        self.space = space
+        self.samples = np.asarray(numbers)
+        self.num_tokens = int(samples.num_labels[self.samples].sum())
+        self._chunks = chunks
+        # Kept: the tokens of the validation set are small beside one vector.
+        self._passes = list(schedule.passes(chunks, samples, self.samples, micro_batch_size))
+
+    def matvec(self, vector: torch.Tensor) -> torch.Tensor:
+        """The product with a flat local vector of ``space``, as another such.
+
+        Raises UserError that names the sample if a loss is not finite.
+        """
+        product = torch.zeros_like(vector)
+        parameters = [shard.parameter for shard in self.space.shards]
+        tangent_of = dict(zip(map(id, parameters), self.space.split(vector), strict=True))
+        duals = [DualChunk(chunk, {name: tangent_of[id(parameter)]
+                                   for name, parameter in chunk.named_parameters()},
+                           self.with_tangents) for chunk in self._chunks]
+        slopes = []
+        try:
+            # The backward pass adds to gradients that are there: to views of the product.
+            for parameter, part in zip(parameters, self.space.split(product), strict=True):
+                parameter.grad = part
+            with tangents.replaced(self._chunks, with_tangents=self.with_tangents):
+                for micro_batches in self._passes:
+                    slopes.append(schedule.run_pass(
+                        duals, micro_batches, backward=True, stacked=2,
+                        weights=[self._weights(batch, vector) for batch in micro_batches]))
+        finally:
+            for parameter in parameters:
+                parameter.grad = None
+        self._require_finite(slopes)
+        self.space.add_partial_sums(product)
+        return parallel.sum_over_data(product)
+
+    def _weights(self, batch: MicroBatch, vector: torch.Tensor) -> torch.Tensor:
+        """[b] share of each sample in all label tokens; 0 for padding rows."""
+        return batch.loss_mask.sum(1).to(vector.dtype) / self.num_tokens
+
+    def _require_finite(self, slopes: Sequence[torch.Tensor]) -> None:
+        for micro_batches, values in zip(self._passes, slopes, strict=True):
+            kept = schedule.sample_rows(micro_batches)
+            bad = ~torch.isfinite(values.flatten().cpu()[kept])
+            if bool(bad.any()):
+                numbers = np.concatenate([batch.samples for batch in micro_batches])
+                raise UserError(
+                    f"the loss of validation sample {numbers[bad.numpy()][0]}, or its derivative, "
+                    "is not finite. Remove the sample from the validation set, or check the "
+                    "checkpoint.")
