@@ -22,9 +22,15 @@ from megatron_direct.config import (
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one sub-command and exits: 0 if it ended well, 1 on every rank if it did not."""
-    warnings.filterwarnings("ignore", module="megatron.core")  # of what is not installed
+    quiet_imports()
     flags = make_parser().parse_args(arguments)
     sys.exit(run(lambda: _dispatch(flags), from_flags(ParallelConfig, flags)))
+
+
+def quiet_imports() -> None:
+    """Silences what megatron-core says of parts that are not installed, and torch of Megatron."""
+    warnings.filterwarnings("ignore", module="megatron.core")
+    warnings.filterwarnings("ignore", message="Please use DTensor instead")
 
 
 def make_parser() -> argparse.ArgumentParser:

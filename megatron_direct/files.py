@@ -41,6 +41,11 @@ def read_json(path: str | os.PathLike):
     return json.loads(Path(path).read_text())
 
 
+def as_json(value):
+    """The value as it would be read back: tuples as lists, keys as strings."""
+    return json.loads(json.dumps(value))
+
+
 def digest(*parts: bytes | str) -> str:
     total = hashlib.blake2b(digest_size=16)
     for part in parts:

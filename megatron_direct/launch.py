@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import sys
-import warnings
 
 from megatron_direct.config import (
     BatchConfig,
@@ -36,7 +35,7 @@ _ENVIRONMENT = {
 def main(arguments: list[str] | None = None) -> None:
     from megatron_direct import cli
 
-    warnings.filterwarnings("ignore", module="megatron.core")  # of what is not installed
+    cli.quiet_imports()
     flags = _parser().parse_args(arguments)
     sys.exit(cli.run(lambda: _run(flags), from_flags(ParallelConfig, flags)))
 

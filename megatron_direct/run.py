@@ -43,6 +43,7 @@ class RunDirectory:
 
         Raises UserError, before anything is touched, if the directory is another run's.
         """
+        identity = files.as_json(identity)
         stages = self.record()
         if not stages and self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no {_RECORD}: it is no run "

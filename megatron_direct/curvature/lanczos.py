@@ -173,9 +173,9 @@ def lanczos(
         elif len(state.basis) >= max_basis:
             _restart(state, ritz, rotation, k, max_basis, tol, space)
         extend(state, matvec, space, negligible=_INVARIANT_SHARE * tol)
-        if not state.has_next or state.num_matvecs >= _MATVECS_BEFORE_SYMMETRY_CHECK:
-            if state.asymmetry > symmetry_tol * state.norm:
-                raise AsymmetricOperator(state.asymmetry / state.norm, symmetry_tol)
+        is_judged = not state.has_next or state.num_matvecs >= _MATVECS_BEFORE_SYMMETRY_CHECK
+        if is_judged and state.asymmetry > symmetry_tol * state.norm:
+            raise AsymmetricOperator(state.asymmetry / state.norm, symmetry_tol)
         if on_step is not None:
             on_step(state)
 

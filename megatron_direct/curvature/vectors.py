@@ -63,11 +63,15 @@ class ParameterSpace:
         After a backward pass of bare chunks the gradients of sequence-parallel norms are summed
         over their own slice of the sequence, and those of tied embeddings over their own stage.
         """
-        for part, shard in zip(self.split(vector), self.shards, strict=True):
-            if getattr(shard.parameter, "sequence_parallel", False):
-                part.copy_(parallel.sum_over_tensor_ranks(part.clone()))
-            if getattr(shard.parameter, "shared_embedding", False):
-                part.copy_(parallel.sum_over_embedding_stages(part.clone()))
+        for mark, add_up in (("sequence_parallel", parallel.sum_over_tensor_ranks),
+                             ("shared_embedding", parallel.sum_over_embedding_stages)):
+            parts = [part for part, shard in zip(self.split(vector), self.shards, strict=True)
+                     if getattr(shard.parameter, mark, False)]
+            if parts:
+                whole = add_up(self.join(parts))
+                for part, values in zip(parts, whole.split([p.numel() for p in parts]),
+                                        strict=True):
+                    part.copy_(values.view_as(part))
         return vector
 
 

@@ -62,7 +62,7 @@ def finish(folder: Path, identity: dict, size: int, data_size: int) -> None:
 def is_finished(folder: Path, identity: dict) -> bool:
     """Whether the folder holds finished sketches of these very samples at these parameters."""
     manifest = folder / _MANIFEST
-    return manifest.is_file() and files.read_json(manifest)["identity"] == identity
+    return manifest.is_file() and files.read_json(manifest)["identity"] == files.as_json(identity)
 
 
 def num_bytes(folder: Path) -> int:

@@ -78,7 +78,7 @@ def anneal(config: AnnealConfig, given: dict[type, dict], layout: ParallelConfig
                 "checkpoint_digest": selected["checkpoint_digest"]}
     stage = f"anneal {config.selection}"
     folder = arm_folder(config.run_dir, config.selection)
-    if parallel.on_rank_zero(lambda: run.begin(stage, _plain(identity), vars(layout))):
+    if parallel.on_rank_zero(lambda: run.begin(stage, identity, vars(layout))):
         parallel.say(f"{folder} is already annealed.")
         return
     with parallel.model_parallel(layout, layout.num_model_chunks(architecture)):
@@ -190,9 +190,3 @@ def _require_unchanged(selected: dict, start_from: Path, prefixes) -> None:
         if digest != selected["dataset_digests"][prefix]:
             raise UserError(f"{prefix} has changed since the selection was made. "
                             "Run select again in a new --run-dir.")
-
-
-def _plain(identity: dict) -> dict:
-    return {key: list(value) if isinstance(value, tuple) else value
-            for key, value in identity.items()}
-

@@ -73,7 +73,7 @@ def write_page(run: RunDirectory, rows: list[list[str]]) -> None:
         ("Losses", "Mean loss a token, documents cut at the sequence length. The random arm has "
          "the same number of samples, tokens, seed and schedule.", _html_table(rows)),
         ("Annealing", "Training loss, each arm on its own samples.", _image(_loss_curves(run))),
-        ("Spectrum", html.escape(spectrum["elbow"]["statement"]) + ".",
+        ("Spectrum", html.escape("; ".join(spectrum["notes"])) + ".",
          _image(_spectrum(spectrum))),
         ("What was selected", _composition_text(selection), _html_table(_composition(run,
                                                                                      selection))),

@@ -80,7 +80,8 @@ def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfi
         directions = leading_directions(
             curvature, chunks, shards, sketch, valid_samples, numbers, config.micro_batch_size,
             seed=config.seed, folder=run.path / "curvature",
-            trace=parallel.on_rank_zero(lambda: mean_energy(store.load(valid_sketches).rows)))
+            valid_rows=parallel.on_rank_zero(lambda: store.load(valid_sketches).rows),
+            identity={**identity, **vars(layout), "ranks": parallel.world_size()})
     selection_stage.solve(selection, samples, run.path, directions, seed=config.seed)
     selection_stage.load_masks(run.path, pools)
     parallel.on_rank_zero(lambda: run.finish("select"))
@@ -101,12 +102,6 @@ def draw(usable: np.ndarray, count: int, seed: int) -> np.ndarray:
     if count == 0 or len(usable) <= count:
         return usable
     return np.sort(np.random.default_rng(seed).choice(usable, count, replace=False))
-
-
-def mean_energy(rows: np.ndarray) -> float:
-    """(1/M) sum_i ||g_i||^2, the trace of the empirical Fisher, from sketches [M, k]."""
-    rows = rows.astype(np.float64)
-    return float(np.mean(np.sum(rows * rows, axis=1)))
 
 
 def _identity(config: SelectConfig, architecture: ModelConfig, curvature: CurvatureConfig,

@@ -1,0 +1,99 @@
+"""A Lanczos run on disk, step by step, so that a killed one carries on behind its last step.
+
+Each rank keeps its shards of the basis vectors, one file a vector, and writes a vector once: a step
+adds one, a restart rewrites those that it rotated. A step counts when all ranks have written it and
+rank 0 has said so; the step before is kept until then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_direct import files, parallel
+from megatron_direct.curvature.krylov import KrylovState
+
+_MARKER = "step.json"
+
+
+class LanczosLog:
+    """folder: the run's; identity: what the operator and the layout are, or the log is not ours."""
+
+    def __init__(self, folder: Path, identity: dict):
+        self._folder, self._identity = folder, files.as_json(identity)
+        self._rank, _ = parallel.rank_and_size()
+        self._names: dict[int, tuple[torch.Tensor, str]] = {}  # by id; the vector keeps its id ours
+        self._written = 0
+
+    def load(self) -> KrylovState | None:
+        """The state behind the last finished step, on all ranks, or None."""
+        marker = parallel.on_rank_zero(self._marker)
+        if marker is None:
+            return None
+        with np.load(self._state_path(marker["step"]), allow_pickle=False) as data:
+            values = {key: data[key] for key in data.files}
+        basis = []
+        for name in values.pop("names").tolist():
+            basis.append(torch.load(self._folder / name, map_location=marker["device"]))
+            self._names[id(basis[-1])] = (basis[-1], name)
+        self._written = marker["written"]
+        scalars = {key: value.item() if value.ndim == 0 else value
+                   for key, value in values.items()}
+        return KrylovState(basis=basis, **scalars)
+
+    def write(self, state: KrylovState) -> None:
+        """Called after every step, on all ranks."""
+        step = state.num_matvecs
+        names = [self._write_vector(vector) for vector in state.basis]
+        values = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)
+                  if f.name != "basis"}
+        buffer = io.BytesIO()
+        np.savez(buffer, names=np.array(names), **values)
+        with files.written_whole(self._state_path(step)) as file:
+            file.write(buffer.getvalue())
+        parallel.barrier()
+        device = str(state.basis[0].device)
+        parallel.on_rank_zero(lambda: files.write_json(self._folder / _MARKER, {
+            "identity": self._identity, "step": step, "written": self._written,
+            "device": device}))
+        self._forget(names, step)
+
+    def remove(self) -> None:
+        """Once the spectrum is written, no step is needed any more."""
+        parallel.barrier()
+        if parallel.is_rank_zero():
+            (self._folder / _MARKER).unlink(missing_ok=True)
+        parallel.barrier()
+        for path in self._folder.glob(f"rank-{self._rank}-*"):
+            path.unlink()
+
+    def _marker(self) -> dict | None:
+        path = self._folder / _MARKER
+        marker = files.read_json(path) if path.is_file() else None
+        return marker if marker is not None and marker["identity"] == self._identity else None
+
+    def _state_path(self, step: int) -> Path:
+        return self._folder / f"rank-{self._rank}-step-{step}.npz"
+
+    def _write_vector(self, vector: torch.Tensor) -> str:
+        known = self._names.get(id(vector))
+        if known is not None:
+            return known[1]
+        self._written += 1
+        name = f"rank-{self._rank}-vector-{self._written}.pt"
+        with files.written_whole(self._folder / name) as file:
+            torch.save(vector, file)
+        self._names[id(vector)] = (vector, name)
+        return name
+
+    def _forget(self, names: list[str], step: int) -> None:
+        """Files that the step just finished no longer needs."""
+        kept = {*names, self._state_path(step).name}
+        self._names = {key: value for key, value in self._names.items() if value[1] in kept}
+        for path in self._folder.glob(f"rank-{self._rank}-*"):
+            if path.name not in kept:
+                path.unlink()

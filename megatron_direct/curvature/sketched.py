@@ -1,0 +1,40 @@
+"""The Gram operator of sketched validation gradients: (1/M) sum_i S g_i (S g_i)^T.
+
+What the authors' reference code takes for the Hessian. It acts on sketch coordinates [k], not on
+parameters, so that a product costs next to nothing; its rank is at most M, the number of
+validation samples. With M below k most "flat" directions are merely ones that no sample showed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_direct import hashing
+
+
+class SketchedFisherOperator:
+    """rows: [M, k] sketches; vectors are float64 arrays [k], the same on every rank."""
+
+    def __init__(self, rows: np.ndarray):
+        self._rows = rows.astype(np.float64)
+        self.num_samples, self.dimension = rows.shape
+
+    def matvec(self, vector: np.ndarray) -> np.ndarray:
+        return self._rows.T @ (self._rows @ vector) / self.num_samples
+
+    @staticmethod
+    def dot(u: np.ndarray, v: np.ndarray) -> float:
+        return float(u @ v)
+
+    def random_signs(self, seed: int) -> np.ndarray:
+        import torch
+
+        hashes = hashing.hash64(hashing.stream(seed, "sketch"), torch.arange(self.dimension))
+        return hashing.signs(hashes).double().numpy()
+
+    def notes(self) -> list[str]:
+        """What M means for what is called flat."""
+        if self.num_samples >= self.dimension:
+            return []
+        return [f"{self.num_samples} validation samples span at most {self.num_samples} of "
+                f"{self.dimension} sketch coordinates, the others count as flat unseen"]
