@@ -63,6 +63,8 @@ def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfi
     run = RunDirectory(config.run_dir)
     identity = parallel.on_rank_zero(
         lambda: _identity(config, architecture, curvature, selection, found))
+    of_sketches = {key: identity[key] for key in (
+        "checkpoint_digest", "dataset_digests", "seq_length", "sketch_size", "seed")}
     if parallel.on_rank_zero(lambda: run.begin("select", identity, vars(layout))):
         parallel.say(f"{config.run_dir} already holds this selection.")
         return
@@ -74,7 +76,7 @@ def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfi
         sketch = Sketch(shards, config.sketch_size, config.seed)
         for name, some, which in (("pool", samples, samples.usable),
                                   ("valid", valid_samples, numbers)):
-            write_sketches(run.path / "sketches" / name, identity, chunks, shards, sketch, some,
+            write_sketches(run.path / "sketches" / name, of_sketches, chunks, shards, sketch, some,
                            which, config.micro_batch_size)
         valid_sketches = run.path / "sketches" / "valid"
         directions = leading_directions(

@@ -29,7 +29,7 @@ class SelectionConfig:
     num_select: int | None = flag(
         None, "K, samples to select; left out: a quarter of the pool", type=int)
     objective: str = flag(
-        "flat-energy", "what the selected samples maximise",
+        "descent", "what the selected samples maximise; flat-energy is the paper's",
         choices=("flat-energy", "alignment", "descent"))
     flat_subspace: str = flag(
         "complement", "what counts as flat: all that is not stiff, or only the computed directions "
