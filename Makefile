@@ -20,10 +20,14 @@ export DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_pool)
 export VALID_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_valid)
 export TEST_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_test)
 
+# Two ranks, one a core. The curvature of 64 validation samples takes a minute or two on them.
+export GPUS_PER_NODE ?= 2
+ANNEAL_FLAGS := --num-valid-samples 64 --num-eigenpairs 16 --lanczos-tol 0.01
+
 .PHONY: anneal test test-slow lint data theta clean bench-solver bench-curvature
 
 anneal: $(READY) data theta
-	PATH=$(abspath $(BIN)):$$PATH bash launch/anneal_gpt.sh $(FLAGS)
+	PATH=$(abspath $(BIN)):$$PATH OMP_NUM_THREADS=1 bash launch/anneal_gpt.sh $(ANNEAL_FLAGS) $(FLAGS)
 
 data: $(DATA)/.done
 theta: $(THETA)/.done
@@ -63,7 +67,8 @@ $(DATA)/.done: $(TEXT) tools/preprocess_selection.py
 	touch $@
 
 $(THETA)/.done: $(DATA)/.done
-	$(BIN)/megatron-direct pretrain --data-path $(DATA_PATH) --save $(THETA)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(GPUS_PER_NODE) \
+		-m megatron_direct pretrain --data-path $(DATA_PATH) --save $(THETA)
 	touch $@
 
 clean:

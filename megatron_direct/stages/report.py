@@ -46,16 +46,14 @@ def loss_table(run: RunDirectory) -> list[list[str]]:
         return [["arm"]]
     first = next(iter(results.values()))
     columns = [(kind, name) for kind in ("valid", "test") for name in first["after"][kind]]
-    header = ["arm", *(name for _, name in columns), "mean of test"]
+    header = ["arm", *(f"all {kind}" if name == "all" else name for kind, name in columns)]
     rows = [["(before annealing)", *_losses(first["before"], columns)]]
     rows += [[arm, *_losses(result["after"], columns)] for arm, result in results.items()]
     return [header, *rows]
 
 
 def _losses(losses: dict, columns: Iterable[tuple[str, str]]) -> list[str]:
-    test = list(losses["test"].values())
-    mean = f"{sum(test) / len(test):.4f}" if test else "-"
-    return [*(f"{losses[kind][name]:.4f}" for kind, name in columns), mean]
+    return [f"{losses[kind][name]:.4f}" for kind, name in columns]
 
 
 def format_table(rows: list[list[str]]) -> str:

@@ -219,7 +219,7 @@ def test_the_report_shows_both_arms(folder, annealed, capsys):
     page = (annealed / "report.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 2
     assert "http" not in page.split("base64,")[0]  # self-contained
-    for word in ("elbow", "flat-energy", "mean of test", "of them corrupted"):
+    for word in ("elbow", "descent", "all test", "of them corrupted"):
         assert word in page
 
 
