@@ -89,10 +89,6 @@ def tensor_rank() -> int:
     return _groups().get_tensor_model_parallel_rank()
 
 
-def tensor_size() -> int:
-    return _groups().get_tensor_model_parallel_world_size()
-
-
 def is_first_model_rank() -> bool:
     """True on the one rank of each copy of the model that speaks for the copy."""
     return dist.get_rank(_groups().get_model_parallel_group()) == 0

@@ -90,18 +90,18 @@ def write_domain(path: Path, records: Iterator[tuple[str, str]]) -> tuple[int, i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output-dir", required=True, type=Path)
-    parser.add_argument("--max-source-files", type=int, default=250,
-                        help="Python files whose code becomes the source domain, spread evenly "
-                             "over all of them (default %(default)s)")
+    parser.add_argument("--max-files", type=int, default=250,
+                        help="Python files that are read, spread evenly over all of them "
+                             "(default %(default)s)")
     flags = parser.parse_args()
     root = Path(sysconfig.get_path("stdlib"))
     packages = Path(sysconfig.get_path("purelib"))
     files = python_files(root)
-    some = files[:: max(1, len(files) // flags.max_source_files)][: flags.max_source_files]
+    some = files[:: max(1, len(files) // flags.max_files)][: flags.max_files]
     licenses = license_files(root, packages)
     flags.output_dir.mkdir(parents=True, exist_ok=True)
     domains = {
-        "docstrings": ((str(p.relative_to(root)), t) for p in files for t in docstrings(p)),
+        "docstrings": ((str(p.relative_to(root)), t) for p in some for t in docstrings(p)),
         "source": ((str(p.relative_to(root)), t) for p in some for t in source(p)),
         # Few files, some very long, many alike: here a passage is a document of its own.
         "licenses": ((f"{p.name} {i}", t) for p in licenses for i, t in enumerate(

@@ -42,17 +42,6 @@ class FisherOperator:
         self.space.add_partial_sums(product)
         return parallel.sum_over_data(product)
 
-    def mean_gradient(self) -> torch.Tensor:
-        """(1/M) sum_i g_i, in one first-order pass."""
-        total = torch.zeros(sum(s.parameter.numel() for s in self.space.shards),
-                            dtype=self.space.dtype, device=self.space.device)
-        for micro_batches in self._passes:
-            weights = torch.full((len(micro_batches), micro_batches[0].tokens.shape[0]),
-                                 1 / self.num_samples, dtype=total.dtype, device=total.device)
-            total += self._weighted_gradient(micro_batches, weights)
-        self.space.add_partial_sums(total)
-        return parallel.sum_over_data(total)
-
     def _inner_products(self, micro_batches: Sequence[MicroBatch], vector: torch.Tensor,
                         ) -> torch.Tensor:
         """[micro-batches, b] <g_i, v>, zero for padding rows."""

@@ -49,11 +49,6 @@ class MaskedGPTDataset(GPTDataset):
                 self.unique_description.encode("utf-8"), usedforsecurity=False).hexdigest()
         return super()._build_document_sample_shuffle_indices()
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Tokens of the documents that are shown."""
-        return self._get_num_tokens_per_epoch()
-
 
 def kept_sequences(dataset, mask: SampleMask) -> np.ndarray:
     """[sequences] bool. The indexed dataset counts sequences; a document has one or more."""

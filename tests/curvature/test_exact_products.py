@@ -264,10 +264,10 @@ def test_central_differences_of_gradients_agree(prefix):
 
 def _with_stock_functions(model, layout, prefix):
     operator = _operator("hessian", model, layout, prefix)
-    with pytest.raises((RuntimeError, NotImplementedError)) as caught:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tangents, "_replacements", lambda chunks, rules: ())
-            operator.matvec(operator.space.random_signs(2))
+    with pytest.MonkeyPatch.context() as patch, \
+            pytest.raises((RuntimeError, NotImplementedError)) as caught:
+        patch.setattr(tangents, "_replacements", lambda chunks, rules: ())
+        operator.matvec(operator.space.random_signs(2))
     return str(caught.value)
 
 

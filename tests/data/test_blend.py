@@ -1,8 +1,7 @@
 """MaskedGPTDataset inside Megatron's own blend builder.
 
 The proof that a mask holds: every token of a document outside it is overwritten with a token that
-occurs nowhere else, and no batch may hold that token. It runs on one rank here; that batches are
-the same in every layout is tested with the training (tests/stages).
+occurs nowhere else, and no batch may hold that token, in any layout.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ import os
 import numpy as np
 import pytest
 from indexed_files import random_documents, write_dataset
-from ranks import RankError, run_on_ranks
+from ranks import LAYOUTS, Layout, RankError, on_layout, run_on_ranks
 
+from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig
 from megatron_direct.data.mask import SampleMask
 
 VOCAB, POISON, LENGTH = 60, 60, 16
@@ -68,6 +68,46 @@ def _check_poison(folder):
 
 def test_no_token_of_a_masked_document_reaches_a_batch(tmp_path):
     run_on_ranks(1, _check_poison, tmp_path)
+
+
+class _Watched:
+    """A dataset that notes what the training takes from it."""
+
+    def __init__(self, dataset):
+        self.dataset, self.taken = dataset, {}
+
+    def __getitem__(self, number):
+        sequence = self.dataset[number]
+        self.taken[number] = np.append(sequence["tokens"].numpy(), sequence["labels"][-1].numpy())
+        return sequence
+
+
+def _train(model, layout, prefixes, masks, folder):
+    """What this rank's batches held in three iterations of training: number -> tokens."""
+    from megatron_direct import model as models
+    from megatron_direct import training
+
+    chunks = models.build(model, layout)
+    batch = BatchConfig(micro_batch_size=2, global_batch_size=8)
+    trainer = training.make_trainer(chunks, OptimizerConfig(), batch)
+    dataset = _Watched(_build(prefixes, masks, folder / "cache")[0])
+    training.train(trainer, dataset, batch, range(3), first_sequence=0, description="",
+                   after_step=lambda step: None)
+    return dataset.taken
+
+
+@pytest.mark.parametrize("layout", [Layout(), *LAYOUTS], ids=str)
+def test_no_masked_token_reaches_a_batch_in_any_layout(tmp_path_factory, layout):
+    folder = tmp_path_factory.mktemp("poison")
+    prefixes, masks = make_pools(folder)
+    model = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2,
+                        ffn_hidden_size=24, seq_length=LENGTH, vocab_size=VOCAB + 1)
+    ranks = on_layout(layout, _train, model, prefixes, masks, folder)
+    batches = {number: text for taken in ranks for number, text in taken.items()}
+    assert sorted(batches) == list(range(24))  # every sequence of the three global batches
+    assert not any((text == POISON).any() for text in batches.values())
+    for taken in ranks:
+        assert len(taken) == 24 // layout.dp
 
 
 def _check_cache(folder):
