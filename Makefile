@@ -45,9 +45,10 @@ bench-solver: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solver/bench.py
 
 bench-curvature: $(READY)
-	$(BIN)/python benchmarks/curvature.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/curvature.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 benchmarks/curvature.py \
-		--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+		--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 \
+		--micro-batch-size 1 --num-samples 4 --rounds 3
 
 $(READY): setup.py constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)

@@ -76,7 +76,8 @@ def leading_directions(config: CurvatureConfig, chunks: Sequence[torch.nn.Module
         return parallel.on_rank_zero(lambda: _read(folder))
     if config.curvature == "sketched-fisher":
         operator = SketchedFisherOperator(valid_rows)
-        spectrum, density = _compute(config, operator, operator, seed, None)
+        space = operator  # it is its own space: vectors are sketches
+        spectrum, density = _compute(config, operator, space, seed, None)
         sketches = np.stack(spectrum.eigenvectors)
     else:
         space = ParameterSpace(shards)
@@ -90,7 +91,7 @@ def leading_directions(config: CurvatureConfig, chunks: Sequence[torch.nn.Module
                        total_energy=_total_energy(config, density, valid_rows))
     notes = [str(elbow), *getattr(operator, "notes", lambda: [])()]
     parallel.on_rank_zero(lambda: _write(folder, config, spectrum, elbow, density, sketches,
-                                         len(numbers), notes))
+                                         len(numbers), space.dimension, notes))
     if config.curvature != "sketched-fisher":
         log.remove()
     parallel.say(f"curvature: {'; '.join(notes)}; {spectrum.num_matvecs} products, "
@@ -163,7 +164,7 @@ def _total_energy(config: CurvatureConfig, density: SpectralDensity | None,
 
 def _write(folder: Path, config: CurvatureConfig, spectrum: Spectrum, elbow: Elbow,
            density: SpectralDensity | None, sketches: np.ndarray, num_samples: int,
-           notes: list[str]) -> None:
+           dimension: int, notes: list[str]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, eigenvalues=spectrum.eigenvalues, sketches=sketches,
              num_stiff=elbow.num_stiff)
@@ -172,6 +173,7 @@ def _write(folder: Path, config: CurvatureConfig, spectrum: Spectrum, elbow: Elb
     files.write_json(folder / "spectrum.json", {
         "operator": config.curvature,
         "num_valid_samples": num_samples,
+        "dimension": dimension,
         "eigenvalues": spectrum.eigenvalues.tolist(),
         "residuals": spectrum.residuals.tolist(),
         "converged": spectrum.converged,

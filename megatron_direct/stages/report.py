@@ -8,8 +8,11 @@ import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_direct import files
 from megatron_direct.config import flag
+from megatron_direct.curvature.density import Estimate, SpectralDensity
 from megatron_direct.run import RunDirectory
 from megatron_direct.stages.anneal import ARMS, arm_folder
 from megatron_direct.training import read_metrics
@@ -72,7 +75,7 @@ def write_page(run: RunDirectory, rows: list[list[str]]) -> None:
          "the same number of samples, tokens, seed and schedule.", _html_table(rows)),
         ("Annealing", "Training loss, each arm on its own samples.", _image(_loss_curves(run))),
         ("Spectrum", html.escape("; ".join(spectrum["notes"])) + ".",
-         _image(_spectrum(spectrum))),
+         _image(_spectrum(spectrum)) + _density(spectrum)),
         ("What was selected", _composition_text(selection), _html_table(_composition(run,
                                                                                      selection))),
         ("Selection problem", "", _html_table(_problem(selection))),
@@ -149,6 +152,24 @@ def _spectrum(spectrum: dict):
     axes.set_yscale("log")
     axes.legend()
     return figure
+
+
+def _density(spectrum: dict) -> str:
+    """The spectral density and the trace, if they were computed."""
+    found = spectrum["density"]
+    if found is None:
+        return ""
+    trace, energy = (Estimate(**found[key]) for key in ("trace", "positive_trace"))
+    density = SpectralDensity(np.array(found["nodes"]), np.array(found["weights"]), trace, energy,
+                              num_matvecs=0)
+    figure, axes = _figure()
+    axes.plot(*density.smooth())
+    axes.set_xlabel(f"eigenvalue ({spectrum['operator']})")
+    axes.set_ylabel("density")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=1e-3 / spectrum["dimension"])
+    return (f"<p>Trace {trace.value:.4g} with standard error {trace.standard_error:.2g}; positive "
+            f"eigenvalues sum to {energy.value:.4g}.</p>" + _image(figure))
 
 
 def _figure():

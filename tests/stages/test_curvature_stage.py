@@ -18,8 +18,10 @@ from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import Samples
 from megatron_direct.gradients.compute import sketch_samples
 from megatron_direct.gradients.sketch import Sketch
+from megatron_direct.run import RunDirectory
 from megatron_direct.stages.curvature import CurvatureConfig
 from megatron_direct.stages.pretrain import PretrainConfig, pretrain
+from megatron_direct.stages.report import write_page
 from megatron_direct.stages.select import SelectConfig, select
 from megatron_direct.stages.selection import SelectionConfig
 
@@ -82,6 +84,9 @@ def test_the_density_tells_the_energy_of_the_whole_operator(folder):
     density = spectrum["density"]
     assert spectrum["elbow"]["whole_operator"]
     assert sum(density["weights"]) == pytest.approx(1)
+    write_page(RunDirectory(folder / "density"), [["arm"]])
+    page = (folder / "density" / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 3 and "standard error" in page
     assert density["positive_trace"]["value"] >= sum(v for v in spectrum["eigenvalues"] if v > 0)
 
 
