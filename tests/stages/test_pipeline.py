@@ -114,7 +114,13 @@ def test_the_layout_changes_neither_sketches_nor_selection(folder, layout, objec
     assert errors.max() < 1e-4
     kept, kept_there = _kept(folder / first), _kept(folder / other)
     assert kept.sum() == kept_there.sum() == 40
-    assert (kept & kept_there).sum() / (kept | kept_there).sum() >= 0.99
+    # The same samples, but for ties: the directions of the curvature are found to 1e-5 and turn by
+    # more where eigenvalues lie close, so that one pair of samples of nearly equal worth may be
+    # exchanged. Then the objectives agree to that error.
+    assert (kept & kept_there).sum() >= 39
+    values = [json.loads((folder / name / "selection.json").read_text())["objective_value"]
+              for name in (first, other)]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
     spectra = [json.loads((folder / name / "curvature" / "spectrum.json").read_text())
                for name in (first, other)]
     np.testing.assert_allclose(*(s["eigenvalues"] for s in spectra), rtol=1e-4)
