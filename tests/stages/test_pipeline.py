@@ -117,7 +117,9 @@ def test_the_layout_changes_neither_sketches_nor_selection(folder, layout, objec
     # The same samples, but for ties: the directions of the curvature are found to 1e-5 and turn by
     # more where eigenvalues lie close, so that one pair of samples of nearly equal worth may be
     # exchanged. Then the objectives agree to that error.
-    assert (kept & kept_there).sum() >= 39
+    # Seen for descent at TP 2 x PP 2 alone; everywhere else the selections are the same.
+    exchanged = 1 if (objective, layout) == ("descent", Layout(tp=2, pp=2)) else 0
+    assert (kept & kept_there).sum() >= 40 - exchanged
     values = [json.loads((folder / name / "selection.json").read_text())["objective_value"]
               for name in (first, other)]
     assert values[0] == pytest.approx(values[1], rel=1e-4)
