@@ -228,6 +228,25 @@ def test_duplicates_are_interchangeable_and_lower_ids_go_first(seed):
     assert np.array_equal(np.sort(tiled[solve(tiled)]), np.sort(shuffled[solve(shuffled)]))
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_copies_that_differ_by_rounding_are_copies(fraction):
+    """As a layout's noise of 1e-7 makes them: the lowest ids are taken, and the budget is kept."""
+    for seed in range(20):
+        rng, flat, costs, _ = generic_instance(seed)
+        order = rng.permutation(np.tile(np.arange(20), 3))
+        noise = 1 + 1e-7 * rng.standard_normal((2, flat.shape[0] + 1, 60))
+        rows = (flat[:, order] * noise[0, 1:]).astype(np.float32)
+        noisy_costs = costs[order] * noise[0, 0]
+        budget = stiff_budget(noisy_costs, 12, fraction)
+        found = solve_selection(rows, noisy_costs, 12, stiff_budget=budget)
+        assert found.stiff_cost <= budget and len(found.indices) == 12
+        if fraction == 0:
+            continue  # the cheapest copies alone are feasible
+        for sample in np.unique(order[found.indices]):
+            taken = np.isin(np.flatnonzero(order == sample), found.indices)
+            assert np.array_equal(np.flatnonzero(taken), np.arange(taken.sum()))
+
+
 def test_noise_of_a_layout_does_not_change_a_selection():
     """Sketches from another layout differ by 1e-6 relative; generic data then select the same."""
     rng, flat, costs, budget = generic_instance(3)
