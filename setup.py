@@ -9,6 +9,8 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"',
                     (HERE / "megatron_direct" / "__init__.py").read_text()).group(1)
 
+DATA = ["pyarrow", "zstandard", "tokenizers"]
+
 setup(
     name="megatron-direct",
     version=VERSION,
@@ -29,9 +31,11 @@ setup(
         "matplotlib",
     ],
     extras_require={
+        "data": DATA,  # parquet, .zst, Hugging Face tokenizers
         "mpi": ["mpi4py"],
         "te": ["transformer-engine"],
-        "dev": ["pytest", "scipy", "hypothesis", "ruff"],
+        # mpich brings mpirun, which no Python package needs on a cluster that has its own.
+        "dev": ["pytest", "scipy", "hypothesis", "ruff", "mpi4py", "mpich", *DATA],
     },
     entry_points={"console_scripts": ["megatron-direct = megatron_direct.cli:main"]},
 )

@@ -1,0 +1,147 @@
+"""Documents of a shard: text, and what decides over its domain and its split.
+
+A record is a JSON object or a Parquet row. Keys may be dotted: ``meta.pile_set_name`` is the entry
+``pile_set_name`` of the object ``meta``, unless the record has an entry of that whole name.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_direct.errors import UserError
+from megatron_direct.preprocessing import reading
+from megatron_direct.preprocessing.reading import Shard
+
+_DESCRIPTION = {"jsonl": "no JSON object with the keys", "parquet": "no row with the columns",
+                "text": "no UTF-8 text"}
+_ROWS_AT_A_TIME = 256
+
+
+class Document(NamedTuple):
+    line: int  # of the shard, from 0; the first of a paragraph, the row of a Parquet file
+    text: str
+    group: str
+    domain: str
+
+
+class BadLine(NamedTuple):
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where a record's text, group and domain stand; None: the text itself, the file's name."""
+
+    text: Sequence[str] = ("text",)
+    group: str | None = None
+    domain: str | None = None
+    domain_name: str | None = None  # one name for all, in place of the file's
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.text, *filter(None, (self.group, self.domain))]
+
+
+def lookup(record: Mapping, key: str):
+    """Raises KeyError or TypeError where there is no such entry."""
+    if key in record:
+        return record[key]
+    value = record
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def read(shard: Shard, fields: Fields) -> Iterator[Document | BadLine]:
+    """The documents of a shard in their order, and the lines that are none."""
+    kind = reading.format_of(shard.path)
+    if kind == "text":
+        return _paragraphs(shard, fields)
+    return _records(shard, fields, _json_lines(shard) if kind == "jsonl" else
+                    _parquet_rows(shard, fields))
+
+
+def checked(shard: Shard, fields: Fields, skip_bad_lines: bool) -> Iterator[Document | BadLine]:
+    """``read``, but raises UserError at the first bad line unless they are to be skipped."""
+    for item in read(shard, fields):
+        if isinstance(item, BadLine) and not skip_bad_lines:
+            kind = reading.format_of(shard.path)
+            wanted = "" if kind == "text" else " " + ", ".join(fields.names)
+            remedy = "Mend it" if kind == "text" else "Mend it, or correct --json-keys"
+            raise UserError(
+                f"{shard.path}:{reading.lines_before(shard) + item.line + 1} is "
+                f"{_DESCRIPTION[kind]}{wanted} ({item.reason}). {remedy}, or leave such lines out "
+                "with --skip-bad-lines.")
+        yield item
+
+
+def _records(shard: Shard, fields: Fields, records: Iterator[tuple[int, object]]
+             ) -> Iterator[Document | BadLine]:
+    """records: (line, record as a mapping, or as the bytes of its JSON)."""
+    file_domain = fields.domain_name or reading.stem(shard.path)
+    for line, record in records:
+        try:
+            if isinstance(record, bytes):
+                record = json.loads(record)
+            text = "\n".join(lookup(record, key) for key in fields.text)
+            text.encode()  # half a surrogate pair is valid JSON, and no text
+            group = text if fields.group is None else str(lookup(record, fields.group))
+            domain = file_domain
+            if fields.domain is not None:
+                domain = lookup(record, fields.domain)
+                if not isinstance(domain, str | int) or domain == "":
+                    raise TypeError(f"{fields.domain} is {domain!r}, which is no name")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            yield BadLine(line, f"{type(error).__name__}: {error}")
+        else:
+            yield Document(line, text, group, str(domain))
+
+
+def _json_lines(shard: Shard) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(io.BytesIO(reading.text_of(shard))):
+        if line.strip():
+            yield number, line
+
+
+def _parquet_rows(shard: Shard, fields: Fields) -> Iterator[tuple[int, dict]]:
+    with reading.parquet_file(shard.path) as parquet:
+        there = parquet.schema_arrow.names
+        columns = {key if key in there else key.partition(".")[0] for key in fields.names}
+        if not columns <= set(there):
+            lacking = ", ".join(sorted(columns - set(there)))
+            raise UserError(f"{shard.path} has no column {lacking}, but {', '.join(there)}. "
+                            "Correct --json-keys, --group-key or --domain-key.")
+        number = 0
+        for batch in parquet.iter_batches(_ROWS_AT_A_TIME, range(shard.start, shard.stop),
+                                          sorted(columns)):
+            for row in batch.to_pylist():
+                yield number, row
+                number += 1
+
+
+def _paragraphs(shard: Shard, fields: Fields) -> Iterator[Document | BadLine]:
+    domain = fields.domain_name or reading.stem(shard.path)
+    lines: list[bytes] = []
+    number = -1
+    for number, line in enumerate(io.BytesIO(reading.text_of(shard))):
+        if line.strip():
+            lines.append(line.rstrip(b"\r\n"))
+        elif lines:
+            yield _paragraph(lines, number, domain)
+            lines = []
+    if lines:
+        yield _paragraph(lines, number + 1, domain)
+
+
+def _paragraph(lines: list[bytes], end: int, domain: str) -> Document | BadLine:
+    first = end - len(lines)
+    try:
+        text = b"\n".join(lines).decode()
+    except UnicodeDecodeError as error:
+        return BadLine(first, str(error))
+    return Document(first, text, text, domain)
