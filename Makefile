@@ -20,11 +20,15 @@ export DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_pool)
 export VALID_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_valid)
 export TEST_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_test)
 
-# Two ranks, one a core. The curvature of 64 validation samples takes a minute or two on them.
+# Two ranks, one a core, and sizes that end in about ten minutes on them. The annealing sees the
+# selected samples once.
 export GPUS_PER_NODE ?= 2
-ANNEAL_FLAGS := --num-valid-samples 64 --num-eigenpairs 16 --lanczos-tol 0.01
+TEXT_FLAGS := --max-files 180
+PRETRAIN_FLAGS := --train-iters 200
+ANNEAL_FLAGS := --num-valid-samples 64 --num-eigenpairs 12 --lanczos-tol 0.01 --lr-wsd-decay-iters 75
 
-.PHONY: anneal test test-slow lint data theta clean bench-solver bench-curvature
+.PHONY: anneal test test-slow lint data theta clean \
+	bench-solver bench-curvature bench-sketch bench-data
 
 anneal: $(READY) data theta
 	PATH=$(abspath $(BIN)):$$PATH OMP_NUM_THREADS=1 bash launch/anneal_gpt.sh $(ANNEAL_FLAGS) $(FLAGS)
@@ -50,6 +54,11 @@ bench-curvature: $(READY)
 		--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 \
 		--micro-batch-size 1 --num-samples 4 --rounds 3
 
+bench-sketch: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sketch/bench.py
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 \
+		benchmarks/sketch/bench.py ranks
+
 $(READY): setup.py constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt torch==2.13.0
@@ -57,7 +66,7 @@ $(READY): setup.py constraints-cpu.txt
 	touch $@
 
 $(TEXT): $(READY) tools/embedded_text.py
-	$(BIN)/python tools/embedded_text.py --output-dir $(@D)
+	$(BIN)/python tools/embedded_text.py --output-dir $(@D) $(TEXT_FLAGS)
 	touch $@
 
 $(DATA)/.done: $(TEXT) tools/preprocess_selection.py
@@ -69,7 +78,7 @@ $(DATA)/.done: $(TEXT) tools/preprocess_selection.py
 
 $(THETA)/.done: $(DATA)/.done
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(GPUS_PER_NODE) \
-		-m megatron_direct pretrain --data-path $(DATA_PATH) --save $(THETA)
+		-m megatron_direct pretrain --data-path $(DATA_PATH) --save $(THETA) $(PRETRAIN_FLAGS)
 	touch $@
 
 clean:

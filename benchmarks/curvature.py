@@ -4,23 +4,19 @@
     torchrun --nproc-per-node 4 benchmarks/curvature.py --tensor-model-parallel-size 2 \\
         --pipeline-model-parallel-size 2
 
-Gradient and products take turns on the same micro-batches; of each the fastest round counts, since
-other work on the machine only ever adds time. Ratios are what to read, not times. Memory is what a
-call takes above the memory at rest, in which the weights are.
+Gradient and products take turns on the same micro-batches. Ratios are what to read, not times.
+Memory is what a call takes above the memory at rest, in which the weights are.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import gc
 import tempfile
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import fastest_in_turns, peak_bytes, random_documents
 
 from megatron_direct import config, host, model, parallel, schedule
 from megatron_direct.config import ModelConfig, ParallelConfig
@@ -51,22 +47,10 @@ def main() -> None:
     with host.host(), parallel.process_group(), \
             parallel.model_parallel(layout, layout.num_model_chunks(MODEL)), \
             tempfile.TemporaryDirectory() as folder:
-        prefix = parallel.on_rank_zero(lambda: _random_documents(folder, arguments.num_samples))
+        prefix = parallel.on_rank_zero(lambda: random_documents(
+            folder, arguments.num_samples, MODEL.seq_length + 1, MODEL.vocab_size))
         _measure(layout, Samples([prefix], MODEL.seq_length), arguments)
         parallel.barrier()
-
-
-def _random_documents(folder: str, count: int) -> str:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    prefix = str(Path(folder) / "documents")
-    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.int32)
-    generator = np.random.default_rng(0)
-    for _ in range(count):
-        document = generator.integers(0, MODEL.vocab_size, MODEL.seq_length + 1)
-        builder.add_document(torch.from_numpy(document), [len(document)])
-    builder.finalize(prefix + ".idx")
-    return prefix
 
 
 def _measure(layout: ParallelConfig, samples: Samples, arguments) -> None:
@@ -80,13 +64,8 @@ def _measure(layout: ParallelConfig, samples: Samples, arguments) -> None:
     for name, operator in operators.items():
         calls[name] = lambda operator=operator: operator.matvec(vector)
 
-    seconds = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(arguments.rounds):
-        for name, call in calls.items():
-            seconds[name].append(_seconds(call))
-    memory = {name: _peak_bytes(call) for name, call in calls.items()}
+    seconds = fastest_in_turns(calls, arguments.rounds)
+    memory = {name: peak_bytes(call) for name, call in calls.items()}
     steps = {name: _all_reduces_per_step(operator) for name, operator in operators.items()}
     if parallel.is_rank_zero():
         print(f"{space.dimension / 1e6:.1f} M parameters, {parallel.world_size()} ranks, {layout}, "
@@ -94,8 +73,8 @@ def _measure(layout: ParallelConfig, samples: Samples, arguments) -> None:
         print(f"{'':14}{'seconds':>9}{'/ gradient':>12}{'MiB':>8}{'/ gradient':>12}"
               f"{'all-reduces':>13}")
         for name in calls:
-            fastest, reference = min(seconds[name]), min(seconds["gradient"])
-            print(f"{name:14}{fastest:9.3f}{fastest / reference:12.2f}{memory[name] / 2**20:8.0f}"
+            print(f"{name:14}{seconds[name]:9.3f}{seconds[name] / seconds['gradient']:12.2f}"
+                  f"{memory[name] / 2**20:8.0f}"
                   f"{memory[name] / memory['gradient']:12.2f}{steps.get(name, ''):>13}")
         print("all-reduces: of a Lanczos step, besides those within the passes over the model")
 
@@ -111,37 +90,6 @@ def _gradient(chunks, space, passes) -> torch.Tensor:
         shard.parameter.grad = None
     space.add_partial_sums(gradient)
     return parallel.sum_over_data(gradient)
-
-
-def _seconds(call) -> float:
-    """Wall-clock time until every rank is done."""
-    parallel.barrier()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    parallel.barrier()
-    return time.perf_counter() - start
-
-
-def _peak_bytes(call) -> int:
-    """Most memory of this rank during a call, above what it held before."""
-    gc.collect()
-    parallel.barrier()
-    if host.has_gpu():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back, so that it is not counted as held
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
-    before = _resident("VmRSS")
-    call()
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _all_reduces_per_step(operator) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from dataclasses import dataclass, field, fields
 
 from megatron_direct.errors import UserError
@@ -33,16 +34,24 @@ class ModelConfig:
     num_attention_heads: int = flag(4, "attention heads")
     num_query_groups: int | None = flag(
         None, "key and value heads of grouped-query attention; left out: one a head", type=int)
+    kv_channels: int | None = flag(
+        None, "width of a head; left out: the hidden size over the heads", type=int)
+    qk_layernorm: bool = flag(
+        False, "norms of queries and keys, head by head; of the latents in latent attention")
     seq_length: int = flag(256, "tokens of a training sequence; longer samples are cut")
     max_position_embeddings: int | None = flag(
         None, "positions the model can tell apart; left out: --seq-length", type=int)
     normalization: str = flag("RMSNorm", "kind of norm", choices=("RMSNorm", "LayerNorm"))
+    norm_epsilon: float = flag(1e-5, "added to the mean square in norms")
     swiglu: bool = flag(True, "gated SiLU in the MLP; --no-swiglu: GELU")
     add_bias_linear: bool = flag(False, "biases in linear layers")
+    add_qkv_bias: bool = flag(False, "biases of queries, keys and values alone")
     position_embedding_type: str = flag(
         "rope", "position embedding", choices=("rope", "learned_absolute", "none"))
     rotary_base: int = flag(10000, "base of the rotary embedding")
     rotary_percent: float = flag(1.0, "share of each head that is rotated")
+    use_rope_scaling: bool = flag(False, "slower rotation at long wavelengths, as Llama 3.1 has it")
+    rope_scaling_factor: float = flag(8.0, "how much slower")
     untie_embeddings_and_output_weights: bool = flag(
         False, "an output layer with weights of its own")
     vocab_size: int | None = flag(
@@ -50,13 +59,88 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = flag(
         128, "the vocabulary is padded to a multiple of this, whatever the layout")
     init_method_std: float = flag(0.02, "standard deviation of initial weights")
+    # Defaults from here on are Megatron-LM's, so that the arguments of a dense model's checkpoint,
+    # which name them all, are those of a dense model here.
+    multi_latent_attention: bool = flag(False, "queries, keys and values out of low-rank latents")
+    q_lora_rank: int | None = flag(
+        None, "width of the queries' latent; left out: queries without one", type=int)
+    kv_lora_rank: int = flag(32, "width of the keys' and values' latent")
+    qk_head_dim: int = flag(128, "width of a head's query and key that carries no position")
+    qk_pos_emb_head_dim: int = flag(64, "width of a head's query and key that is rotated")
+    v_head_dim: int = flag(128, "width of a head's value")
+    rope_type: str | None = flag(
+        None, "rotary embedding of latent attention; left out: yarn", choices=("rope", "yarn"))
+    rotary_scaling_factor: float = flag(1.0, "how far yarn stretches the positions")
+    mscale: float = flag(1.0, "yarn's scale of the rotated part")
+    mscale_all_dim: float = flag(0.0, "yarn's scale of the attention scores")
+    num_experts: int | None = flag(
+        None, "experts of a mixture-of-experts layer; left out: none", type=int)
+    moe_layer_freq: str = flag(
+        "1", "which layers have experts: N for every N-th, or a pattern such as [0]*3+[1]*58")
+    moe_ffn_hidden_size: int | None = flag(
+        None, "width of an expert; left out: --ffn-hidden-size", type=int)
+    moe_shared_expert_intermediate_size: int | None = flag(
+        None, "width of all shared experts together; left out: none", type=int)
+    moe_shared_expert_gate: bool = flag(False, "a gate on the shared experts' output")
+    moe_router_topk: int = flag(2, "experts that a token goes to")
+    moe_router_score_function: str = flag(
+        "softmax", "scores out of the router's logits", choices=("softmax", "sigmoid"))
+    moe_router_pre_softmax: bool = flag(False, "softmax over all experts, not over the chosen ones")
+    moe_router_enable_expert_bias: bool = flag(
+        False, "a bias, not trained by gradients, on the scores by which experts are chosen")
+    moe_router_topk_scaling_factor: float | None = flag(
+        None, "factor on the weights of the chosen experts; left out: 1", type=float)
+    moe_router_num_groups: int | None = flag(
+        None, "groups of experts that a token's experts are chosen from", type=int)
+    moe_router_group_topk: int | None = flag(
+        None, "groups that are left to a token; left out: all", type=int)
 
     def __post_init__(self):
         _require_positive(self, "num_layers", "hidden_size", "num_attention_heads", "seq_length",
                           "make_vocab_size_divisible_by")
-        _require_divides(self, "num_attention_heads", "hidden_size")
+        if self.kv_channels is None and not self.multi_latent_attention:
+            _require_divides(self, "num_attention_heads", "hidden_size")
         if self.num_query_groups is not None:
             _require_divides(self, "num_query_groups", "num_attention_heads")
+        self._check_latent_attention()
+        self._check_experts()
+
+    def _check_latent_attention(self) -> None:
+        if not self.multi_latent_attention:
+            _require_defaults(self, "multi_latent_attention", (
+                "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim",
+                "rotary_scaling_factor", "mscale", "mscale_all_dim"))
+            return
+        _require_positive(self, "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+        if self.num_query_groups not in (None, self.num_attention_heads):
+            raise UserError("--multi-latent-attention has a key and a value for each head. "
+                            f"Leave out --num-query-groups {self.num_query_groups}.")
+
+    def _check_experts(self) -> None:
+        if self.num_experts is None:
+            _require_defaults(self, "num_experts", tuple(
+                name for name in self.__dataclass_fields__ if name.startswith("moe_")))
+            return
+        _require_positive(self, "num_experts", "moe_router_topk")
+        expert_layers(self)
+        if self.add_bias_linear:
+            raise UserError("--add-bias-linear gives experts biases, which are not supported. "
+                            "Use --add-qkv-bias, or leave out --num-experts.")
+        if self.moe_router_topk > self.num_experts:
+            raise UserError(f"--moe-router-topk {self.moe_router_topk} is more than --num-experts "
+                            f"{self.num_experts}.")
+        if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
+            raise UserError("--moe-router-enable-expert-bias needs --moe-router-score-function "
+                            f"sigmoid, not {self.moe_router_score_function}.")
+        if self.moe_router_topk == 1 and self.moe_router_score_function == "softmax" \
+                and not self.moe_router_pre_softmax:
+            raise UserError("--moe-router-topk 1 needs --moe-router-pre-softmax: the softmax of "
+                            "one score is 1, and the router would have no gradient.")
+        if self.moe_router_group_topk is not None:
+            if self.moe_router_num_groups is None:
+                raise UserError("--moe-router-group-topk needs --moe-router-num-groups.")
+            _require_divides(self, "moe_router_num_groups", "num_experts")
+            _require_divides(self, "moe_router_group_topk", "moe_router_topk")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -75,6 +159,12 @@ class ParallelConfig:
     sequence_parallel: bool = flag(
         False, "spread norms and residuals over the tensor-parallel ranks by sequence")
     distributed_timeout_minutes: int = flag(10, "how long a collective may wait for a lost rank")
+    expert_model_parallel_size: int = flag(
+        1, "data-parallel ranks that share one set of experts")
+    moe_token_dispatcher_type: str = flag(
+        "allgather", "how tokens come to experts on other ranks: all to all ranks, or each where "
+        "it is needed (alltoall: less memory, needs a GPU)", choices=("allgather", "alltoall"))
+    context_parallel_size: int = flag(1, "ranks that share each sequence; only 1 is supported")
 
     def check(self, model: ModelConfig, world_size: int) -> None:
         """Raises UserError where the layout divides neither the ranks nor the model."""
@@ -88,15 +178,22 @@ class ParallelConfig:
                 f"--tensor-model-parallel-size {tp} times --pipeline-model-parallel-size {pp} "
                 f"needs a multiple of {tp * pp} ranks, but {world_size} were started. "
                 "Change the sizes, or --nproc-per-node of torchrun.")
-        groups = model.num_query_groups or model.num_attention_heads
-        for name, value in (("--num-attention-heads", model.num_attention_heads),
-                            ("--num-query-groups", groups),
-                            ("--ffn-hidden-size", ffn_hidden_size(model)),
-                            ("padded vocabulary", model.padded_vocab_size)):
+        if self.context_parallel_size != 1:
+            raise UserError(
+                f"--context-parallel-size {self.context_parallel_size} is not supported: the "
+                "attention of Megatron's local layer spec sees whole sequences. Spread long "
+                "sequences by --sequence-parallel with --tensor-model-parallel-size.")
+        self._check_experts(model, world_size)
+        for name, value in _divided_by_tensor_ranks(model):
             if value % tp:
                 raise UserError(
                     f"--tensor-model-parallel-size {tp} does not divide the model's {name} "
                     f"{value}. Choose a size that divides it.")
+        for name in ("num_experts", "multi_latent_attention"):
+            if getattr(model, name) and tp > 1 and not self.sequence_parallel:
+                # Megatron trains no experts otherwise, and doubles gradients of latent norms.
+                raise UserError(f"{flag_name(name)} with --tensor-model-parallel-size {tp} needs "
+                                "--sequence-parallel.")
         if self.sequence_parallel and (tp == 1 or model.seq_length % tp):
             raise UserError(
                 f"--sequence-parallel spreads --seq-length {model.seq_length} over "
@@ -112,6 +209,17 @@ class ParallelConfig:
                 f"--pipeline-model-parallel-size {pp}"
                 + (f" in chunks of {chunk} layers." if chunk else ".")
                 + " Choose sizes that divide it.")
+
+    def _check_experts(self, model: ModelConfig, world_size: int) -> None:
+        size = self.expert_model_parallel_size
+        copies = world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
+        if size < 1 or copies % size:
+            raise UserError(
+                f"--expert-model-parallel-size {size} does not divide the {copies} data-parallel "
+                "ranks, among which experts are shared out.")
+        if size > 1 and (model.num_experts is None or model.num_experts % size):
+            raise UserError(f"--expert-model-parallel-size {size} does not divide --num-experts "
+                            f"{model.num_experts}.")
 
     def num_model_chunks(self, model: ModelConfig) -> int:
         """Model chunks on each rank (1 without the interleaved schedule)."""
@@ -165,6 +273,41 @@ def ffn_hidden_size(model: ModelConfig) -> int:
     return -(-8 * model.hidden_size // (3 * 64)) * 64
 
 
+def expert_layers(model: ModelConfig) -> list[bool]:
+    """[num_layers] whether a layer has experts, as --moe-layer-freq says."""
+    if model.num_experts is None:
+        return [False] * model.num_layers
+    text = re.sub(r"[\s()]", "", str(model.moe_layer_freq))
+    if text.isdigit() and int(text) > 0:
+        return [layer % int(text) == 0 for layer in range(model.num_layers)]
+    terms = [re.fullmatch(r"\[([01](?:,[01])*)\](?:\*(\d+))?", term) for term in text.split("+")]
+    if not all(terms):
+        raise UserError(f"--moe-layer-freq {model.moe_layer_freq} is neither a number of layers "
+                        "nor a pattern such as [0]*3+[1]*58.")
+    pattern = [digit == "1" for term in terms
+               for digit in term[1].split(",") * int(term[2] or 1)]
+    if len(pattern) != model.num_layers:
+        raise UserError(f"--moe-layer-freq {model.moe_layer_freq} is a pattern of {len(pattern)} "
+                        f"layers, but --num-layers is {model.num_layers}.")
+    return pattern
+
+
+def _divided_by_tensor_ranks(model: ModelConfig):
+    """(name, value) of every size of the model that tensor parallelism divides."""
+    yield "--num-attention-heads", model.num_attention_heads
+    yield "padded vocabulary", model.padded_vocab_size
+    if model.multi_latent_attention:
+        yield "--q-lora-rank", model.q_lora_rank or 0
+        yield ("--kv-lora-rank plus --qk-pos-emb-head-dim",
+               model.kv_lora_rank + model.qk_pos_emb_head_dim)
+    else:
+        yield "--num-query-groups", model.num_query_groups or model.num_attention_heads
+    yield "--ffn-hidden-size", ffn_hidden_size(model)
+    yield "--moe-ffn-hidden-size", model.moe_ffn_hidden_size or 0
+    yield ("--moe-shared-expert-intermediate-size",
+           model.moe_shared_expert_intermediate_size or 0)
+
+
 def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
     """One argument group for each dataclass, titled by the first line of its docstring.
 
@@ -215,6 +358,16 @@ def _require_positive(config, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise UserError(f"{flag_name(name)} is {getattr(config, name)}; it must be at least 1.")
+
+
+def _require_defaults(config, switch: str, names: tuple[str, ...]) -> None:
+    """For what has no meaning without the switch."""
+    for name in names:
+        default = config.__dataclass_fields__[name].default
+        # As text too: Megatron-LM's checkpoints carry --moe-layer-freq as a number.
+        if getattr(config, name) != default and str(getattr(config, name)) != str(default):
+            raise UserError(f"{flag_name(name)} {getattr(config, name)} has no meaning without "
+                            f"{flag_name(switch)}.")
 
 
 def _require_divides(config, divisor: str, name: str) -> None:

@@ -35,9 +35,17 @@ def signs(hashes: torch.Tensor) -> torch.Tensor:
     return 1.0 - 2.0 * (hashes < 0).to(torch.float32)
 
 
-def buckets(hashes: torch.Tensor, num_buckets: int) -> torch.Tensor:
-    """[n] int64 in [0, num_buckets), from the hashes' low 62 bits (independent of the sign)."""
-    return (hashes & ((1 << 62) - 1)) % num_buckets
+def buckets(stream_number: int, indices: torch.Tensor, num_buckets: int) -> torch.Tensor:
+    """[n] int64 in [0, num_buckets) of int64 indices in one stream.
+
+    Each block of ``num_buckets`` consecutive indices is permuted at random, so that no two indices
+    of a block share a bucket; different blocks are independent.
+    """
+    blocks, block_of = torch.unique(indices // num_buckets, return_inverse=True)
+    slots = torch.arange(num_buckets, device=indices.device)
+    order = torch.stack([torch.argsort(hash64(int(seed), slots), stable=True)
+                         for seed in hash64(stream_number, blocks)])
+    return order[block_of, indices % num_buckets]
 
 
 def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:

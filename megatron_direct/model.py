@@ -8,13 +8,12 @@ dict, so that they are right for whatever it shards: gated MLPs, grouped QKV, pa
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass
 
 import torch
 
-from megatron_direct import config, host, parallel
+from megatron_direct import config, host, layer_specs, parallel
 from megatron_direct.config import ModelConfig, ParallelConfig
 
 
@@ -31,38 +30,51 @@ def build(model: ModelConfig, layout: ParallelConfig, *, seed: int = 1234,
     transformer_config = _transformer_config(model, layout, dtype)
     num_chunks = layout.num_model_chunks(model)
     chunks = []
-    for chunk in range(num_chunks):
-        vp_stage = chunk if num_chunks > 1 else None
-        chunks.append(GPTModel(
-            config=transformer_config,
-            transformer_layer_spec=_block_spec(transformer_config, vp_stage),
-            vocab_size=model.padded_vocab_size,
-            max_sequence_length=model.max_position_embeddings or model.seq_length,
-            pre_process=parallel_state.is_pipeline_first_stage(False, vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(False, vp_stage),
-            share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-            position_embedding_type=model.position_embedding_type,
-            rotary_base=model.rotary_base,
-            rotary_percent=model.rotary_percent,
-            vp_stage=vp_stage,
-        ).to(device=host.device(), dtype=dtype))
+    for number in range(num_chunks):
+        vp_stage = number if num_chunks > 1 else None
+        with layer_specs.buildable():
+            chunk = GPTModel(
+                config=transformer_config,
+                transformer_layer_spec=layer_specs.block_spec(transformer_config, vp_stage),
+                vocab_size=model.padded_vocab_size,
+                max_sequence_length=model.max_position_embeddings or model.seq_length,
+                pre_process=parallel_state.is_pipeline_first_stage(False, vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(False, vp_stage),
+                share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+                position_embedding_type=model.position_embedding_type,
+                rotary_base=model.rotary_base,
+                rotary_percent=model.rotary_percent,
+                rope_scaling=model.use_rope_scaling,
+                rope_scaling_factor=model.rope_scaling_factor,
+                vp_stage=vp_stage,
+            )
+        layer_specs.add_up_position_gradients(chunk)
+        chunks.append(chunk.to(device=host.device(), dtype=dtype))
     return chunks
 
 
 def _transformer_config(model: ModelConfig, layout: ParallelConfig, dtype: torch.dtype):
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
 
     num_chunks = layout.num_model_chunks(model)
-    return TransformerConfig(
+    kind = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
+    return kind(
+        **_of_latent_attention(model),
+        **_of_experts(model),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size(model),
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        qk_layernorm=model.qk_layernorm,
         normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
         activation_func=torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
         add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
         init_method_std=model.init_method_std,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -70,6 +82,9 @@ def _transformer_config(model: ModelConfig, layout: ParallelConfig, dtype: torch
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
         sequence_parallel=layout.sequence_parallel,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.tensor_model_parallel_size,
+        moe_token_dispatcher_type=layout.moe_token_dispatcher_type,
         # Between two stages with several chunks each, a batched exchange takes one chunk's message
         # for another's, without a word.
         overlap_p2p_comm=num_chunks > 1,
@@ -89,48 +104,31 @@ def _transformer_config(model: ModelConfig, layout: ParallelConfig, dtype: torch
     )
 
 
-class _SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm over a slice of the sequence: its weight's gradient is a partial sum."""
-
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_unused):
-        super().__init__(hidden_size, eps=eps)
-        _mark_sequence_parallel(self)
-
-
-class _SequenceParallelLayerNorm(torch.nn.LayerNorm):
-    """LayerNorm over a slice of the sequence: its parameters' gradients are partial sums."""
-
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_unused):
-        super().__init__(hidden_size, eps=eps)
-        _mark_sequence_parallel(self)
+def _of_latent_attention(model: ModelConfig) -> dict:
+    if not model.multi_latent_attention:
+        return {}
+    names = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim",
+             "rotary_base", "rotary_percent", "rotary_scaling_factor", "mscale", "mscale_all_dim")
+    return {"rope_type": model.rope_type or "yarn", **{n: getattr(model, n) for n in names}}
 
 
-def _mark_sequence_parallel(norm: torch.nn.Module) -> None:
-    for parameter in norm.parameters():
-        parameter.sequence_parallel = True
-
-
-def _block_spec(transformer_config, vp_stage: int | None):
-    """Megatron's local layer spec; its norms replaced where they must carry sequence parallelism.
-
-    Megatron's own torch norms refuse sequence parallelism.
-    """
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-    from megatron.core.transformer.transformer_block import (
-        TransformerBlockSubmodules,
-        get_num_layers_to_build,
-    )
-
-    norm = WrappedTorchNorm
-    layer = get_gpt_layer_local_spec(normalization=transformer_config.normalization)
-    if transformer_config.sequence_parallel:
-        norm = (_SequenceParallelRMSNorm if transformer_config.normalization == "RMSNorm"
-                else _SequenceParallelLayerNorm)
-        layer = dataclasses.replace(layer, submodules=dataclasses.replace(
-            layer.submodules, input_layernorm=norm, pre_mlp_layernorm=norm))
-    num_layers = get_num_layers_to_build(transformer_config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+def _of_experts(model: ModelConfig) -> dict:
+    if model.num_experts is None:
+        return {}
+    names = ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+             "moe_shared_expert_gate", "moe_router_topk", "moe_router_score_function",
+             "moe_router_pre_softmax", "moe_router_enable_expert_bias",
+             "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk")
+    frequency = str(model.moe_layer_freq)
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_layer_freq": int(frequency) if frequency.isdigit() else [
+            int(has_experts) for has_experts in config.expert_layers(model)],
+        # A balancing loss is one of the whole batch: no sample has a gradient of its own then.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        **{name: getattr(model, name) for name in names},
+    }
 
 
 @dataclass(frozen=True)
@@ -141,10 +139,16 @@ class ParameterShard:
     rows: [local rows] row numbers in the whole matrix (a vector's entries are its rows).
     columns: [local columns] column numbers; [0] for a vector.
     owned: True on exactly one rank of a copy of the model, for each entry: what sums over
-        parameters (dot products) count.
+        parameters (dot products) count. With expert parallelism, the ranks that share a set of
+        experts are one copy.
     adds_gradient: the gradient on this rank is a summand of the whole gradient. False on all but
-        one rank for a replicated parameter; True on both holders of tied embeddings, and on all
-        holders of a sequence-parallel norm, since there each has a part of the gradient.
+        one rank for a replicated parameter; True on both holders of tied embeddings, and where
+        the gradient is partial.
+    is_partial: a replicated parameter of which each tensor-parallel rank has a part of the
+        gradient: its slice of the sequence (sequence parallelism), or its heads (norms of
+        queries and keys).
+    of_local_experts: only this expert-parallel rank has these entries, and its gradient is that
+        of the samples of all data-parallel ranks which share the set of experts.
     """
 
     name: str
@@ -153,6 +157,8 @@ class ParameterShard:
     columns: torch.Tensor
     owned: bool
     adds_gradient: bool
+    is_partial: bool = False
+    of_local_experts: bool = False
 
     def as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the parameter's shape as [local rows, local columns]."""
@@ -164,8 +170,11 @@ def parameter_shards(chunks: list[torch.nn.Module]) -> list[ParameterShard]:
     shards = []
     for chunk in chunks:
         sharded = chunk.sharded_state_dict(metadata=checkpoint_metadata())
+        # Not of latents, which are whole on each rank.
+        head_norms = chunk.config.qk_layernorm and not chunk.config.multi_latent_attention
         for local_name, parameter in chunk.named_parameters():
-            shards.append(_parameter_shard(parameter, sharded[local_name]))
+            of_heads = head_norms and re.search(r"attention\.[qk]_layernorm\.", local_name)
+            shards.append(_parameter_shard(parameter, sharded[local_name], bool(of_heads)))
     return shards
 
 
@@ -179,14 +188,13 @@ def checkpoint_metadata() -> dict:
     }
 
 
-def _parameter_shard(parameter: torch.nn.Parameter, sharded) -> ParameterShard:
+def _parameter_shard(parameter: torch.nn.Parameter, sharded, of_heads: bool) -> ParameterShard:
     shape = parameter.shape if parameter.dim() > 1 else (parameter.shape[0], 1)
     rows = torch.empty(shape[0], dtype=torch.int64)
     columns = torch.zeros(shape[1], dtype=torch.int64)
     name = None
     for tile, local_rows in _tiles(sharded, shape[0]):
-        layer = tile.global_offset[: tile.prepend_axis_num]
-        name = _global_name(tile.key, layer)
+        name = _global_name(tile.key, tile.global_offset[: tile.prepend_axis_num])
         offset = tile.global_offset[tile.prepend_axis_num:]
         rows[local_rows] = offset[0] + torch.arange(len(local_rows))
         if parameter.dim() > 1:
@@ -194,13 +202,18 @@ def _parameter_shard(parameter: torch.nn.Parameter, sharded) -> ParameterShard:
     is_tied_copy = getattr(parameter, "shared", False)
     is_replica = (not getattr(parameter, "tensor_model_parallel", False)
                   and parallel.tensor_rank() > 0)
+    is_partial = of_heads or getattr(parameter, "sequence_parallel", False)
+    of_local_experts = not getattr(parameter, "allreduce", True)
     return ParameterShard(
         name=name,
         parameter=parameter,
         rows=rows.to(parameter.device),
         columns=columns.to(parameter.device),
-        owned=not is_replica and not is_tied_copy,
-        adds_gradient=not is_replica or getattr(parameter, "sequence_parallel", False),
+        owned=(not is_replica and not is_tied_copy
+               and (of_local_experts or parallel.expert_rank() == 0)),
+        adds_gradient=not is_replica or is_partial,
+        is_partial=is_partial,
+        of_local_experts=of_local_experts,
     )
 
 
@@ -220,8 +233,17 @@ def _tiles(sharded, num_rows: int):
         yield tile, tile.data if tile.data.dim() == 1 else tile.data[:, 0]
 
 
-def _global_name(key: str, layer: tuple[int, ...]) -> str:
-    return re.sub(r"layers\.", f"layers.{layer[0]}.", key, count=1) if layer else key
+def _global_name(key: str, numbers: tuple[int, ...]) -> str:
+    """The key with the numbers of layer and expert in their places, where it does not have them.
+
+    Megatron stacks what all layers have, and all experts, along axes in front.
+    """
+    numbers = list(numbers)
+    if numbers and re.search(r"layers\.\D", key):
+        key = re.sub(r"layers\.", f"layers.{numbers.pop(0)}.", key, count=1)
+    if numbers:
+        key = re.sub(r"experts\.experts\.", f"experts.experts.{numbers.pop(0)}.", key, count=1)
+    return key
 
 
 def num_parameters(chunks: list[torch.nn.Module]) -> int:

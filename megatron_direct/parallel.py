@@ -1,7 +1,9 @@
 """The one place where process groups are named.
 
 Ranks form a grid: tensor parallel (tp) by pipeline parallel (pp) ranks hold one copy of the model,
-and data-parallel (dp) ranks hold copies of it. Everything the package asks of the other ranks is
+and data-parallel (dp) ranks hold copies of it. With expert parallelism, ep data-parallel ranks
+share one set of experts: each sees samples of its own, but they hold one copy of the experts
+together, and tokens go to and fro between them. Everything the package asks of the other ranks is
 one of the verbs below; with a group of one rank each of them is the identity.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import pickle
 from collections.abc import Callable
@@ -61,10 +64,17 @@ def model_parallel(config: ParallelConfig, num_model_chunks: int = 1):
     """Megatron's process groups for a layout, taken down again at the end."""
     from megatron.core import parallel_state
 
+    if config.moe_token_dispatcher_type == "alltoall" and not host.has_gpu():
+        raise UserError("--moe-token-dispatcher-type alltoall needs GPUs: Megatron lets its "
+                        "messages overlap on CUDA streams. Use allgather, which does the same.")
+    # Models and optimizers refer to each other in circles: those of an earlier stage, and the
+    # threads of its groups, would stay for as long as nothing else makes Python look for circles.
+    gc.collect()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=num_model_chunks if num_model_chunks > 1 else None)
+        virtual_pipeline_model_parallel_size=num_model_chunks if num_model_chunks > 1 else None,
+        expert_model_parallel_size=config.expert_model_parallel_size)
     try:
         yield
     finally:
@@ -89,14 +99,31 @@ def tensor_rank() -> int:
     return _groups().get_tensor_model_parallel_rank()
 
 
+def expert_rank() -> int:
+    """This rank's number among those that share a set of experts."""
+    return _groups().get_expert_model_parallel_rank()
+
+
+def expert_size() -> int:
+    return _groups().get_expert_model_parallel_world_size()
+
+
+def own_rows(num_samples: int) -> slice:
+    """This rank's samples among those of all ranks that share a set of experts.
+
+    num_samples: of one micro-batch on each of them.
+    """
+    return slice(expert_rank() * num_samples, (expert_rank() + 1) * num_samples)
+
+
 def is_first_model_rank() -> bool:
-    """True on the one rank of each copy of the model that speaks for the copy."""
+    """True on one rank of those that see the same samples: it speaks for them."""
     return dist.get_rank(_groups().get_model_parallel_group()) == 0
 
 
 def sum_over_model(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of a tensor over the tp x pp ranks of one copy of the model, in place."""
-    return _all_reduce(tensor, _groups().get_model_parallel_group())
+    """Sum of a tensor over the tp x pp x ep ranks of one copy of the model, in place."""
+    return _all_reduce(tensor, _groups().get_expert_tensor_model_pipeline_parallel_group())
 
 
 def sum_over_tensor_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -106,6 +133,11 @@ def sum_over_tensor_ranks(tensor: torch.Tensor) -> torch.Tensor:
 def sum_over_data(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over the data-parallel ranks, in place."""
     return _all_reduce(tensor, _groups().get_data_parallel_group())
+
+
+def sum_over_copies_of_experts(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over the data-parallel ranks that hold the same experts, in place."""
+    return _all_reduce(tensor, _groups().get_expert_data_parallel_group())
 
 
 def sum_over_embedding_stages(tensor: torch.Tensor) -> torch.Tensor:
@@ -188,10 +220,16 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def require_same_on_all_ranks(value: str, what: str) -> None:
-    """Raises on every rank where one rank holds another value (replicas must agree)."""
+def gather_objects(value) -> list:
+    """What each rank holds, in the order of ranks, on every rank."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
+    return values
+
+
+def require_same_on_all_ranks(value: str, what: str) -> None:
+    """Raises on every rank where one rank holds another value (replicas must agree)."""
+    values = gather_objects(value)
     if len(set(values)) > 1:
         raise UserError(
             f"{what} differs between ranks: {values}. All ranks must read the same files; "

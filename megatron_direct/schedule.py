@@ -17,17 +17,21 @@ from megatron_direct.data.samples import MicroBatch, Samples
 
 
 def passes(chunks: Sequence[torch.nn.Module], samples: Samples, numbers: np.ndarray,
-           micro_batch_size: int) -> Iterator[list[MicroBatch]]:
+           micro_batch_size: int, first_pass: int = 0) -> Iterator[list[MicroBatch]]:
     """This data-parallel rank's share of the samples, in passes that suit the layout.
 
     A pipeline of p stages is busy m / (m + p - 1) of the time with m micro-batches: 4 p of them
-    keep it busy 4/5 of the time. The interleaved schedule takes multiples of p only.
+    keep it busy 4/5 of the time. The interleaved schedule takes multiples of p only. Ranks that
+    share experts exchange tokens all the time, and go through equal passes in step. The passes
+    before ``first_pass`` are left out.
     """
     layout = chunks[0].config
     stages = layout.pipeline_model_parallel_size
     return samples.passes(
         numbers, micro_batch_size, 1 if stages == 1 else 4 * stages,
-        share=parallel.data_rank(), num_shares=parallel.data_size(), count_multiple=stages,
+        share=parallel.data_rank(), num_shares=parallel.data_size(), first_pass=first_pass,
+        count_multiple=stages,
+        in_step=layout.expert_model_parallel_size > 1,
         length_multiple=layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
 
 

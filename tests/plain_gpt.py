@@ -3,6 +3,7 @@
 Written from the architecture alone; it shares no code with Megatron or with the package. Weights
 come as {name: [rows, columns]} with the names, and the row order, of the whole model: QKV rows go
 by query group (the group's queries, its key, its value), the rows of a gated MLP are [gate; up].
+Norms are named as parts of the linear layer behind them, where they feed just one.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import plain_attention
+import plain_experts
 import torch
-
-EPS = 1e-5
 
 
 class PlainGPT:
@@ -60,62 +61,47 @@ class PlainGPT:
             x = x + weights["embedding.position_embeddings.weight"][: len(tokens)]
         for layer in range(model.num_layers):
             part = f"decoder.layers.{layer}."
-            x = x + self._attention(weights, part + "self_attention.", x)
-            x = x + self._mlp(weights, part + "mlp.", x)
-        x = self._norm(weights, "decoder.final_layernorm.", x)
+            x = x + self._attention(weights, part, x)
+            x = x + self._feed_forward(weights, part, x)
+        x = self.norm(weights, "decoder.final_layernorm.", x)
         output = ("output_layer.weight" if model.untie_embeddings_and_output_weights
                   else "embedding.word_embeddings.weight")
         return x @ weights[output].T
 
-    def _norm(self, weights, prefix, x):
+    def norm(self, weights, prefix, x):
         if self.model.normalization == "LayerNorm":
             x = x - x.mean(-1, keepdim=True)
-        x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPS) * weights[prefix + "weight"][:, 0]
+        x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.model.norm_epsilon)
+        x = x * weights[prefix + "weight"][:, 0]
         return x + weights[prefix + "bias"][:, 0] if prefix + "bias" in weights else x
 
-    def _linear(self, weights, prefix, x):
+    def linear(self, weights, prefix, x):
         y = x @ weights[prefix + "weight"].T
         return y + weights[prefix + "bias"][:, 0] if prefix + "bias" in weights else y
 
-    def _attention(self, weights, prefix, x):
-        model = self.model
-        heads = model.num_attention_heads
-        groups = model.num_query_groups or heads
-        per_group, length, width = heads // groups, len(x), model.hidden_size // heads
-        x = self._norm(weights, prefix + "linear_qkv.layer_norm_", x)
-        qkv = self._linear(weights, prefix + "linear_qkv.", x)
-        qkv = qkv.view(length, groups, per_group + 2, width)
-        outputs = []
-        for group in range(groups):
-            key, value = qkv[:, group, per_group], qkv[:, group, per_group + 1]
-            for head in range(per_group):
-                query = self._rotate(qkv[:, group, head])
-                scores = query @ self._rotate(key).T / math.sqrt(width)
-                future = torch.ones(length, length, dtype=torch.bool).triu(1)
-                scores = scores.masked_fill(future, -math.inf)
-                scores = scores - scores.detach().max(-1, keepdim=True).values
-                exponentials = torch.exp(scores)
-                outputs.append(exponentials / exponentials.sum(-1, keepdim=True) @ value)
-        return self._linear(weights, prefix + "linear_proj.", torch.cat(outputs, -1))
+    def _attention(self, weights, part, x):
+        prefix = part + "self_attention."
+        if self.model.multi_latent_attention:
+            x = self.norm(weights, part + "input_layernorm.", x)
+            y = plain_attention.latent(self, weights, prefix, x)
+        else:
+            x = self.norm(weights, prefix + "linear_qkv.layer_norm_", x)
+            y = plain_attention.grouped(self, weights, prefix, x)
+        return self.linear(weights, prefix + "linear_proj.", y)
 
-    def _rotate(self, x):
-        if self.model.position_embedding_type != "rope":
-            return x
-        length, width = x.shape
-        # Angles in single precision, as Megatron has them in every precision.
-        frequencies = 1.0 / self.model.rotary_base ** (
-            torch.arange(0, width, 2, dtype=torch.float32) / width)
-        angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
-        cos, sin = torch.cos(angles).to(x.dtype), torch.sin(angles).to(x.dtype)
-        first, second = x[:, : width // 2], x[:, width // 2:]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    def _feed_forward(self, weights, part, x):
+        prefix = part + "mlp."
+        if prefix + "router.weight" in weights:
+            x = self.norm(weights, part + "pre_mlp_layernorm.", x)
+            return plain_experts.mixture(self, weights, prefix, x)
+        return self.mlp(weights, prefix,
+                        self.norm(weights, prefix + "linear_fc1.layer_norm_", x))
 
-    def _mlp(self, weights, prefix, x):
-        x = self._norm(weights, prefix + "linear_fc1.layer_norm_", x)
-        x = self._linear(weights, prefix + "linear_fc1.", x)
+    def mlp(self, weights, prefix, x):
+        x = self.linear(weights, prefix + "linear_fc1.", x)
         if self.model.swiglu:
             gate, up = x.chunk(2, -1)
             x = gate / (1 + torch.exp(-gate)) * up
         else:
             x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-        return self._linear(weights, prefix + "linear_fc2.", x)
+        return self.linear(weights, prefix + "linear_fc2.", x)

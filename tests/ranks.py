@@ -31,13 +31,14 @@ class RankError(AssertionError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a layout; vp: layers of a chunk in the interleaved schedule."""
+    """Sizes of a layout; vp: layers of a chunk in the interleaved schedule; ep: divides dp."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     vp: int | None = None
     sp: bool = False
+    ep: int = 1
 
     @property
     def world_size(self) -> int:
@@ -45,10 +46,12 @@ class Layout:
 
     def __str__(self) -> str:
         name = f"tp{self.tp}-pp{self.pp}-dp{self.dp}"
+        name += f"-ep{self.ep}" if self.ep > 1 else ""
         return name + (f"-vp{self.vp}" if self.vp else "") + ("-sp" if self.sp else "")
 
     def config(self) -> ParallelConfig:
-        return ParallelConfig(self.tp, self.pp, self.vp, self.sp)
+        return ParallelConfig(self.tp, self.pp, self.vp, self.sp,
+                              expert_model_parallel_size=self.ep)
 
 
 LAYOUTS = [

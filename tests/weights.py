@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from tiny_models import expert_bias
 
 from megatron_direct import hashing
 
@@ -27,6 +28,14 @@ def fill_by_hash(shards, scale: float = 0.3, seed: int = 0) -> None:
             values += 1.0
         with torch.no_grad():
             shard.parameter.copy_(values.view(shard.parameter.shape))
+
+
+def fill_expert_bias(chunks) -> None:
+    """The biases on the choice of experts are buffers, no parameters."""
+    for chunk in chunks:
+        for name, buffer in chunk.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(expert_bias(len(buffer)))
 
 
 def pieces(shards, tensors) -> list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:

@@ -98,7 +98,8 @@ class DualOperator:
         product = torch.zeros_like(vector)
         parameters = [shard.parameter for shard in self.space.shards]
         tangent_of = dict(zip(map(id, parameters), self.space.split(vector), strict=True))
-        duals = [DualChunk(chunk, {name: tangent_of[id(parameter)]
+        # A space of some parameters only: the others are held where they are.
+        duals = [DualChunk(chunk, {name: tangent_of.get(id(parameter), torch.zeros_like(parameter))
                                    for name, parameter in chunk.named_parameters()},
                            self.with_tangents) for chunk in self._chunks]
         slopes = []
@@ -112,8 +113,8 @@ class DualOperator:
                         duals, micro_batches, backward=True, stacked=2,
                         weights=[self._weights(batch, vector) for batch in micro_batches]))
         finally:
-            for parameter in parameters:
-                parameter.grad = None
+            for chunk in self._chunks:
+                chunk.zero_grad()
         self._require_finite(slopes)
         self.space.add_partial_sums(product)
         return parallel.sum_over_data(product)

@@ -39,8 +39,7 @@ class FisherOperator:
         for micro_batches in self._passes:
             coefficients = self._inner_products(micro_batches, vector) / self.num_samples
             product += self._weighted_gradient(micro_batches, coefficients)
-        self.space.add_partial_sums(product)
-        return parallel.sum_over_data(product)
+        return self.space.sum_over_data(self.space.add_partial_sums(product))
 
     def _inner_products(self, micro_batches: Sequence[MicroBatch], vector: torch.Tensor,
                         ) -> torch.Tensor:
@@ -48,27 +47,31 @@ class FisherOperator:
         parts = {shard.name: part for shard, part in
                  zip(self.space.shards, self.space.split(vector), strict=True)}
         size = micro_batches[0].tokens.shape[0]
-        total = vector.new_zeros(len(micro_batches), size)
+        own = parallel.own_rows(size)
+        # With expert parallelism the samples of all ranks that share the experts.
+        total = vector.new_zeros(len(micro_batches), size * parallel.expert_size())
 
         def add(micro_batch, shard, piece):
-            total[micro_batch] += piece.inner_products(parts[shard.name])
+            products = piece.inner_products(parts[shard.name])
+            rows = slice(None) if len(products) > size else own
+            total[micro_batch, rows] += products
 
         with PieceHooks(self._chunks, self.space.shards, add) as hooks:
             losses = schedule.run_pass(self._chunks, micro_batches, backward=True,
                                        before_forward=hooks.begin)
         _require_finite(losses, micro_batches)
-        return parallel.sum_over_model(total)
+        return parallel.sum_over_model(total)[:, own]
 
     def _weighted_gradient(self, micro_batches: Sequence[MicroBatch], weights: torch.Tensor,
                            ) -> torch.Tensor:
         """This rank's part of the gradient of sum_i weights_i loss_i."""
-        for shard in self.space.shards:
-            shard.parameter.grad = None
+        for chunk in self._chunks:
+            chunk.zero_grad()
         schedule.run_pass(self._chunks, micro_batches, backward=True, weights=list(weights))
         gradients = [torch.zeros_like(s.parameter) if s.parameter.grad is None else s.parameter.grad
                      for s in self.space.shards]
-        for shard in self.space.shards:
-            shard.parameter.grad = None
+        for chunk in self._chunks:
+            chunk.zero_grad()
         return self.space.join(gradients)
 
 

@@ -64,6 +64,7 @@ def _replacements(chunks: Sequence[torch.nn.Module], rules: _Rules):
         ("_CopyToModelParallelRegion", first_dim),
         ("_ReduceFromModelParallelRegion", first_dim),
         ("_ScatterToSequenceParallelRegion", batch_dim),
+        ("_GatherFromModelParallelRegion", first_dim),
         ("_GatherFromSequenceParallelRegion", batch_dim),
         ("_ReduceScatterToSequenceParallelRegion", batch_dim),
     ):
@@ -143,17 +144,18 @@ class _Rules:
 
     def attention(self, module, query, key, value, attention_mask, attn_mask_type=None,
                   attention_bias=None, packed_seq_params=None):
-        """[s, b, heads * d] from queries [s, b, heads, d], keys and values [s, b, groups, d]."""
+        """[s, b, heads * d] from queries [s, b, heads, c], keys [s, b, groups, c] and values
+        [s, b, groups, d]."""
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
         scale = module.softmax_scale * (module.scale_mask_softmax.scale or 1.0)
-        length, size, heads, width = query.shape
+        length, size, heads, _ = query.shape
         repeats = heads // key.shape[2]
         if repeats > 1:
             key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
         arguments = [half for tensor in (query * scale, key, value) for half in self.pair(
-            tensor.reshape(length, size * heads, width).transpose(0, 1))]
+            tensor.reshape(length, size * heads, -1).transpose(0, 1))]
         output = forward_ad.make_dual(*AttentionPair.apply(*arguments, self.with_tangents))
-        return output.transpose(0, 1).reshape(length, size, heads * width)
+        return output.transpose(0, 1).reshape(length, size, -1)
 
     def layer_norm(self, inputs, normalized_shape, weight=None, bias=None, eps=1e-5):
         return self._norm(inputs, normalized_shape, weight, bias, eps, centred=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_direct import hashing, parallel
+from megatron_direct import hashing, host, parallel
 from megatron_direct.model import ParameterShard
 
 
@@ -22,10 +22,12 @@ class ParameterSpace:
     def __init__(self, shards: Sequence[ParameterShard]):
         self.shards = list(shards)
         self._sizes = [shard.parameter.numel() for shard in shards]
-        first = shards[0].parameter
-        self.dtype, self.device = first.dtype, first.device
+        self.device = host.device()
+        # A rank may hold none, if the space is one of some parameters only.
+        self.dtype = shards[0].parameter.dtype if shards else torch.float32
         owned = torch.repeat_interleave(
-            torch.tensor([shard.owned for shard in shards]), torch.tensor(self._sizes))
+            torch.tensor([shard.owned for shard in shards], dtype=torch.bool),
+            torch.tensor(self._sizes, dtype=torch.int64))
         self._owned = None if bool(owned.all()) else owned.to(self.device)
         count = torch.tensor(float(owned.sum()), dtype=torch.float64, device=self.device)
         self.dimension = int(parallel.sum_over_model(count))
@@ -37,7 +39,8 @@ class ParameterSpace:
                 for part, s in zip(parts, self.shards, strict=True)]
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+        none = torch.empty(0, dtype=self.dtype, device=self.device)
+        return torch.cat([none, *(tensor.reshape(-1).to(self.dtype) for tensor in tensors)])
 
     def block_dot(self, basis: Sequence[torch.Tensor], vector: torch.Tensor) -> np.ndarray:
         """[len(basis)] float64 inner products, in one all-reduce."""
@@ -55,24 +58,41 @@ class ParameterSpace:
             rows = hashing.hash64(hashing.stream(seed, "entry", shard.name), shard.rows)
             entries = hashing.hash64(0, rows[:, None] ^ hashing.hash64(1, shard.columns)[None])
             parts.append(hashing.signs(entries).reshape(-1))
-        return torch.cat(parts).to(self.dtype)
+        return self.join(parts)
 
     def add_partial_sums(self, vector: torch.Tensor) -> torch.Tensor:
         """Makes a vector of gradients whole, in place.
 
-        After a backward pass of bare chunks the gradients of sequence-parallel norms are summed
-        over their own slice of the sequence, and those of tied embeddings over their own stage.
+        After a backward pass of bare chunks the gradients of some replicated parameters are sums
+        over the rank's own slice of the sequence or own heads, and those of tied embeddings sums
+        over their own stage.
         """
-        for mark, add_up in (("sequence_parallel", parallel.sum_over_tensor_ranks),
-                             ("shared_embedding", parallel.sum_over_embedding_stages)):
-            parts = [part for part, shard in zip(self.split(vector), self.shards, strict=True)
-                     if getattr(shard.parameter, mark, False)]
-            if parts:
-                whole = add_up(self.join(parts))
-                for part, values in zip(parts, whole.split([p.numel() for p in parts]),
-                                        strict=True):
-                    part.copy_(values.view_as(part))
+        self._add_up(vector, [shard.is_partial for shard in self.shards],
+                     parallel.sum_over_tensor_ranks)
+        self._add_up(vector, [getattr(shard.parameter, "shared_embedding", False)
+                              for shard in self.shards], parallel.sum_over_embedding_stages)
         return vector
+
+    def sum_over_data(self, vector: torch.Tensor) -> torch.Tensor:
+        """Sum over the data-parallel ranks, in place.
+
+        An expert-parallel rank's gradients of its experts are sums over all samples of the ranks
+        it shares the experts with: over these it is not summed again.
+        """
+        local = [shard.of_local_experts for shard in self.shards]
+        if not any(local):
+            return parallel.sum_over_data(vector)
+        self._add_up(vector, local, parallel.sum_over_copies_of_experts)
+        self._add_up(vector, [not it for it in local], parallel.sum_over_data)
+        return vector
+
+    def _add_up(self, vector: torch.Tensor, chosen: Sequence[bool], add_up) -> None:
+        """Applies a sum over ranks to the parts of the chosen shards, in place."""
+        parts = [part for part, it in zip(self.split(vector), chosen, strict=True) if it]
+        if parts:
+            whole = add_up(self.join(parts))
+            for part, values in zip(parts, whole.split([p.numel() for p in parts]), strict=True):
+                part.copy_(values.view_as(part))
 
 
 def _dot64(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

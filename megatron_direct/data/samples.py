@@ -81,21 +81,31 @@ class Samples:
         return tokens
 
     def passes(self, samples: np.ndarray, micro_batch_size: int, micro_batches_per_pass: int = 1,
-               *, share: int = 0, num_shares: int = 1, length_multiple: int = 1,
-               count_multiple: int = 1) -> Iterator[list[MicroBatch]]:
+               *, share: int = 0, num_shares: int = 1, first_pass: int = 0,
+               length_multiple: int = 1, count_multiple: int = 1, in_step: bool = False,
+               ) -> Iterator[list[MicroBatch]]:
         """Every sample once, in passes of equally shaped micro-batches.
 
         Samples of like length share a micro-batch. Which samples do depends on ``samples`` and the
         micro-batch size alone; share r of n takes every n-th micro-batch, so that the layout
-        changes nothing but who computes what. s is a multiple of ``length_multiple``; a pass is
-        filled with empty micro-batches to a multiple of ``count_multiple``.
+        changes nothing but who computes what. Passes before ``first_pass`` are left out. s is a
+        multiple of ``length_multiple``; a pass is filled with empty micro-batches to a multiple of
+        ``count_multiple``. ``in_step``: all shares have equally many passes, and the passes of one
+        number are of one shape in all of them.
         """
-        plan = plan_micro_batches(self.num_labels, samples, micro_batch_size)[share::num_shares]
-        for start in range(0, len(plan), micro_batches_per_pass):
-            group = plan[start: start + micro_batches_per_pass]
-            longest = max(int(self.num_labels[ids].max()) for ids in group)
+        plan = plan_micro_batches(self.num_labels, samples, micro_batch_size)
+        at_once = micro_batches_per_pass * num_shares
+        for start in range(first_pass * at_once, len(plan), at_once):
+            of_all = plan[start: start + at_once]
+            group = of_all[share::num_shares]
+            seen, count = (of_all, -(-len(of_all) // num_shares)) if in_step else (
+                group, len(group))
+            if count == 0:
+                return
+            longest = max(int(self.num_labels[ids].max()) for ids in seen)
             length = -(-longest // length_multiple) * length_multiple
-            group += [np.empty(0, np.int64)] * (-len(group) % count_multiple)
+            count = -(-count // count_multiple) * count_multiple
+            group += [np.empty(0, np.int64)] * (count - len(group))
             yield [self._micro_batch(ids, micro_batch_size, length) for ids in group]
 
     def _micro_batch(self, samples: np.ndarray, size: int, length: int) -> MicroBatch:

@@ -2,15 +2,20 @@
 
 Each kind of layer makes the gradient of one parameter out of what passes through the layer, sample
 by sample, before any sum over samples. Shapes: s positions, b samples of the micro-batch, i and o a
-linear layer's local inputs and outputs, n rows, h width of an embedding, p entries of a vector.
+linear layer's local inputs and outputs, n tokens that were routed to an expert, h width of an
+embedding, p entries of a vector.
 
 Every piece answers three questions about the gradients g_1 ... g_b of its parameter:
 ``inner_products(v)`` is [b], <g_i, v>; ``matrices()`` is [b, rows, columns], the gradients
 themselves; and sketches are made from either the matrices or the factors.
+
+An expert sees tokens of all samples that ep ranks have in their micro-batches at the time, and its
+pieces are of these ep * b samples, in the order (expert-parallel rank, row of its micro-batch).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +29,50 @@ class OuterProducts:
     inputs: torch.Tensor  # a: [s, b, i]
     output_grads: torch.Tensor  # delta: [s, b, o]
 
+    @property
+    def num_samples(self) -> int:
+        return self.inputs.shape[1]
+
+    def by_sample(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(sample, its inputs [s, i], its output gradients [s, o])."""
+        for sample in range(self.num_samples):
+            yield sample, self.inputs[:, sample], self.output_grads[:, sample]
+
     def matrices(self) -> torch.Tensor:
         return torch.einsum("sbo,sbi->boi", self.output_grads, self.inputs)
 
     def inner_products(self, vector: torch.Tensor) -> torch.Tensor:
         return (linear(self.inputs, vector) * self.output_grads).sum((0, 2))
+
+
+@dataclass(frozen=True)
+class RoutedOuterProducts:
+    """Of an expert's linear layer: g_i sums over the tokens of sample i that came to the expert.
+
+    ``num_samples`` is ep * b.
+    """
+
+    inputs: torch.Tensor  # a: [n, i]
+    output_grads: torch.Tensor  # delta: [n, o]
+    samples: torch.Tensor  # [n] int64
+    num_samples: int
+
+    def by_sample(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(sample, inputs, output gradients) of its tokens; nothing for a sample without any."""
+        for sample in self.samples.unique().tolist():
+            tokens = self.samples == sample
+            yield sample, self.inputs[tokens], self.output_grads[tokens]
+
+    def matrices(self) -> torch.Tensor:
+        sums = self.inputs.new_zeros(
+            self.num_samples, self.output_grads.shape[1], self.inputs.shape[1])
+        for sample, inputs, grads in self.by_sample():
+            sums[sample] = grads.T @ inputs
+        return sums
+
+    def inner_products(self, vector: torch.Tensor) -> torch.Tensor:
+        products = (linear(self.inputs, vector) * self.output_grads).sum(1)
+        return products.new_zeros(self.num_samples).index_add_(0, self.samples, products)
 
 
 @dataclass(frozen=True)
@@ -39,6 +83,10 @@ class RowSums:
     held: torch.Tensor  # [s, b] False where the row is another rank's
     output_grads: torch.Tensor  # delta: [s, b, h]
     num_rows: int
+
+    @property
+    def num_samples(self) -> int:
+        return self.rows.shape[1]
 
     def matrices(self) -> torch.Tensor:
         num_samples, width = self.output_grads.shape[1:]
@@ -59,6 +107,10 @@ class Entries:
 
     grads: torch.Tensor  # [b, p]
 
+    @property
+    def num_samples(self) -> int:
+        return self.grads.shape[0]
+
     def matrices(self) -> torch.Tensor:
         return self.grads[..., None]
 
@@ -66,4 +118,4 @@ class Entries:
         return self.grads @ vector.reshape(-1)
 
 
-Piece = OuterProducts | RowSums | Entries
+Piece = OuterProducts | RoutedOuterProducts | RowSums | Entries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from megatron_direct.curvature.symmetry import check_symmetry
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
+from megatron_direct.gradients.preconditioner import PreconditionedOperator
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.model import ParameterShard
 
@@ -66,11 +67,13 @@ class Directions:
 def leading_directions(config: CurvatureConfig, chunks: Sequence[torch.nn.Module],
                        shards: Sequence[ParameterShard], sketch: Sketch, samples: Samples,
                        numbers: np.ndarray, micro_batch_size: int, *, seed: int,
+                       scales: Mapping[str, torch.Tensor] | None, sample_loss: str,
                        valid_rows: np.ndarray, identity: dict, folder: Path) -> Directions:
     """Computes them, or reads them if ``folder`` holds them already; all ranks call this.
 
-    valid_rows: [M, k] sketches of the validation samples. identity: of checkpoint, data and
-    layout; a Lanczos run of another identity is begun anew.
+    scales: of the preconditioner, by shard; the curvature is then D H D. valid_rows: [M, k]
+    sketches of the validation samples, of gradients of their mean or summed losses. identity: of
+    checkpoint, data and layout; a Lanczos run of another identity is begun anew.
     """
     if parallel.on_rank_zero(lambda: (folder / "spectrum.json").is_file()):
         return parallel.on_rank_zero(lambda: _read(folder))
@@ -82,13 +85,15 @@ def leading_directions(config: CurvatureConfig, chunks: Sequence[torch.nn.Module
     else:
         space = ParameterSpace(shards)
         operator = OPERATORS[config.curvature](chunks, space, samples, numbers, micro_batch_size)
+        if scales is not None:
+            operator = PreconditionedOperator(operator, space, scales)
         log = LanczosLog(folder / "lanczos", {**identity, "curvature": config.curvature})
         spectrum, density = _compute(config, operator, space, seed, log)
         sketches = parallel.sum_over_model(torch.stack(
             [sketch.of_vector(space.split(v), shards) for v in spectrum.eigenvectors])
         ).cpu().numpy()
     elbow = find_elbow(spectrum.eigenvalues, config.energy_share,
-                       total_energy=_total_energy(config, density, valid_rows))
+                       total_energy=_total_energy(config, density, valid_rows, sample_loss))
     notes = [str(elbow), *getattr(operator, "notes", lambda: [])()]
     parallel.on_rank_zero(lambda: _write(folder, config, spectrum, elbow, density, sketches,
                                          len(numbers), space.dimension, notes))
@@ -150,14 +155,16 @@ def _likely_cause(operator, space) -> str:
 
 
 def _total_energy(config: CurvatureConfig, density: SpectralDensity | None,
-                  valid_rows: np.ndarray) -> float | None:
+                  valid_rows: np.ndarray, sample_loss: str) -> float | None:
     """The sum of all positive eigenvalues, where it is known.
 
-    That of the empirical Fisher is its trace, (1/M) sum_i ||g_i||^2, known from the sketches.
+    That of the empirical Fisher is its trace, (1/M) sum_i ||g_i||^2, known from the sketches if
+    they are of the same losses (the Fisher is of mean ones, the sketched one of the sketches').
     """
     if density is not None:
         return density.positive_trace.value
-    if "fisher" in config.curvature:
+    if config.curvature == "sketched-fisher" or (
+            config.curvature == "fisher" and sample_loss == "mean"):
         return float(np.mean(np.sum(valid_rows.astype(np.float64) ** 2, axis=1)))
     return None
 

@@ -18,12 +18,14 @@ from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients import store
+from megatron_direct.gradients.compute import SAMPLE_LOSSES
+from megatron_direct.gradients.preconditioner import adam_scales
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.run import RunDirectory
 from megatron_direct.stages import selection as selection_stage
 from megatron_direct.stages.curvature import CurvatureConfig, leading_directions
 from megatron_direct.stages.selection import SelectionConfig
-from megatron_direct.stages.sketches import write_sketches
+from megatron_direct.stages.sketches import sketched_shards, write_sketches
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,24 @@ class SelectConfig:
                                   required=True)
     run_dir: str = flag("", "folder for all that this run makes", required=True)
     sketch_size: int = flag(2048, "coordinates of a sketch (as in the authors' experiments)")
+    sketch_dtype: str = flag("fp32", "sketches on disk; bf16 takes half the space and rounds each "
+                             "coordinate to 3 digits", choices=store.DTYPES)
+    sketch_parameters: tuple = flag(
+        (), "glob patterns of the parameters that are sketched; '!PATTERN' leaves some out; left "
+        "out: all", nargs="+")
+    sample_loss: str = flag(
+        "mean", "a sample's gradient is that of the mean, or of the sum, of its token losses",
+        choices=SAMPLE_LOSSES)
+    precondition: str = flag(
+        "none", "adam: gradients are multiplied by the checkpoint's second moments of Adam to the "
+        "power -1/4, in sketches and curvature alike", choices=("none", "adam"))
     micro_batch_size: int = flag(8, "samples a rank computes at once")
     num_valid_samples: int = flag(
         256, "validation samples that curvature is computed on, at most; 0: all")
     seed: int = flag(1234, "seed of hashes, of the draw of validation samples and of the solver")
+
+
+_OF_SKETCHES = ("sketch_dtype", "sketch_parameters", "sample_loss", "precondition")
 
 
 def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfig,
@@ -64,7 +80,8 @@ def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfi
     identity = parallel.on_rank_zero(
         lambda: _identity(config, architecture, curvature, selection, found))
     of_sketches = {key: identity[key] for key in (
-        "checkpoint_digest", "dataset_digests", "seq_length", "sketch_size", "seed")}
+        "checkpoint_digest", "dataset_digests", "seq_length", "sketch_size", "seed",
+        *_OF_SKETCHES)}
     if parallel.on_rank_zero(lambda: run.begin("select", identity, vars(layout))):
         parallel.say(f"{config.run_dir} already holds this selection.")
         return
@@ -72,16 +89,20 @@ def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfi
     with parallel.model_parallel(layout, layout.num_model_chunks(architecture)):
         chunks = model.build(architecture, layout)
         checkpoint.load_model(found, chunks)
-        shards = model.parameter_shards(chunks)
-        sketch = Sketch(shards, config.sketch_size, config.seed)
+        shards = sketched_shards(model.parameter_shards(chunks), config.sketch_parameters)
+        scales = adam_scales(found, chunks, shards) if config.precondition == "adam" else None
+        sketch = Sketch(shards, config.sketch_size, config.seed, scales)
         for name, some, which in (("pool", samples, samples.usable),
                                   ("valid", valid_samples, numbers)):
-            write_sketches(run.path / "sketches" / name, of_sketches, chunks, shards, sketch, some,
-                           which, config.micro_batch_size)
+            write_sketches(run.path / "sketches" / name, of_sketches,
+                           {**vars(layout), "ranks": parallel.world_size()}, chunks, shards,
+                           sketch, some, which, config.micro_batch_size,
+                           dtype=config.sketch_dtype, sample_loss=config.sample_loss)
         valid_sketches = run.path / "sketches" / "valid"
         directions = leading_directions(
             curvature, chunks, shards, sketch, valid_samples, numbers, config.micro_batch_size,
-            seed=config.seed, folder=run.path / "curvature",
+            scales=scales, sample_loss=config.sample_loss, seed=config.seed,
+            folder=run.path / "curvature",
             valid_rows=parallel.on_rank_zero(lambda: store.load(valid_sketches).rows),
             identity={**identity, **vars(layout), "ranks": parallel.world_size()})
     selection_stage.solve(selection, samples, run.path, directions, seed=config.seed)
@@ -114,6 +135,7 @@ def _identity(config: SelectConfig, architecture: ModelConfig, curvature: Curvat
         **vars(architecture), **vars(curvature), **vars(selection),
         "sketch_size": config.sketch_size, "num_valid_samples": config.num_valid_samples,
         "seed": config.seed, "load": str(config.load),
+        **{name: getattr(config, name) for name in _OF_SKETCHES},
         "data_path": list(config.data_path), "valid_data_path": list(config.valid_data_path),
         "checkpoint_digest": checkpoint.digest(found),
         "dataset_digests": {prefix: dataset_digest(prefix) for prefix in prefixes},

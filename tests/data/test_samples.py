@@ -61,6 +61,19 @@ def test_a_pass_has_one_shape_and_is_filled_up(tmp_path):
         assert group[0].tokens.shape[1] % 3 == 0
 
 
+@pytest.mark.parametrize("num_shares", [1, 2, 3])
+def test_shares_in_step_have_equal_passes(tmp_path, num_shares):
+    prefix = write_dataset(tmp_path / "c", random_documents(22, 50))
+    samples = Samples([prefix], seq_length=16)
+    shares = [list(samples.passes(samples.usable, 4, 2, share=share, num_shares=num_shares,
+                                  in_step=True)) for share in range(num_shares)]
+    for passes in zip(*shares, strict=True):
+        assert len({(len(group), tuple(batch.tokens.shape)) for group in passes
+                    for batch in group}) == 1
+    numbers = [n for passes in shares for group in passes for batch in group for n in batch.samples]
+    assert sorted(numbers) == samples.usable.tolist()
+
+
 def test_a_token_outside_the_vocabulary_names_its_dataset(samples):
     samples.vocab_size = 12
     with pytest.raises(UserError, match=r"b holds token 12, but the model's vocabulary has 12"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from megatron_direct import hashing
-from megatron_direct.gradients.pieces import Entries, OuterProducts, RowSums
+from megatron_direct.gradients import outer_products
+from megatron_direct.gradients.pieces import Entries, OuterProducts, RoutedOuterProducts, RowSums
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.model import ParameterShard
 
@@ -17,15 +19,28 @@ def _shard(name, rows, columns):
 
 
 def test_hashes_are_uniform_and_signs_independent_of_buckets():
-    hashes = hashing.hash64(hashing.stream(1, "x"), torch.arange(200_000))
-    counts = np.bincount(hashing.buckets(hashes, 100).numpy(), minlength=100)
-    # A chi-squared variable with 99 degrees of freedom is beyond 160 with probability 1e-4.
-    assert ((counts - 2000) ** 2 / 2000).sum() < 160
-    signs = hashing.signs(hashes).numpy()
+    stream, indices = hashing.stream(1, "x"), torch.arange(200_000)
+    buckets = hashing.buckets(stream, indices, 100).numpy()
+    signs = hashing.signs(hashing.hash64(stream, indices)).numpy()
+    # Each block of 100 is a permutation, and a bucket's places in the blocks are uniform: a
+    # chi-squared variable with 99 degrees of freedom is beyond 160 with probability 1e-4.
+    assert (np.sort(buckets.reshape(-1, 100), axis=1) == np.arange(100)).all()
+    places = np.bincount(np.argsort(buckets.reshape(-1, 100), axis=1)[:, 7], minlength=100)
+    assert ((places - 20) ** 2 / 20).sum() < 160
+    # Of any two indices of different blocks, 1 in 100 pairs meet: 1,999 pairs, five deviations.
+    meet = (buckets.reshape(-1, 100)[1:, 3] == buckets.reshape(-1, 100)[:-1, 5]).sum()
+    assert abs(meet - 20) < 5 * np.sqrt(20)
     # Means of 200,000 (and 2,000) signs: five standard errors.
     assert abs(signs.mean()) < 5 / np.sqrt(len(signs))
-    by_bucket = np.bincount(hashing.buckets(hashes, 100).numpy(), weights=signs, minlength=100)
+    by_bucket = np.bincount(buckets, weights=signs, minlength=100)
     assert np.abs(by_bucket).max() < 5 * np.sqrt(2000)
+
+
+def test_a_part_of_the_indices_has_the_buckets_of_the_whole():
+    stream, whole = hashing.stream(2, "x"), torch.arange(1000)
+    part = torch.tensor([999, 3, 250, 251, 249, 0])
+    assert torch.equal(hashing.buckets(stream, part, 250),
+                       hashing.buckets(stream, whole, 250)[part])
 
 
 def test_known_values_of_the_mixer():
@@ -36,16 +51,17 @@ def test_known_values_of_the_mixer():
         [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F], dtype=np.uint64))
 
 
-def test_inner_products_are_kept_as_a_gaussian_keeps_them():
+@pytest.mark.parametrize("rank", [1, 2, 40])
+def test_inner_products_are_kept_as_a_gaussian_keeps_them(rank):
     """Errors, normalised by the norms and times sqrt(k), against 1 for Gaussian entries' sketch.
 
-    A dense Gaussian errs by sqrt((1 + cos^2) / k); the bar is 1.2 times that. Low-rank matrices,
-    as gradients are: rank-one ones would be the worst case of a separable hash.
+    A dense Gaussian errs by sqrt((1 + cos^2) / k); the bar is 1.2 times that, on matrices of low
+    rank, too, as gradients are. A TensorSketch would err by sqrt(3) times that at rank one.
     """
     size, shard = 512, _shard("w", 96, 80)
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(6, 40, 80, generator=generator)
-    grads = torch.randn(6, 40, 96, generator=generator)
+    inputs = torch.randn(rank, 40, 80, generator=generator)
+    grads = torch.randn(rank, 40, 96, generator=generator)
     piece = OuterProducts(inputs, grads)
     matrices = piece.matrices().flatten(1).double().numpy()
     norms = np.linalg.norm(matrices, axis=1)
@@ -57,6 +73,8 @@ def test_inner_products_are_kept_as_a_gaussian_keeps_them():
         bound.append((1 + exact**2) / size)
     assert np.sqrt(np.mean(np.square(errors))) < 1.2 * np.sqrt(np.mean(bound))
     assert abs(np.mean(errors)) < 5 * np.sqrt(np.mean(bound) / np.size(errors) * 40)
+    diagonal = np.array([np.diag(error) for error in errors])
+    assert np.sqrt(np.mean(diagonal**2)) < 1.2 * np.sqrt(2 / size)
 
 
 def test_pieces_agree_with_their_own_matrices():
@@ -81,3 +99,42 @@ def test_pieces_agree_with_their_own_matrices():
     torch.testing.assert_close(
         Sketch([column], size, 3).of_piece(column, entries),
         torch.stack([Sketch([column], size, 3).of_vector([g], [column]) for g in entries.grads]))
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "tokens"), [(12, 7, 9), (40, 33, 3), (5, 64, 20)])
+def test_both_ways_to_sketch_outer_products_agree(outputs, inputs, tokens):
+    """Rounding alone tells them apart: 2e-6 of the norm."""
+    generator = torch.Generator().manual_seed(2)
+    shard = _shard("w", outputs, inputs)
+    dense = OuterProducts(torch.randn(tokens, 3, inputs, generator=generator),
+                          torch.randn(tokens, 3, outputs, generator=generator))
+    routed = RoutedOuterProducts(torch.randn(tokens, inputs, generator=generator),
+                                 torch.randn(tokens, outputs, generator=generator),
+                                 torch.randint(0, 4, (tokens,), generator=generator), 5)
+    sketch = Sketch([shard], 48, 3)
+    for piece in (dense, routed):
+        truth = torch.stack([sketch.of_vector([matrix], [shard]) for matrix in piece.matrices()])
+        for add in (outer_products.add_entries, outer_products.add_spectra):
+            sums = sketch.sums(piece.num_samples, torch.device("cpu"))
+            of_way = sums._entries if add is outer_products.add_entries else sums._spectra
+            add(of_way, piece, sketch._hashes["w"])
+            assert (sums.total() - truth).norm() < 2e-6 * truth.norm()
+    narrow = (48, 8, 8, 4096)
+    assert outer_products.prefers_spectrum(512, 4096, 4096, 2048)
+    assert not outer_products.prefers_spectrum(*narrow)
+
+
+def test_a_scale_multiplies_the_gradient_entry_by_entry():
+    generator = torch.Generator().manual_seed(3)
+    shard = _shard("w", 12, 7)
+    scale = torch.rand(12, 7, generator=generator)
+    pieces = [
+        OuterProducts(torch.randn(9, 3, 7, generator=generator),
+                      torch.randn(9, 3, 12, generator=generator)),
+        RowSums(torch.randint(0, 12, (9, 3), generator=generator), torch.ones(9, 3).bool(),
+                torch.randn(9, 3, 7, generator=generator), 12),
+    ]
+    plain, scaled = Sketch([shard], 32, 3), Sketch([shard], 32, 3, {"w": scale})
+    for piece in pieces:
+        torch.testing.assert_close(scaled.of_piece(shard, piece), torch.stack(
+            [plain.of_vector([scale * matrix], [shard]) for matrix in piece.matrices()]))

@@ -1,4 +1,4 @@
-"""Sketches of every sample's gradient, and Fisher products, in every layout.
+"""Sketches of every sample's gradient, and Fisher products: each family, in every layout.
 
 The truth is ``PlainGPT`` under ordinary autograd, one sample at a time, in double precision; its
 gradients are sketched entry by entry from the definition of the hashes.
@@ -6,6 +6,8 @@ gradients are sketched entry by entry from the definition of the hashes.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 
 import numpy as np
@@ -14,11 +16,11 @@ import torch
 from indexed_files import random_documents, write_dataset
 from plain_gpt import PlainGPT
 from ranks import LAYOUTS, Layout, RankError, on_layout
-from weights import assemble, fill_by_hash, pieces
+from tiny_models import MODELS, VOCAB_SIZE
+from weights import assemble, fill_by_hash, fill_expert_bias, pieces
 
 from megatron_direct import hashing, parallel
 from megatron_direct import model as models
-from megatron_direct.config import ModelConfig
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import Samples
@@ -26,17 +28,7 @@ from megatron_direct.gradients.compute import sketch_samples
 from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.gradients.sketch import Sketch
 
-VOCAB_SIZE, SKETCH_SIZE, SEED, MICRO_BATCH_SIZE = 48, 64, 5, 4
-_sizes = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "vocab_size": VOCAB_SIZE,
-          "seq_length": 8, "make_vocab_size_divisible_by": 32}
-_gpt2 = _sizes | {"normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True,
-                  "position_embedding_type": "learned_absolute"}
-_llama = _sizes | {"num_query_groups": 2, "ffn_hidden_size": 24}
-MODELS = {
-    "gpt2-tied": ModelConfig(**_gpt2),
-    "llama-tied": ModelConfig(**_llama),
-    "llama-untied": ModelConfig(**_llama, untie_embeddings_and_output_weights=True),
-}
+SKETCH_SIZE, SEED, MICRO_BATCH_SIZE = 64, 5, 4
 # fp32 products and sums of some thousand terms, in an order that differs with the layout, round to
 # 1e-6 of a sketch's norm; the bars are 1e-5 against autograd and 1e-4 between layouts.
 AGAINST_AUTOGRAD = 1e-5
@@ -57,6 +49,7 @@ def _on_ranks(model, layout, prefix):
     chunks = models.build(model, layout)
     shards = models.parameter_shards(chunks)
     fill_by_hash(shards)
+    fill_expert_bias(chunks)
     samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
     sketch = Sketch(shards, SKETCH_SIZE, SEED)
     rows, losses = {}, {}
@@ -76,16 +69,24 @@ def _on_ranks(model, layout, prefix):
             "dimension": space.dimension}
 
 
+def _hashes(axis: str, name: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """[count] buckets and signs by their definition: each block of k is permuted."""
+    signs = hashing.hash64(hashing.stream(SEED, f"{axis} sign", name), torch.arange(count)).numpy()
+    blocks = np.arange(-(-count // SKETCH_SIZE))
+    seeds = hashing.hash64(hashing.stream(SEED, f"{axis} bucket", name), torch.from_numpy(blocks))
+    orders = [np.argsort(hashing.hash64(seed, torch.arange(SKETCH_SIZE)).numpy(), kind="stable")
+              for seed in seeds.tolist()]
+    return np.concatenate(orders)[:count], np.where(signs < 0, -1, 1)
+
+
 def _sketch_entry_by_entry(matrices: dict[str, np.ndarray]) -> np.ndarray:
     """The definition: entry (r, c) goes to (h1(r) + h2(c)) mod k with sign s1(r) s2(c)."""
     total = np.zeros(SKETCH_SIZE)
     for name, matrix in matrices.items():
-        row, column = (hashing.hash64(hashing.stream(SEED, axis, name), torch.arange(count)).numpy()
-                       for axis, count in zip(("row", "column"), matrix.shape, strict=True))
-        low = (1 << 62) - 1
-        place = ((row & low)[:, None] % SKETCH_SIZE + (column & low)[None] % SKETCH_SIZE)
-        sign = np.where(row < 0, -1, 1)[:, None] * np.where(column < 0, -1, 1)[None]
-        np.add.at(total, place % SKETCH_SIZE, matrix * sign)
+        rows, row_signs = _hashes("row", name, matrix.shape[0])
+        columns, column_signs = _hashes("column", name, matrix.shape[1])
+        np.add.at(total, (rows[:, None] + columns) % SKETCH_SIZE,
+                  matrix * row_signs[:, None] * column_signs)
     return total
 
 
@@ -117,16 +118,42 @@ def _relative(found, expected):
     return np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
 
 
-CASES = [("llama-tied", Layout()), ("gpt2-tied", Layout()), ("llama-untied", Layout()),
-         *(("llama-tied", layout) for layout in LAYOUTS),
-         ("gpt2-tied", Layout(tp=2, pp=2)), ("gpt2-tied", Layout(tp=2, sp=True)),
-         ("llama-untied", Layout(tp=2, pp=2))]
+# Experts live with tensor parallelism under sequence parallelism only, and so do latents.
+_DENSE = LAYOUTS
+_LATENT = [layout for layout in LAYOUTS if layout.tp == 1 or layout.sp]
+_EXPERTS = [*_LATENT, Layout(dp=2, ep=2), Layout(tp=2, dp=2, ep=2, sp=True), Layout(dp=4, ep=2),
+            Layout(pp=2, dp=2, ep=2)]
+_FAMILIES = {
+    "gpt2-tied": _DENSE, "gpt2-untied": _DENSE, "neox": _DENSE, "llama-tied": _DENSE,
+    "llama-untied": _DENSE, "starcoder": [layout for layout in LAYOUTS if layout.tp == 1],
+    "qwen3": _DENSE, "minicpm3": _LATENT, "mixtral": _EXPERTS, "qwen2-moe": _EXPERTS,
+    "deepseek-v2-lite": _EXPERTS, "deepseek-v3": _EXPERTS,
+}
+# Each family on one rank, and where its layers are cut in a way that others' are not.
+_DEFAULT = {
+    *((name, Layout()) for name in _FAMILIES if name != "gpt2-untied"),
+    *(("llama-tied", layout) for layout in LAYOUTS),
+    ("gpt2-tied", Layout(tp=2, pp=2)), ("gpt2-tied", Layout(tp=2, sp=True)),
+    ("neox", Layout(tp=2, pp=2)), ("starcoder", Layout(pp=2)), ("qwen3", Layout(tp=2)),
+    ("qwen2-moe", Layout(dp=2, ep=2)), ("qwen2-moe", Layout(tp=2, dp=2, ep=2, sp=True)),
+    ("deepseek-v3", Layout(dp=2, ep=2)), ("deepseek-v3", Layout(tp=2, sp=True)),
+}
 
 
-@pytest.mark.parametrize(("name", "layout"), CASES, ids=lambda value: str(value))
+def _cases():
+    for name, layouts in _FAMILIES.items():
+        for layout in [Layout(), *layouts]:
+            marks = () if (name, layout) in _DEFAULT else pytest.mark.slow
+            yield pytest.param(name, layout, id=f"{name}-{layout}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "layout"), _cases())
 def test_sketches_and_fisher_products(name, layout, prefix):
+    _check(on_layout(layout, _on_ranks, MODELS[name], prefix), name, prefix)
+
+
+def _check(ranks, name, prefix):
     sketches, losses, plain, product, of_vector = _truth(name, prefix)
-    ranks = on_layout(layout, _on_ranks, MODELS[name], prefix)
     rows = {}
     for rank in ranks:
         for number, row in rank["rows"].items():
@@ -145,6 +172,65 @@ def test_sketches_and_fisher_products(name, layout, prefix):
     assert _relative(whole("product"), product.numpy()) < 1e-4
     assert {rank["dimension"] for rank in ranks} == {product.numel()}
     assert not any(rank["frozen"] for rank in ranks), "the hooks thaw what they froze"
+
+
+def _product_over_the_first_layer(model, layout, prefix):
+    chunks = models.build(model, layout)
+    shards = models.parameter_shards(chunks)
+    fill_by_hash(shards)
+    space = ParameterSpace([s for s in shards if s.name.startswith("decoder.layers.0.")])
+    samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
+    operator = FisherOperator(chunks, space, samples, samples.usable, MICRO_BATCH_SIZE)
+    product = operator.matvec(space.random_signs(3))
+    return pieces(space.shards, space.split(product)), space.dot(product, product)
+
+
+def test_a_pipeline_stage_without_any_of_the_parameters(prefix):
+    model = MODELS["llama-tied"]
+    one, = on_layout(Layout(), _product_over_the_first_layer, model, prefix)
+    first, second = on_layout(Layout(pp=2), _product_over_the_first_layer, model, prefix)
+    assert second[0] == [] and first[1] == second[1] == pytest.approx(one[1], rel=1e-5)
+    expected, found = assemble([one[0]]), assemble([first[0], second[0]])
+    assert expected.keys() == found.keys()
+    for name, matrix in found.items():
+        np.testing.assert_allclose(matrix, expected[name], atol=1e-5 * abs(expected[name]).max())
+
+
+class _Stream:
+    """Stands for a CUDA stream, where there is nothing to wait for."""
+
+    def wait_stream(self, _other) -> None:
+        pass
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _on_ranks_with_alltoall(model, layout, prefix):
+    """The all-to-all dispatcher on the CPU: without streams, and with split sizes as gloo's."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    all_to_all = token_dispatcher.all_to_all
+
+    def with_lists(group, tokens, *splits):
+        return all_to_all(group, tokens, *(split.tolist() for split in splits))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", _Stream)
+        patch.setattr(torch.cuda, "current_stream", _Stream)
+        patch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
+        patch.setattr(token_dispatcher, "all_to_all", with_lists)
+        layout = dataclasses.replace(layout, moe_token_dispatcher_type="alltoall")
+        return _on_ranks(model, layout, prefix)
+
+
+def test_tokens_dispatched_by_alltoall(prefix):
+    layout = Layout(dp=2, ep=2)
+    _check(on_layout(layout, _on_ranks_with_alltoall, MODELS["qwen2-moe"], prefix), "qwen2-moe",
+           prefix)
 
 
 def _with_a_layer_no_hook_knows(model, layout):

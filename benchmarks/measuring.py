@@ -1,0 +1,73 @@
+"""What benchmarks measure with: random documents, time until all ranks are done, peak memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_direct import host, parallel
+
+
+def random_documents(folder: str, count: int, length: int, vocab_size: int) -> str:
+    """The prefix of an indexed dataset of documents of equal length; rank 0 calls this."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = str(Path(folder) / f"documents-{count}-{length}")
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.int32)
+    generator = np.random.default_rng(0)
+    for _ in range(count):
+        document = generator.integers(0, vocab_size, length)
+        builder.add_document(torch.from_numpy(document), [length])
+    builder.finalize(prefix + ".idx")
+    return prefix
+
+
+def fastest_in_turns(calls: Mapping[str, Callable], rounds: int) -> dict[str, float]:
+    """Seconds of each call, of its fastest round: other work on the machine only ever adds time.
+
+    The calls take turns, so that a slow spell of the machine meets all of them.
+    """
+    taken = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            taken[name].append(seconds(call))
+    return {name: min(times) for name, times in taken.items()}
+
+
+def seconds(call: Callable) -> float:
+    """Wall-clock time until every rank is done."""
+    parallel.barrier()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    parallel.barrier()
+    return time.perf_counter() - start
+
+
+def peak_bytes(call: Callable) -> int:
+    """Most memory of this rank during a call, above what it held before."""
+    gc.collect()
+    parallel.barrier()
+    if host.has_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back, so that it is not counted as held
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

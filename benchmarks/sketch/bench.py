@@ -1,0 +1,163 @@
+"""What a sketching pass costs, against a training pass over the same batch, measured in one run.
+
+    python benchmarks/sketch/bench.py [cost] [ways] [quality]
+    torchrun --nproc-per-node 2 benchmarks/sketch/bench.py ranks
+
+cost: time and peak memory of a sketching pass over those of a training pass (forward and backward,
+with weight gradients), for a model of 23 M parameters, and how they change with the sketch's size,
+the samples' length and the depth; beside it, a dense Gaussian that is drawn anew for each sample.
+ways: the two ways to sketch a linear layer, and the choice between them. quality: errors of inner
+products and norms of true gradients. ranks: samples a second of two data-parallel ranks over one.
+Ratios are what to read, not times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from measuring import fastest_in_turns, peak_bytes, random_documents, seconds
+from quality import print_quality
+
+from megatron_direct import cli, host, model, parallel, schedule
+from megatron_direct.config import ModelConfig, ParallelConfig
+from megatron_direct.data.samples import Samples
+from megatron_direct.gradients import outer_products
+from megatron_direct.gradients.compute import sketch_samples
+from megatron_direct.gradients.pieces import OuterProducts
+from megatron_direct.gradients.sketch import Sketch
+
+# 23.5 M parameters, 19.3 M of them in the layers.
+MODEL = ModelConfig(num_layers=6, hidden_size=512, num_attention_heads=8, ffn_hidden_size=1408,
+                    vocab_size=8192, seq_length=512)
+SIZE, MICRO_BATCH = 2048, 4
+# Forward pass, gradients of activations, gradients of weights: three passes of like cost, of which
+# a sketch needs two.
+LIMIT = 2 / 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=["cost", "ways", "quality"],
+                        help="cost, ways, quality or ranks")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    cli.quiet_imports()
+    with host.host(), parallel.process_group(), \
+            parallel.model_parallel(ParallelConfig()), tempfile.TemporaryDirectory() as folder:
+        for part in arguments.parts:
+            {"cost": print_cost, "ways": print_ways, "ranks": print_ranks,
+             "quality": lambda *_: print_quality()}[part](folder, arguments.rounds)
+
+
+def print_cost(folder: str, rounds: int) -> None:
+    print(f"{'':34}{'training s':>11}{'sketch s':>10}{'ratio':>7}{'memory':>8}")
+    cases = [(f"23.5 M parameters, 512 tokens, k {SIZE}", {}, SIZE)]
+    cases += [(f"k {size}", {}, size) for size in (512, 8192)]
+    cases += [(f"{length} tokens", {"seq_length": length}, SIZE) for length in (128, 1024)]
+    cases += [(f"{depth} layers", {"num_layers": depth}, SIZE) for depth in (3, 12)]
+    for name, change, size in cases:
+        architecture = dataclasses.replace(MODEL, **change)
+        chunks, shards, samples = _model(architecture, folder, MICRO_BATCH)
+        sketch = Sketch(shards, size, seed=1)
+        calls = {"training": lambda c=chunks, s=samples: _train(c, s),
+                 "sketch": lambda c=chunks, h=shards, k=sketch, s=samples: _sketch(c, h, k, s)}
+        taken = fastest_in_turns(calls, rounds)
+        memory = {key: peak_bytes(call) for key, call in calls.items()}
+        print(f"{name:34}{taken['training']:11.3f}{taken['sketch']:10.3f}"
+              f"{taken['sketch'] / taken['training']:7.2f}"
+              f"{memory['sketch'] / memory['training']:8.2f}", flush=True)
+        if not change and size == SIZE:
+            ours = taken["sketch"] / MICRO_BATCH
+            count = model.num_parameters(chunks)
+    print(f"the limit where matrix products are all that takes time: {LIMIT:.2f}")
+    gaussian = _dense_gaussian_seconds(SIZE, count)
+    print(f"a dense Gaussian drawn anew for each sample: {gaussian:.0f} s a sample, {gaussian:.0f} "
+          f"/ {ours:.2f} = {gaussian / ours:.0f} times ours (its gradient not counted)")
+
+
+def _model(architecture: ModelConfig, folder: str, count: int):
+    """(chunks, shards, samples of full length) of one rank."""
+    prefix = parallel.on_rank_zero(lambda: random_documents(
+        folder, count, architecture.seq_length + 1, architecture.vocab_size))
+    chunks = model.build(architecture, ParallelConfig())
+    for parameter in chunks[0].parameters():  # as in training: there is a place for gradients
+        parameter.grad = torch.zeros_like(parameter)
+    return chunks, model.parameter_shards(chunks), Samples([prefix], architecture.seq_length)
+
+
+def _train(chunks, samples: Samples) -> None:
+    for micro_batches in schedule.passes(chunks, samples, samples.usable, MICRO_BATCH):
+        schedule.run_pass(chunks, micro_batches, backward=True)
+
+
+def _sketch(chunks, shards, sketch: Sketch, samples: Samples) -> None:
+    for _ in sketch_samples(chunks, shards, sketch, samples, samples.usable, MICRO_BATCH):
+        pass
+
+
+def _dense_gaussian_seconds(size: int, num_parameters: int, slice_size: int = 50_000) -> float:
+    """Of one sample, from a slice of the parameters: the work is proportional to their number."""
+    gradient = torch.randn(slice_size)
+    begun = time.perf_counter()
+    sketch = torch.zeros(size)
+    for row in range(size):
+        sketch[row] = torch.randn(slice_size) @ gradient
+    return (time.perf_counter() - begun) * num_parameters / slice_size
+
+
+def print_ways(_folder: str, rounds: int) -> None:
+    """Milliseconds a sample of either way, what the cost model takes, and what it loses by it."""
+    print(f"{'outputs':>8}{'inputs':>8}{'tokens':>8}{'k':>6}{'by G ms':>10}{'spectrum ms':>13}"
+          f"  takes    over the better")
+    worst = 1.0
+    for outputs, inputs in ((512, 512), (768, 512), (1536, 512), (2816, 512), (512, 1408),
+                            (8192, 512), (2048, 2048), (128, 128), (384, 128)):
+        shard = model.ParameterShard("weight", torch.nn.Parameter(torch.empty(outputs, inputs)),
+                                     torch.arange(outputs), torch.arange(inputs), True, True)
+        for tokens, size in ((64, SIZE), (512, SIZE), (512, 512)):
+            piece = OuterProducts(torch.randn(tokens, 2, inputs), torch.randn(tokens, 2, outputs))
+            sketch = Sketch([shard], size, seed=1)
+            taken = fastest_in_turns(_ways(sketch, piece), rounds)
+            takes = "spectra" if outer_products.prefers_spectrum(
+                tokens, outputs, inputs, size) else "entries"
+            loss = taken[takes] / min(taken.values())
+            worst = max(worst, loss)
+            print(f"{outputs:8}{inputs:8}{tokens:8}{size:6}{taken['entries'] * 500:10.2f}"
+                  f"{taken['spectra'] * 500:13.2f}  {takes}{loss:18.2f}", flush=True)
+    print(f"at worst {worst:.2f} times the better way")
+
+
+def _ways(sketch: Sketch, piece: OuterProducts) -> dict:
+    hashes, sums = sketch._hashes["weight"], sketch.sums(2, torch.device("cpu"))
+    return {"entries": lambda: outer_products.add_entries(sums._entries, piece, hashes),
+            "spectra": lambda: outer_products.add_spectra(sums._spectra, piece, hashes)}
+
+
+def print_ranks(folder: str, rounds: int) -> None:
+    """Every rank a copy: its share alone, while the others wait, and all at once."""
+    chunks, shards, samples = _model(MODEL, folder, 2 * MICRO_BATCH * parallel.world_size())
+    sketch = Sketch(shards, SIZE, seed=1)
+
+    def share(of_ranks) -> None:
+        if parallel.data_rank() in of_ranks:
+            _sketch(chunks, shards, sketch, samples)
+
+    size = parallel.world_size()
+    alone, together = [], []
+    for _ in range(rounds):
+        alone.append(seconds(lambda: share([0])))
+        together.append(seconds(lambda: share(range(size))))
+    parallel.say(f"{size} data-parallel ranks: {size * min(alone) / min(together):.2f} times the "
+                 f"samples/s of one ({len(samples) / min(together):.1f} a second)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What the hooks note of linear layers, embeddings and norms (see ``hooks``).
+
+Under sequence parallelism a linear layer's input, or the gradient of its output, is spread over the
+tensor-parallel ranks by position. It is gathered here as Megatron gathers it in its own backward
+pass. A norm's gradient stays a partial sum, since every sum over the model's ranks adds it up.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from megatron_direct import parallel
+from megatron_direct.gradients.pieces import Entries, OuterProducts, RowSums
+
+
+def watched(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Callable]]:
+    from megatron.core.tensor_parallel.layers import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+    )
+
+    kinds = (
+        (ColumnParallelLinear, column_parallel),
+        (RowParallelLinear, row_parallel),
+        (VocabParallelEmbedding, _vocab_parallel),
+        (torch.nn.Embedding, _embedding),
+        (torch.nn.LayerNorm, functools.partial(norm, True)),
+        (torch.nn.RMSNorm, functools.partial(norm, False)),
+    )
+    yield from of_kinds(chunk, kinds)
+
+
+def of_kinds(chunk: torch.nn.Module, kinds) -> Iterator[tuple[torch.nn.Module, Callable]]:
+    """(layer, watch) by the first kind that a layer is of; not of what is inside of experts."""
+    for name, layer in chunk.named_modules():
+        watch = next((watch for kind, watch in kinds if isinstance(layer, kind)), None)
+        if watch is not None and ".local_experts." not in name:
+            yield layer, watch
+
+
+def column_parallel(layer, arguments, keywords, _output):
+    """Input whole (gathered, if spread by position), output a slice of the columns."""
+    inputs = arguments[0].detach()
+    weight = arguments[1] if len(arguments) > 1 else keywords.get("weight")
+    weight = layer.weight if weight is None else weight
+
+    def pieces(output_grads):
+        whole = parallel.gather_over_tensor_ranks(inputs, 0) if layer.sequence_parallel else inputs
+        yield weight, OuterProducts(whole, output_grads)
+        if layer.bias is not None:
+            yield layer.bias, Entries(output_grads.sum(0))
+
+    return pieces
+
+
+def row_parallel(layer, arguments, _keywords, _output):
+    """Input a slice of the columns, output whole (or spread by position)."""
+    inputs = arguments[0].detach()
+
+    def pieces(output_grads):
+        if layer.bias is not None:
+            # Added after the sum over ranks: spread by position it is a partial sum, and marked so.
+            yield layer.bias, Entries(output_grads.sum(0))
+        if layer.sequence_parallel:
+            output_grads = parallel.gather_over_tensor_ranks(output_grads, 0)
+        yield layer.weight, OuterProducts(inputs, output_grads)
+
+    return pieces
+
+
+def _vocab_parallel(layer, arguments, _keywords, _output):
+    tokens = arguments[0]  # [b, s]
+
+    def pieces(output_grads):
+        if layer.reduce_scatter_embeddings:  # [s / tp, b, h]
+            output_grads = parallel.gather_over_tensor_ranks(output_grads, 0)
+        else:  # [b, s, h]
+            output_grads = output_grads.transpose(0, 1)
+        rows = tokens.t() - layer.vocab_start_index
+        held = (rows >= 0) & (rows < layer.num_embeddings_per_partition)
+        yield layer.weight, RowSums(rows * held, held, output_grads, layer.weight.shape[0])
+
+    return pieces
+
+
+def _embedding(layer, arguments, _keywords, _output):
+    """An embedding held whole by every tensor-parallel rank (learned positions): [b, s] in."""
+    rows = arguments[0].t()
+
+    def pieces(output_grads):
+        held = torch.ones_like(rows, dtype=torch.bool)
+        yield layer.weight, RowSums(rows, held, output_grads.transpose(0, 1), layer.weight.shape[0])
+
+    return pieces
+
+
+def norm(centred: bool, layer, arguments, _keywords, _output):
+    """y = x_hat * weight (+ bias), x_hat the normalised input; [s, b, h] or [s, b, heads, h].
+
+    centred: whether the mean is taken off, and there is a bias (LayerNorm).
+    """
+    inputs = arguments[0].detach()
+
+    def pieces(output_grads):
+        yield layer.weight, Entries(
+            over_tokens(output_grads * normalised(inputs, layer.eps, centred)))
+        if centred:
+            yield layer.bias, Entries(over_tokens(output_grads))
+
+    return pieces
+
+
+def normalised(inputs: torch.Tensor, eps: float | None, centred: bool) -> torch.Tensor:
+    """Inputs over the root of their mean square in the last dimension, less their mean if asked."""
+    if centred:
+        inputs = inputs - inputs.mean(-1, keepdim=True)
+    eps = torch.finfo(inputs.dtype).eps if eps is None else eps
+    return inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + eps)
+
+
+def over_tokens(values: torch.Tensor) -> torch.Tensor:
+    """[b, h] sums of [s, b, ..., h] over everything but samples and width."""
+    return values.transpose(0, 1).flatten(1, -2).sum(1)
