@@ -2,13 +2,15 @@
 
 The folder is laid out as Megatron-LM's: ``iter_0000300/`` for each saved iteration, and
 ``latest_checkpointed_iteration.txt``, which is written last and names the newest whole one. Every
-checkpoint carries, under ``args``, the flags that it was made with.
+checkpoint carries, under ``args``, the flags that it was made with. Those of a checkpoint that
+Megatron-LM wrote are read as it reads them itself (``--use-checkpoint-args``).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,35 @@ from megatron_direct.errors import UserError
 from megatron_direct.model import checkpoint_metadata
 
 _TRACKER = "latest_checkpointed_iteration.txt"
+
+# Arguments of Megatron-LM that change what a model computes, with the values under which it is
+# one that ModelConfig can describe. An argument that a version does not have is at the first.
+_DESCRIBED = {
+    "activation_func_clamp_value": (None,),
+    "apply_layernorm_1p": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "attention_output_gate": (False,),
+    "experimental_attention_variant": (None,),
+    "glu_linear_offset": (0.0,),
+    "heterogeneous_layers_config_path": (None,),
+    "hybrid_override_pattern": (None,),
+    "is_hybrid_model": (False,),
+    "moe_latent_size": (None,),
+    "mtp_num_layers": (None, 0),
+    "no_rope_freq": (None,),
+    "openai_gelu": (False,),
+    "position_embedding_type": ("rope", "learned_absolute", "none"),
+    "qk_l2_norm": (False,),
+    "quick_geglu": (False,),
+    "rotary_interleaved": (False,),
+    "rotary_seq_len_interpolation_factor": (None, 1),
+    "softmax_type": ("vanilla",),
+    "spec": (None,),
+    "squared_relu": (False,),
+    "use_legacy_models": (False,),
+    "use_rope_scaling": (False,),
+    "window_size": (None,),
+}
 
 
 def latest(folder: str | os.PathLike) -> Path | None:
@@ -46,10 +77,55 @@ def require(folder: str | os.PathLike) -> Path:
 
 def read_args(checkpoint: Path) -> dict:
     """The flags a checkpoint was made with; {} if it carries none."""
+    args = _common_state(checkpoint).get("args")
+    if args is None:
+        return {}
+    args = dict(vars(args))
+    return _of_megatron_lm(args, checkpoint) if "padded_vocab_size" in args else args
+
+
+def read_iteration(checkpoint: Path) -> int:
+    return int(_common_state(checkpoint)["iteration"])
+
+
+def _common_state(checkpoint: Path) -> dict:
+    """All that is not a tensor of the model or the optimizer."""
     from megatron.core import dist_checkpointing
 
-    args = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args")
-    return dict(vars(args)) if args is not None else {}
+    try:
+        return dist_checkpointing.load_common_state_dict(str(checkpoint))
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{checkpoint}/common.pt holds objects that this megatron-core does not know "
+            f"({str(error).splitlines()[0]}). Use the version that wrote the checkpoint."
+            ) from error
+
+
+def _of_megatron_lm(args: dict, checkpoint: Path) -> dict:
+    """Megatron-LM's arguments, with those of the model as ModelConfig has them.
+
+    Raises UserError for a model that ModelConfig cannot describe.
+    """
+    for name, described in _DESCRIBED.items():
+        if args.get(name, described[0]) not in described:
+            raise UserError(
+                f"{checkpoint} was trained with {flag_name(name)} {args[name]}: such a model is "
+                f"not supported (only {' or '.join(map(str, described))}).")
+    frequency = args.get("moe_layer_freq", 1)
+    translated = {
+        # The number of groups says nothing unless the switch beside it is on.
+        "num_query_groups": args["num_query_groups"] if args["group_query_attention"] else None,
+        # Its padding depends on the layout it was trained in. The rows behind the tokenizer's
+        # entries are part of the model: their logits count in the softmax.
+        "vocab_size": args["padded_vocab_size"],
+        "make_vocab_size_divisible_by": args["padded_vocab_size"],
+        "moe_layer_freq": str(frequency).replace(" ", ""),
+        "norm_epsilon": args.get("norm_epsilon", args.get("layernorm_epsilon", 1e-5)),
+    }
+    tokenizer = args.get("tokenizer_model")
+    if tokenizer and os.path.isfile(tokenizer):
+        translated["tokenizer_digest"] = files.file_digest(tokenizer)
+    return {**args, **translated}
 
 
 def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[torch.nn.Module], optimizer,

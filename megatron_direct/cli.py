@@ -36,6 +36,7 @@ def quiet_imports() -> None:
 def make_parser() -> argparse.ArgumentParser:
     from megatron_direct.stages.anneal import AnnealConfig
     from megatron_direct.stages.curvature import CurvatureConfig
+    from megatron_direct.stages.inspect import InspectConfig
     from megatron_direct.stages.pretrain import PretrainConfig
     from megatron_direct.stages.report import ReportConfig
     from megatron_direct.stages.select import SelectConfig
@@ -53,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("anneal", "the decay phase over the selected samples, or over random ones",
          (AnnealConfig, ParallelConfig, OptimizerConfig, BatchConfig)),
         ("report", "the table of a run, and its report.html", (ReportConfig,)),
+        ("inspect", "what masks hold; masks combined, or made datasets", (InspectConfig,)),
     ):
         command = commands.add_parser(name, help=help_text, allow_abbrev=False)
         add_flags(command, *groups)
@@ -84,6 +86,12 @@ def _dispatch(flags: argparse.Namespace) -> None:
 
         config = from_flags(ReportConfig, flags)
         parallel.on_rank_zero(lambda: report(config))
+    elif flags.command == "inspect":
+        from megatron_direct import parallel
+        from megatron_direct.stages.inspect import InspectConfig, inspect
+
+        masks = from_flags(InspectConfig, flags)
+        parallel.on_rank_zero(lambda: inspect(masks))
 
 
 def run(work: Callable[[], None], layout: ParallelConfig) -> int:

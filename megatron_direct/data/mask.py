@@ -1,11 +1,15 @@
-"""A mask says which documents of one indexed dataset are kept."""
+"""A mask says which documents of one indexed dataset are kept.
+
+One bit a document, in memory as on disk (``PREFIX.mask.npz``): bit ``i % 8``, counted from the most
+significant, of byte ``i // 8`` stands for document i, as ``numpy.packbits`` has it. Bits behind the
+last document are zero.
+"""
 
 from __future__ import annotations
 
-import io
 import os
 import zipfile
-from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -14,51 +18,110 @@ from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.errors import UserError
 
 _FORMAT = 1
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 
 
-@dataclass(frozen=True, eq=False)
 class SampleMask:
-    """keep: [documents] bool; dataset_digest: of the dataset it belongs to, and of no other."""
+    """keep: [documents] bool; dataset_digest: of the dataset it belongs to, and of no other.
 
-    keep: np.ndarray
-    dataset_digest: str
+    run: where the mask came from, for its reader; "" if that is not known.
+    """
 
-    def __post_init__(self):
-        object.__setattr__(self, "keep", np.asarray(self.keep, dtype=bool))
-        if self.keep.ndim != 1:
-            raise ValueError(f"keep has shape {self.keep.shape}; expected one entry a document.")
+    def __init__(self, keep: np.ndarray, dataset_digest: str, run: str = ""):
+        keep = np.asarray(keep, dtype=bool)
+        if keep.ndim != 1:
+            raise ValueError(f"keep has shape {keep.shape}; expected one entry a document.")
+        self._fill(np.packbits(keep), len(keep), dataset_digest, run)
+
+    def _fill(self, bits: np.ndarray, num_documents: int, dataset_digest: str, run: str) -> None:
+        self._bits = bits
+        self.num_documents = num_documents
+        self.dataset_digest = dataset_digest
+        self.run = run
+
+    @classmethod
+    def _of_bits(cls, bits, num_documents, dataset_digest, run) -> SampleMask:
+        mask = cls.__new__(cls)
+        mask._fill(bits, num_documents, dataset_digest, run)
+        return mask
+
+    def __repr__(self) -> str:
+        return f"SampleMask({self.num_kept} of {self.num_documents}, {self.dataset_digest!r})"
 
     @property
+    def keep(self) -> np.ndarray:
+        """[documents] bool, unpacked anew: a byte a document."""
+        return np.unpackbits(self._bits, count=self.num_documents).view(bool)
+
+    @cached_property
+    def num_kept(self) -> int:
+        """K, the documents that are kept."""
+        return int(_ONES[self._bits].sum(dtype=np.int64))
+
+    @cached_property
     def digest(self) -> str:
         """Of what it keeps and whose it is: two masks with one digest are the same mask."""
-        bits = np.packbits(self.keep).tobytes()
-        return files.digest(self.dataset_digest, str(len(self.keep)), bits)
+        return files.digest(self.dataset_digest, str(self.num_documents), self._bits.data)
 
-    @property
-    def num_kept(self) -> int:
-        return int(self.keep.sum())
+    def with_run(self, run: str) -> SampleMask:
+        """The same mask with the name of the run it came from."""
+        return self._of_bits(self._bits, self.num_documents, self.dataset_digest, run)
+
+    def __and__(self, other: SampleMask) -> SampleMask:
+        """Documents that both keep."""
+        return self._combined(other, self._bits & self._require_same(other), "and")
+
+    def __or__(self, other: SampleMask) -> SampleMask:
+        """Documents that either keeps."""
+        return self._combined(other, self._bits | self._require_same(other), "or")
+
+    def __sub__(self, other: SampleMask) -> SampleMask:
+        """Documents that this mask keeps and the other does not."""
+        return self._combined(other, self._bits & ~self._require_same(other), "minus")
+
+    def _require_same(self, other: SampleMask) -> np.ndarray:
+        if (other.dataset_digest, other.num_documents) != (self.dataset_digest,
+                                                           self.num_documents):
+            raise UserError(
+                f"the masks belong to different datasets (digests {self.dataset_digest} and "
+                f"{other.dataset_digest}): and, or and minus are for masks of one dataset.")
+        return other._bits
+
+    def _combined(self, other: SampleMask, bits: np.ndarray, word: str) -> SampleMask:
+        run = f"({self.run or '?'} {word} {other.run or '?'})"
+        return self._of_bits(bits, self.num_documents, self.dataset_digest, run)
 
     def save(self, path: str | os.PathLike) -> None:
-        """One bit a document; whole, or not at all."""
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, format=_FORMAT, num_documents=len(self.keep),
-                            keep=np.packbits(self.keep), dataset_digest=self.dataset_digest)
+        """Whole, or not at all."""
+        # Bits of which half are set at random do not compress: deflate would only make them longer.
+        is_even = 0.4 < self.num_kept / max(self.num_documents, 1) < 0.6
         with files.written_whole(path) as file:
-            file.write(buffer.getvalue())
+            (np.savez if is_even else np.savez_compressed)(
+                file, format=_FORMAT, num_documents=self.num_documents, num_kept=self.num_kept,
+                keep=self._bits, dataset_digest=self.dataset_digest, run=self.run)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> SampleMask:
+        """Raises UserError for a file that is missing, damaged, or no mask."""
         try:
             with np.load(path, allow_pickle=False) as data:
-                count = int(data["num_documents"])
-                keep = np.unpackbits(data["keep"], count=count).astype(bool)
-                return cls(keep, str(data["dataset_digest"]))
+                version, count = int(data["format"]), int(data["num_documents"])
+                if version != _FORMAT:
+                    raise ValueError(f"format {version}, where {_FORMAT} was expected")
+                mask = cls._of_bits(data["keep"], count, str(data["dataset_digest"]),
+                                    str(data["run"]) if "run" in data else "")
+                expected = int(data["num_kept"]) if "num_kept" in data else mask.num_kept
         except FileNotFoundError:
             raise UserError(f"{path} does not exist. Run select first, or correct the path."
                             ) from None
         except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} is no sample mask, or is damaged ({error}). Run select again."
                             ) from error
+        if len(mask._bits) != -(-count // 8) or mask.num_kept != expected:
+            raise UserError(f"{path} is damaged: it keeps {mask.num_kept} documents in "
+                            f"{len(mask._bits)} bytes, where {expected} of {count} were written. "
+                            "Run select again.")
+        return mask
 
     def require_belongs_to(self, prefix: str) -> None:
         """Raises UserError on any dataset but its own."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_direct import checkpoint, evaluate, files, model, parallel, training
+from megatron_direct import checkpoint, datasets, evaluate, files, model, parallel, training
 from megatron_direct.config import (
     BatchConfig,
     ModelConfig,
@@ -20,6 +20,7 @@ from megatron_direct.config import (
     flag_name,
 )
 from megatron_direct.data import blend, indexed
+from megatron_direct.data.plan import BLEND_WEIGHTS, MAX_EPOCHS, Blend
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients import store
@@ -39,9 +40,20 @@ class AnnealConfig:
                           choices=ARMS)
     lr_wsd_decay_iters: int = flag(
         100, "iterations of the annealing, over which the learning rate decays")
-    data_weights: tuple = flag(
-        (), "weight of each pool in the blend; left out: the tokens its mask leaves", nargs="+",
-        type=float)
+    data_path: tuple = flag(
+        (), "the blend: prefixes, or weights and prefixes by turns; what is no pool of the run is "
+        "seen whole; left out: the pools, each weighted by the tokens that its mask leaves",
+        nargs="+")
+    data_args_path: str = flag("", "file with what --data-path would say")
+    per_split_data_args_path: str = flag(
+        "", "JSON file with a --data-path for train, valid (null, or the run's own) and test "
+        "(reported as --test-data-path is)")
+    blend_weights: str = flag(
+        "keep", "keep the weights of the blend, or rescale each to the tokens that its mask leaves",
+        choices=BLEND_WEIGHTS)
+    max_epochs: float = flag(
+        MAX_EPOCHS, "refuse to see a pool more often; up to four epochs of repeated data do about "
+        "as much good as fresh data (Muennighoff et al. 2023)")
     test_data_path: tuple = flag((), "indexed datasets whose loss is reported", nargs="+")
     save_interval: int = flag(50, "iterations between checkpoints")
     load_optim: bool = flag(True, "carry on with the checkpoint's optimizer state; "
@@ -67,15 +79,17 @@ def anneal(config: AnnealConfig, given: dict[type, dict], layout: ParallelConfig
     batch = BatchConfig(**_carried(BatchConfig, carried, given))
     _require_same_optimizer(config, optimizer, carried)
     layout.check(architecture, parallel.world_size())
-    prefixes = selected["data_path"]
-    if config.data_weights and len(config.data_weights) != len(prefixes):
-        raise UserError(f"--data-weights has {len(config.data_weights)} numbers for "
-                        f"{len(prefixes)} pools. Give one for each.")
-    _require_unchanged(selected, start_from, prefixes)
+    pools = selected["data_path"]
+    (prefixes, weights), test_data_path = _blend(config, selected)
+    _require_unchanged(selected, start_from, pools)
+    datasets.require_one_vocabulary(prefixes, architecture.vocab_size,
+                                    carried.get("tokenizer_digest"))
 
     identity = {**vars(architecture), **vars(optimizer), **vars(batch), **vars(config),
                 "run_dir": None, "save_interval": None,
-                "checkpoint_digest": selected["checkpoint_digest"]}
+                "checkpoint_digest": selected["checkpoint_digest"],
+                "dataset_digests": parallel.on_rank_zero(
+                    lambda: {prefix: indexed.dataset_digest(prefix) for prefix in prefixes})}
     stage = f"anneal {config.selection}"
     folder = arm_folder(config.run_dir, config.selection)
     if parallel.on_rank_zero(lambda: run.begin(stage, identity, vars(layout))):
@@ -83,19 +97,20 @@ def anneal(config: AnnealConfig, given: dict[type, dict], layout: ParallelConfig
         return
     with parallel.model_parallel(layout, layout.num_model_chunks(architecture)):
         batch.num_microbatches(parallel.data_size())
-        masks = _masks(config, prefixes, architecture, batch, run.path, folder)
+        masks = _masks(config, pools, architecture, batch, run.path, folder)
         num_sequences = config.lr_wsd_decay_iters * batch.global_batch_size
         dataset, parts = blend.build_blend(
-            prefixes, config.data_weights or None, masks, seq_length=architecture.seq_length,
+            prefixes, weights, masks, seq_length=architecture.seq_length,
             num_sequences=num_sequences, seed=batch.seed, cache=folder / "cache",
+            blend_weights=config.blend_weights, max_epochs=config.max_epochs,
             vocabulary=blend.Vocabulary(architecture.vocab_size,
                                         str(carried.get("tokenizer_digest"))))
         for part in parts:
-            parallel.say(f"{config.selection}: {part.prefix}: {part.documents} documents, "
-                         f"{part.tokens} tokens, seen {part.epochs:.2f} times")
+            parallel.say(f"{config.selection}: {part}")
         chunks = model.build(architecture, layout)
         before, after = _train(config, optimizer, batch, chunks, dataset, start_from, folder,
-                               lambda: _losses(config, selected, chunks, architecture, batch))
+                               lambda: _losses(selected["valid_data_path"], test_data_path, chunks,
+                                               architecture, batch))
     parallel.on_rank_zero(lambda: files.write_json(folder / "result.json", {
         "arm": config.selection, "before": before, "after": after,
         "tokens": num_sequences * architecture.seq_length,
@@ -134,12 +149,34 @@ def _train(config: AnnealConfig, optimizer: OptimizerConfig, batch: BatchConfig,
     return before, losses()
 
 
-def _losses(config: AnnealConfig, selected: dict, chunks, architecture: ModelConfig,
+def _blend(config: AnnealConfig, selected: dict) -> tuple[Blend, list[str]]:
+    """(the blend, the datasets whose loss is reported), from the one flag that gives them."""
+    pools, test = selected["data_path"], list(config.test_data_path)
+    data_path = list(config.data_path) if list(config.data_path) != pools else []
+    given = [flag_name(name) for name, value in (
+        ("data_path", data_path), ("data_args_path", config.data_args_path),
+        ("per_split_data_args_path", config.per_split_data_args_path)) if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} both say what the blend is. Leave out either.")
+    if config.data_args_path:
+        return blend.read_data_args(config.data_args_path), test
+    if not config.per_split_data_args_path:
+        return blend.parse_data_path(data_path or pools), test
+    splits = blend.read_per_split_data_args(config.per_split_data_args_path)
+    if splits["train"] is None:
+        raise UserError(f"{config.per_split_data_args_path} gives no train blend. Add one.")
+    if splits["valid"] and sorted(splits["valid"][0]) != sorted(selected["valid_data_path"]):
+        raise UserError(f"{config.per_split_data_args_path} validates on "
+                        f"{', '.join(splits['valid'][0])}, but the selection was made for "
+                        f"{', '.join(selected['valid_data_path'])}. Set valid to null.")
+    return splits["train"], test or (splits["test"][0] if splits["test"] else [])
+
+
+def _losses(valid: list[str], test: list[str], chunks, architecture: ModelConfig,
             batch: BatchConfig) -> dict[str, dict[str, float]]:
-    return {name: evaluate.dataset_losses(chunks, list(prefixes), architecture.seq_length,
+    return {name: evaluate.dataset_losses(chunks, prefixes, architecture.seq_length,
                                           architecture.vocab_size, batch.micro_batch_size)
-            for name, prefixes in (("valid", selected["valid_data_path"]),
-                                   ("test", config.test_data_path))}
+            for name, prefixes in (("valid", valid), ("test", test))}
 
 
 def _masks(config: AnnealConfig, prefixes, architecture: ModelConfig, batch: BatchConfig,
@@ -155,7 +192,7 @@ def _masks(config: AnnealConfig, prefixes, architecture: ModelConfig, batch: Bat
         chosen = random_selection(pool.samples[pool.finite], count, batch.seed)
         names = indexed.prefix_names(prefixes)
         for prefix, mask in selection_stage.masks_of(samples, chosen).items():
-            mask.save(selection_stage.mask_path(folder, names[prefix]))
+            mask.with_run(str(folder)).save(selection_stage.mask_path(folder, names[prefix]))
         files.write_json(folder / "composition.json",
                          selection_stage.composition(samples, chosen))
 

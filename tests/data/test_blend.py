@@ -206,3 +206,156 @@ def test_data_path_as_megatron_takes_it(given, prefixes, weights):
     from megatron_direct.data.blend import parse_data_path
 
     assert parse_data_path(given) == (prefixes, weights)
+
+
+def _config(folder, blend, **settings):
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    from megatron_direct.data import blend as blends
+
+    return GPTDatasetConfig(**{
+        "random_seed": 3, "sequence_length": LENGTH, "path_to_cache": str(folder / "cache"),
+        "blend": blend, "split": "100,0,0", "tokenizer": blends.Vocabulary(VOCAB + 1, "test"),
+        "reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False,
+        "create_attention_mask": False, **settings})
+
+
+def _check_mixed(folder):
+    """Two masked prefixes and one unmasked, against the materialised documents, on every rank."""
+    from megatron_direct import parallel
+    from megatron_direct.data.blend import masked_builder
+    from megatron_direct.data.materialize import materialize
+
+    if parallel.is_rank_zero():
+        prefixes, masks = make_pools(folder)
+        write_dataset(folder / "plain", random_documents(25, VOCAB, seed=9))
+        for prefix, mask in masks.items():
+            materialize(prefix, mask, prefix + "-alone")
+            mask.save(prefix + ".mask.npz")
+    parallel.barrier()
+    prefixes = [str(folder / f"pool{i}") for i in range(2)]
+    masks = {prefix: SampleMask.load(prefix + ".mask.npz") for prefix in prefixes}
+    weights = [0.3, 0.3, 0.1]  # thirds of 0.7 do not come out even in floating point
+    plain = str(folder / "plain")
+    masked, _ = masked_builder([70, 0, 0], lambda: True,
+                               _config(folder, ([*prefixes, plain], weights)), masks)
+    alone, _ = masked_builder(
+        [70, 0, 0], lambda: True,
+        _config(folder, ([*(p + "-alone" for p in prefixes), plain], weights)), {})
+    taken = _tokens(masked.build()[0], 70)
+    np.testing.assert_array_equal(taken, _tokens(alone.build()[0], 70))
+    assert not (taken == POISON).any()
+    return taken
+
+
+def test_masked_and_unmasked_prefixes_in_one_blend_and_one_cache_for_all_ranks(tmp_path):
+    one, two = run_on_ranks(2, _check_mixed, tmp_path)
+    np.testing.assert_array_equal(one, two)
+
+
+def _built(folder, blend, sizes, masks_of, **settings):
+    from megatron_direct.data.blend import masked_builder
+
+    prefixes, masks = make_pools(folder)
+    masks = {p: m for p, m in masks.items() if os.path.basename(p) in masks_of}
+    names = dict(zip(("pool0", "pool1"), prefixes, strict=True))
+    given = ([names[name] for name in blend[0]], blend[1])
+    keywords = {k: settings.pop(k) for k in ("blend_weights", "num_consumed", "max_epochs")
+                if k in settings}
+    builder, parts = masked_builder(sizes, lambda: True, _config(folder, given, **settings), masks,
+                                    **keywords)
+    return [dataset and len(dataset) for dataset in builder.build()], parts
+
+
+def _check_without_weights(folder):
+    both, all_masked = (["pool0", "pool1"], None), ("pool0", "pool1")
+    lengths, parts = _built(folder, both, [None, 0, 0], all_masked)
+    assert lengths[0] == sum((part.tokens - 1) // LENGTH for part in parts)
+    lengths, parts = _built(folder, both, [100, 0, 0], all_masked, blend_weights="tokens")
+    assert lengths[0] >= 100
+    _, parts = _built(folder, both, [100, 0, 0], all_masked, blend_weights="tokens",
+                      num_consumed=90, max_epochs=1.0)  # ten are left to draw
+    assert parts[0].epochs == pytest.approx(10 * LENGTH / sum(part.tokens for part in parts))
+    _built(folder, both, [100, 0, 0], all_masked)
+
+
+def test_a_blend_without_weights_is_one_epoch(tmp_path):
+    with pytest.raises(RankError, match="one epoch, and that has .* asks for 100. Give weights"):
+        run_on_ranks(1, _check_without_weights, tmp_path)
+
+
+@pytest.mark.parametrize(("settings", "match"), [
+    ({"split": "99,1,0", "blend": (["pool1"], None)}, "leaves no document in the valid split"),
+    ({"vocab_size": POISON, "blend": (["pool0"], None)},
+     "pool0.bin holds token 60, but the tokenizer has 60 entries"),
+    ({"max_epochs": 0.5, "blend": (["pool0"], None)}, "more often than --max-epochs 0.5"),
+])
+def test_a_blend_that_cannot_be_honoured_is_refused(tmp_path, settings, match):
+    with pytest.raises(RankError, match=match):
+        run_on_ranks(1, _refused, tmp_path, settings)
+
+
+def _refused(folder, settings):
+    from megatron_direct.data.blend import Vocabulary
+
+    settings = dict(settings)
+    vocab_size = settings.pop("vocab_size", None)
+    if vocab_size is not None:
+        settings["tokenizer"] = Vocabulary(vocab_size, "another")
+    _built(folder, settings.pop("blend"), [64, 8, 0], ("pool0", "pool1"), **settings)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ('{"train": "0.3 a 0.7 b", "valid": ["c"], "test": null}',
+     {"train": (["a", "b"], [0.3, 0.7]), "valid": (["c"], None), "test": None}),
+])
+def test_blends_from_files(tmp_path, text, expected):
+    from megatron_direct.data.blend import read_data_args, read_per_split_data_args
+
+    (tmp_path / "splits.json").write_text(text)
+    assert read_per_split_data_args(str(tmp_path / "splits.json")) == expected
+    (tmp_path / "args").write_text("0.3 a\n0.7 b\n")
+    assert read_data_args(str(tmp_path / "args")) == (["a", "b"], [0.3, 0.7])
+
+
+def test_damaged_blend_files_are_named(tmp_path):
+    from megatron_direct.data.blend import read_data_args, read_per_split_data_args
+    from megatron_direct.errors import UserError
+
+    (tmp_path / "splits.json").write_text('{"train": "a"}')
+    with pytest.raises(UserError, match="splits.json is no JSON object with the keys train, valid"):
+        read_per_split_data_args(str(tmp_path / "splits.json"))
+    with pytest.raises(UserError, match="gone cannot be read .No such file"):
+        read_data_args(str(tmp_path / "gone"))
+
+
+_RUN = {"data_path": ["a", "b"], "valid_data_path": ["v"]}
+
+
+def _blend_of_annealing(**settings):
+    from megatron_direct.stages.anneal import AnnealConfig, _blend
+
+    return _blend(AnnealConfig(run_dir="runs/x", **settings), _RUN)
+
+
+def test_an_annealing_takes_the_pools_of_its_run_or_the_blend_it_is_given(tmp_path):
+    (tmp_path / "splits.json").write_text('{"train": "1 a 2 c", "valid": "v", "test": "t"}')
+    (tmp_path / "args").write_text("1 a 2 c")
+    assert _blend_of_annealing() == ((["a", "b"], None), [])
+    assert _blend_of_annealing(data_path=("a", "b")) == ((["a", "b"], None), [])
+    given = (["a", "c"], [1.0, 2.0])
+    assert _blend_of_annealing(data_path=("1", "a", "2", "c"), test_data_path=("u",)) == \
+        (given, ["u"])
+    assert _blend_of_annealing(data_args_path=str(tmp_path / "args")) == (given, [])
+    assert _blend_of_annealing(per_split_data_args_path=str(tmp_path / "splits.json")) == \
+        (given, ["t"])
+
+
+def test_an_annealing_refuses_two_blends_and_another_validation_set(tmp_path):
+    from megatron_direct.errors import UserError
+
+    (tmp_path / "splits.json").write_text('{"train": "a", "valid": "w", "test": null}')
+    with pytest.raises(UserError, match="--data-path and --data-args-path both say what the blend"):
+        _blend_of_annealing(data_path=("c",), data_args_path="x")
+    with pytest.raises(UserError, match="validates on w, but the selection was made for v. Set"):
+        _blend_of_annealing(per_split_data_args_path=str(tmp_path / "splits.json"))

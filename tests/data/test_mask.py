@@ -12,13 +12,13 @@ from megatron_direct.errors import UserError
 
 
 def test_a_mask_comes_back_as_it_was(tmp_path):
-    keep = np.random.default_rng(0).random(1001) < 0.3
+    keep = np.random.default_rng(0).random(20_001) < 0.3
     mask = SampleMask(keep, "abc")
     mask.save(tmp_path / "m.npz")
     again = SampleMask.load(tmp_path / "m.npz")
     np.testing.assert_array_equal(again.keep, keep)
     assert (again.dataset_digest, again.digest) == ("abc", mask.digest)
-    assert (tmp_path / "m.npz").stat().st_size < 1001  # bits, not bytes
+    assert (tmp_path / "m.npz").stat().st_size < 20_001 / 4  # bits, not bytes
 
 
 def test_the_digest_tells_masks_apart():
@@ -49,3 +49,45 @@ def test_damaged_and_missing_masks_are_named(tmp_path):
 def test_a_mask_is_one_entry_a_document():
     with pytest.raises(ValueError, match="one entry a document"):
         SampleMask(np.ones((2, 2)), "a")
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 1000])
+def test_set_operations_are_those_of_numpy(count):
+    rng = np.random.default_rng(count)
+    a, b = rng.random(count) < 0.5, rng.random(count) < 0.5
+    one, two = SampleMask(a, "d", "run1"), SampleMask(b, "d", "run2")
+    for made, expected in ((one & two, a & b), (one | two, a | b), (one - two, a & ~b)):
+        np.testing.assert_array_equal(made.keep, expected)
+        assert made.num_kept == expected.sum()
+        assert made.digest == SampleMask(expected, "d").digest
+    assert (one - two).run == "(run1 minus run2)"
+
+
+def test_masks_of_different_datasets_are_not_combined():
+    with pytest.raises(UserError, match="belong to different datasets .digests a and b"):
+        _ = SampleMask(np.ones(3), "a") & SampleMask(np.ones(3), "b")
+
+
+def test_a_mask_says_how_many_it_keeps_and_which_run_it_came_from(tmp_path):
+    SampleMask(np.arange(20) < 7, "d").with_run("runs/x").save(tmp_path / "m.npz")
+    mask = SampleMask.load(tmp_path / "m.npz")
+    assert (mask.num_kept, mask.num_documents, mask.run) == (7, 20, "runs/x")
+
+
+def test_a_mask_takes_a_bit_a_document_in_memory():
+    mask = SampleMask(np.random.default_rng(0).random(8000) < 0.5, "d")
+    assert sum(value.nbytes for value in vars(mask).values() if hasattr(value, "nbytes")) == 1000
+
+
+@pytest.mark.parametrize(("changed", "match"), [
+    ({"num_kept": 3}, "is damaged: it keeps 8 documents in 2 bytes, where 3 of 16"),
+    ({"keep": np.full(1, 255, np.uint8)}, "is damaged: it keeps 8 documents in 1 bytes"),
+    ({"format": 2}, "is no sample mask, or is damaged .format 2, where 1"),
+])
+def test_a_mask_that_contradicts_itself_is_refused(tmp_path, changed, match):
+    SampleMask(np.arange(16) < 8, "d").save(tmp_path / "m.npz")
+    with np.load(tmp_path / "m.npz") as data:
+        values = {**data, **changed}
+    np.savez(tmp_path / "m.npz", **values)
+    with pytest.raises(UserError, match=match):
+        SampleMask.load(tmp_path / "m.npz")

@@ -1,0 +1,88 @@
+"""The documents that a mask keeps, as an indexed dataset of their own: for tools without masks.
+
+The new dataset holds the same documents in the same order, cut into the same sequences, so that
+under one seed Megatron shuffles and packs them as it does the masked dataset.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_direct import files
+from megatron_direct.data import indexed
+from megatron_direct.data.mask import SampleMask
+from megatron_direct.data.plan import kept_sequences
+from megatron_direct.errors import UserError
+
+_BLOCK_BYTES = 1 << 24  # copied at once
+
+
+@dataclass(frozen=True)
+class Materialized:
+    """What was written."""
+
+    documents: int
+    tokens: int
+
+
+def materialize(prefix: str, mask: SampleMask, output_prefix: str) -> Materialized:
+    """Writes ``output_prefix`` .bin, .json (the card) and, last, .idx.
+
+    Raises UserError for a mask of another dataset, for one that keeps nothing, and for an
+    ``output_prefix`` that is there already.
+    """
+    mask.require_belongs_to(prefix)
+    for suffix in (".idx", ".bin"):
+        if os.path.exists(output_prefix + suffix):
+            raise UserError(f"{output_prefix}{suffix} exists. Choose another prefix, or delete it.")
+    if mask.num_kept == 0:
+        raise UserError(f"the mask of {prefix} keeps no document: there is nothing to write.")
+    dataset = indexed.open_indexed(prefix)
+    kept = np.flatnonzero(kept_sequences(dataset, mask))
+    lengths = dataset.sequence_lengths[kept]
+    sequences_of_document = np.diff(dataset.document_indices)[mask.keep]
+    starts = np.concatenate([[0], np.cumsum(sequences_of_document)])
+    item_size = np.dtype(dataset.index.dtype).itemsize
+    begins = dataset.index.sequence_pointers[kept]
+    with open(prefix + ".bin", "rb") as source, \
+            files.written_whole(output_prefix + ".bin") as target:
+        for begin, end in _runs(begins, begins + lengths.astype(np.int64) * item_size):
+            _copy(source, target, begin, end)
+    written = Materialized(len(starts) - 1, int(lengths.sum(dtype=np.int64)))
+    card = _card(prefix, mask, written)
+    if card:
+        files.write_json(output_prefix + ".json", card)
+    indexed.write_index(output_prefix + ".idx", dataset.index.dtype, lengths, starts)
+    return written
+
+
+def _runs(begins: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Stretches of bytes, each as long as neighbours touch."""
+    breaks = np.flatnonzero(begins[1:] != ends[:-1])
+    firsts = np.concatenate([[0], breaks + 1])
+    lasts = np.concatenate([breaks, [len(ends) - 1]])
+    yield from zip(begins[firsts].tolist(), ends[lasts].tolist(), strict=True)
+
+
+def _copy(source, target, begin: int, end: int) -> None:
+    source.seek(begin)
+    while begin < end:
+        block = source.read(min(_BLOCK_BYTES, end - begin))
+        target.write(block)
+        begin += len(block)
+
+
+def _card(prefix: str, mask: SampleMask, written: Materialized) -> dict:
+    """The card of the dataset, as it holds for the kept documents; {} if there is none."""
+    card = indexed.read_card(prefix)
+    if not card:
+        return {}
+    new_number = np.cumsum(mask.keep) - 1
+    corrupted = [document for document in card.get("corrupted", []) if mask.keep[document]]
+    return {**card, **vars(written), "corrupted": new_number[corrupted].tolist(),
+            "materialized_from": {"dataset_digest": mask.dataset_digest,
+                                  "mask_digest": mask.digest, "run": mask.run}}

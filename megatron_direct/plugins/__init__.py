@@ -1,0 +1,1 @@
+"""Masked blends inside other training loops: Megatron-LM's and NeMo's."""

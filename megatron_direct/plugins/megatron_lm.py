@@ -1,0 +1,199 @@
+"""Sample masks in Megatron-LM's own training loop.
+
+:func:`run` runs an entry script of Megatron-LM (``pretrain_gpt.py``) as it is, with two things
+changed: the plugin's flags are added to its own, and the datasets that its
+``train_valid_test_datasets_provider`` builds are masked. What differs between versions of
+Megatron-LM (who parses the flags, in which place ``pretrain`` takes the provider) stays its own
+business. Without a mask flag the script runs untouched.
+
+In a script of one's own, use :func:`add_arguments` as ``extra_args_provider``, and
+:func:`train_valid_test_datasets_provider` around the provider.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import inspect
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+
+from megatron_direct import datasets, files, parallel
+from megatron_direct.data.blend import masked_builder
+from megatron_direct.data.mask import SampleMask
+from megatron_direct.data.mask_files import find_mask_files, load_masks
+from megatron_direct.data.plan import BLEND_WEIGHTS, MAX_EPOCHS
+from megatron_direct.errors import UserError
+
+_BUILDER = "BlendedMegatronDatasetBuilder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The plugin's flags: an ``extra_args_provider``."""
+    group = parser.add_argument_group("sample masks")
+    group.add_argument("--sample-mask", nargs=2, action="append", metavar=("PREFIX", "FILE"),
+                       help="the mask of one prefix of the blend; may be given again")
+    group.add_argument("--sample-masks", metavar="DIR",
+                       help="folder of masks, each called by the last part of its prefix, as "
+                            "RUN_DIR/masks is")
+    group.add_argument("--blend-weights", choices=BLEND_WEIGHTS, default="keep",
+                       help="with masks: keep the blend's weights, or rescale each to the tokens "
+                            "that its mask leaves (default %(default)s)")
+    group.add_argument("--max-epochs", type=float, default=MAX_EPOCHS,
+                       help="refuse to see a masked prefix more often (default %(default)s)")
+    return parser
+
+
+def train_valid_test_datasets_provider(provider: Callable) -> Callable:
+    """Megatron-LM's provider, with the masks that the flags name.
+
+    provider: ``(num_samples, vp_stage=None)``, or without ``vp_stage``, that builds its datasets
+    with BlendedMegatronDatasetBuilder. Raises UserError on every rank for what cannot be honoured.
+    """
+    takes_stage = "vp_stage" in inspect.signature(provider).parameters
+
+    def masked(train_val_test_num_samples, vp_stage=None):
+        from megatron.training import get_args
+
+        stage = {"vp_stage": vp_stage} if takes_stage else {}
+        args = get_args()
+        if not args.sample_mask and args.sample_masks is None:
+            return provider(train_val_test_num_samples, **stage)
+        names = inspect.unwrap(getattr(provider, "func", provider)).__globals__
+        if _BUILDER not in names:
+            raise UserError(f"{provider.__module__}.{provider.__qualname__} does not build its "
+                            f"datasets with {_BUILDER}: masks have no way in. Use "
+                            "megatron_direct.MaskedGPTDataset in it.")
+        with _replaced(names, _BUILDER, functools.partial(_builder, args)):
+            return provider(train_val_test_num_samples, **stage)
+
+    masked.is_distributed = True  # it is called on all ranks: its builder knows who builds
+    return masked
+
+
+def _builder(args, dataset_class, sizes, is_built_on_rank, config):
+    """Stands in for BlendedMegatronDatasetBuilder while the provider runs."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    if dataset_class is not GPTDataset:
+        raise UserError(f"sample masks are for GPT pre-training data, but the flags ask for "
+                        f"{dataset_class.__name__} (--mock-data, --sft, --fim-data). Leave out "
+                        "either.")
+    masks = _load_masks(args, config)
+    builder, parts = masked_builder(
+        sizes, is_built_on_rank, config, masks, blend_weights=args.blend_weights,
+        max_epochs=args.max_epochs, num_consumed=_num_consumed(args))
+    for part in parts:
+        parallel.say(f"> {part}")
+    return builder
+
+
+def _load_masks(args, config) -> dict[str, SampleMask]:
+    """Files are looked for on rank 0; every rank reads them."""
+    def find():
+        blends = [config.blend] if config.blend else config.blend_per_split
+        prefixes = list(dict.fromkeys(p for blend in blends if blend for p in blend[0]))
+        model = getattr(args, "tokenizer_model", None)
+        digest = files.file_digest(model) if model and os.path.isfile(model) else None
+        datasets.require_one_vocabulary(prefixes, config.tokenizer.vocab_size, digest)
+        return find_mask_files(prefixes, args.sample_mask or (), args.sample_masks)
+
+    masks = load_masks(parallel.on_rank_zero(find))
+    digests = ", ".join(f"{prefix}: {mask.digest}" for prefix, mask in masks.items())
+    parallel.require_same_on_all_ranks(digests, "digests of the masks")
+    return masks
+
+
+def _num_consumed(args) -> int:
+    """Sequences that Megatron-LM skips because a checkpoint has consumed them.
+
+    With ``--phase-transition-iterations`` a phase begins at its blend's first sequence, so that all
+    that was asked for belongs to this blend; without, Megatron-LM starts a new blend where the old
+    one stopped.
+    """
+    return 0 if getattr(args, "phase_transition_iterations", None) else args.consumed_train_samples
+
+
+def run(script: str = "pretrain_gpt",
+        instead: Callable[[Callable], Callable] = lambda pretrain: pretrain) -> None:
+    """Runs ``script``.py of the Megatron-LM on the Python path, as if it had been started itself.
+
+    instead: makes, out of ``megatron.training.pretrain``, what the script is to call for it.
+    """
+    try:
+        with _entry_script(script, instead) as path:
+            runpy.run_path(path, run_name="__main__")
+    except UserError as error:
+        if not _is_distributed() or parallel.first_to_speak():
+            print(f"megatron-direct: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def _entry_script(script: str, instead: Callable[[Callable], Callable]) -> Iterator[str]:
+    """The path of an entry script that has the plugin's flags and masks for as long as it runs."""
+    spec = importlib.util.find_spec(script)
+    if spec is None or importlib.util.find_spec("megatron.training") is None:
+        raise UserError(f"{script}.py and megatron.training are not on the Python path. Put a "
+                        "checkout of Megatron-LM there: PYTHONPATH=/path/to/Megatron-LM.")
+    import megatron.training
+    from megatron.training import arguments
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_replaced(vars(megatron.training), "pretrain",
+                                      with_masks(instead(megatron.training.pretrain))))
+        if hasattr(arguments, "parse_and_validate_args"):  # since 0.18 the script parses
+            stack.enter_context(_replaced(vars(arguments), "parse_and_validate_args",
+                                          _with_arguments(arguments.parse_and_validate_args)))
+        yield spec.origin
+
+
+def with_masks(pretrain: Callable) -> Callable:
+    """``megatron.training.pretrain`` of any version, over masked datasets."""
+    signature = inspect.signature(pretrain)
+
+    @functools.wraps(pretrain)
+    def masked(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        name = "train_valid_test_dataset_provider"
+        given.arguments[name] = train_valid_test_datasets_provider(given.arguments[name])
+        if "extra_args_provider" in signature.parameters:  # up to 0.17 pretrain parses
+            given.arguments["extra_args_provider"] = _chained(
+                given.arguments["extra_args_provider"])
+        return pretrain(*given.args, **given.kwargs)
+
+    return masked
+
+
+def _with_arguments(parse: Callable) -> Callable:
+    @functools.wraps(parse)
+    def parse_more(extra_args_provider=None, *args, **kwargs):
+        return parse(_chained(extra_args_provider), *args, **kwargs)
+
+    return parse_more
+
+
+def _chained(extra_args_provider: Callable | None) -> Callable:
+    return lambda parser: add_arguments(extra_args_provider(parser) if extra_args_provider
+                                        else parser)
+
+
+def _is_distributed() -> bool:
+    from torch import distributed
+
+    return distributed.is_initialized()
+
+
+@contextlib.contextmanager
+def _replaced(names: dict, name: str, value) -> Iterator[None]:
+    original = names[name]
+    names[name] = value
+    try:
+        yield
+    finally:
+        names[name] = original

@@ -1,0 +1,98 @@
+"""``megatron-direct inspect``: what masks hold, masks made of masks, and masks made datasets."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_direct.config import flag
+from megatron_direct.data import indexed
+from megatron_direct.data.mask import SampleMask
+from megatron_direct.data.materialize import materialize
+from megatron_direct.errors import UserError
+
+_OPERATIONS = {"and": operator.and_, "or": operator.or_, "minus": operator.sub}
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Masks."""
+
+    mask: tuple = flag((), "mask files", nargs="+", required=True)
+    operation: str | None = flag(
+        None, "one mask out of those given: documents that all keep (and), that any keeps (or), "
+        "that the first keeps and no other does (minus)", choices=tuple(_OPERATIONS))
+    output: str = flag("", "file for the mask that --operation makes")
+    data_path: tuple = flag(
+        (), "the datasets that the masks belong to, in any order: their tokens are counted",
+        nargs="+")
+    materialize: str = flag(
+        "", "prefix of a new indexed dataset with the documents that the mask keeps; needs one "
+        "mask, or --operation, and its dataset in --data-path")
+
+
+def inspect(config: InspectConfig) -> None:
+    """Prints a line of statistics for each mask; writes what the flags ask for."""
+    masks = [(path, SampleMask.load(path)) for path in config.mask]
+    if config.output and config.operation is None:
+        raise UserError("--output is for the mask that --operation makes. Add --operation.")
+    if config.operation is not None:
+        made = functools.reduce(_OPERATIONS[config.operation], (mask for _, mask in masks))
+        masks.append((config.output or f"({config.operation})", made))
+        if config.output:
+            made.save(config.output)
+    datasets = _datasets(config.data_path, masks)
+    print(format_statistics(masks, datasets), flush=True)
+    if config.materialize:
+        _, mask = masks[-1]
+        if len(masks) > 1 and config.operation is None:
+            raise UserError("--materialize writes one mask's documents, but several were given. "
+                            "Give one, or make one of them with --operation.")
+        prefix = datasets.get(mask.dataset_digest)
+        if prefix is None:
+            raise UserError("--materialize needs the dataset that the mask belongs to. Give it "
+                            "with --data-path.")
+        written = materialize(prefix, mask, config.materialize)
+        print(f"{config.materialize}: {written.documents} documents, {written.tokens} tokens",
+              flush=True)
+
+
+def _datasets(prefixes: tuple, masks: list[tuple[str, SampleMask]]) -> dict[str, str]:
+    """{digest: prefix}. Raises UserError for a dataset that no mask belongs to."""
+    found = {}
+    wanted = {mask.dataset_digest for _, mask in masks}
+    for prefix in prefixes:
+        digest = indexed.dataset_digest(prefix)
+        if digest not in wanted:
+            raise UserError(f"none of the masks belongs to {prefix} (digest {digest}): the dataset "
+                            "is another one, or was made again. Correct --data-path.")
+        found[digest] = prefix
+    return found
+
+
+def format_statistics(masks: list[tuple[str, SampleMask]], datasets: dict[str, str]) -> str:
+    """A table: documents kept of all, tokens kept of all where the dataset is known, origin.
+
+    masks: names and masks; datasets: {digest: prefix}.
+    """
+    rows = [["mask", "documents", "kept", "share", "tokens", "kept", "share", "dataset", "run"]]
+    for path, mask in masks:
+        tokens = ["-"] * 3
+        if mask.dataset_digest in datasets:
+            lengths = indexed.document_lengths(indexed.open_indexed(datasets[mask.dataset_digest]))
+            tokens = _counts(int(lengths.sum()), int(np.sum(lengths, where=mask.keep)))
+        rows.append([Path(path).name, *_counts(mask.num_documents, mask.num_kept), *tokens,
+                     datasets.get(mask.dataset_digest, mask.dataset_digest), mask.run or "-"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    numbers = range(1, 7)
+    return "\n".join("  ".join(cell.rjust(width) if i in numbers else cell.ljust(width)
+                               for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+                               ).rstrip() for row in rows)
+
+
+def _counts(whole: int, kept: int) -> list[str]:
+    return [str(whole), str(kept), f"{kept / max(whole, 1):.4f}"]

@@ -1,0 +1,67 @@
+"""Builds the dataset indices of a Megatron-LM training before it starts, on one process.
+
+    WORLD_SIZE=64 PYTHONPATH=/path/to/Megatron-LM python tools/build_blend_cache.py \\
+        <the flags of launch/pretrain_gpt_direct.py> --data-cache-path DIR
+
+Needs no GPU. WORLD_SIZE is the number of ranks of the training, by which Megatron-LM checks its
+batch sizes. Masks, blend, epochs and tokenizer are checked as the training would; it then finds all
+its indices in DIR. With ``--load``, iteration and consumed samples are those of the checkpoint, so
+that the cache is the one of the training that carries on from there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+
+from megatron_direct import checkpoint, host, parallel
+from megatron_direct.config import ParallelConfig
+from megatron_direct.plugins import megatron_lm
+
+
+def build_instead(pretrain: Callable) -> Callable:
+    """With the signature of ``pretrain``, a function that builds the datasets and returns."""
+    signature = inspect.signature(pretrain)
+
+    @functools.wraps(pretrain)
+    def build(*args, **kwargs):
+        from megatron.training import get_args, training
+
+        given = signature.bind(*args, **kwargs).arguments
+        if "extra_args_provider" in signature.parameters:  # up to 0.17 pretrain parses
+            _parse(given["extra_args_provider"], given.get("args_defaults", {}))
+        flags = get_args()
+        training.update_train_iters(flags)
+        _continue_from(flags)
+        given["train_valid_test_dataset_provider"](training.get_train_valid_test_num_samples())
+
+    return build
+
+
+def _parse(extra_args_provider: Callable, defaults: dict) -> None:
+    from megatron.training import arguments, checkpointing, global_vars
+
+    flags = arguments.parse_args(extra_args_provider)
+    if flags.use_checkpoint_args:
+        checkpointing.load_args_from_checkpoint(flags)
+    arguments.validate_args(flags, defaults)
+    global_vars.set_global_variables(flags)
+
+
+def _continue_from(flags) -> None:
+    """Iteration and consumed samples as a training with these flags would begin with them."""
+    flags.iteration = 0
+    found = checkpoint.latest(flags.load) if flags.load and not flags.finetune else None
+    if found is not None:
+        flags.iteration = checkpoint.read_iteration(found)
+        flags.consumed_train_samples = checkpoint.read_args(found)["consumed_train_samples"]
+
+
+def main() -> None:
+    with host.host(), parallel.process_group(), parallel.model_parallel(ParallelConfig()):
+        megatron_lm.run("pretrain_gpt", build_instead)
+
+
+if __name__ == "__main__":
+    main()
