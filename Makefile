@@ -59,6 +59,10 @@ bench-sketch: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 \
 		benchmarks/sketch/bench.py ranks
 
+bench-data: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data_preprocessing.py
+
 $(READY): setup.py constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt torch==2.13.0

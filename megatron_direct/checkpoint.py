@@ -49,7 +49,6 @@ _DESCRIBED = {
     "spec": (None,),
     "squared_relu": (False,),
     "use_legacy_models": (False,),
-    "use_rope_scaling": (False,),
     "window_size": (None,),
 }
 

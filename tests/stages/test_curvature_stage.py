@@ -61,7 +61,8 @@ def _spectrum(folder, name):
     return json.loads((folder / name / "curvature" / "spectrum.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["hessian", "gauss-newton", "sketched-fisher"])
+@pytest.mark.parametrize("kind", [
+    "hessian", pytest.param("gauss-newton", marks=pytest.mark.slow), "sketched-fisher"])
 def test_operators_give_one_spectrum_in_two_layouts(folder, kind):
     for layout, name in ((Layout(), f"{kind}-1"), (MANY, f"{kind}-4")):
         run_on_ranks(layout.world_size, _select, folder, layout, name, kind)
@@ -107,7 +108,8 @@ def _killed_select(folder, layout, name, kind, after):
         FisherOperator.matvec = whole
 
 
-@pytest.mark.parametrize(("layout", "after"), [(Layout(), 3), (MANY, 7)], ids=str)
+@pytest.mark.parametrize(("layout", "after"), [
+    (Layout(), 3), pytest.param(MANY, 7, marks=pytest.mark.slow)], ids=str)
 def test_a_killed_lanczos_carries_on_and_ends_with_the_same_bytes(folder, layout, after):
     unbroken, broken = f"unbroken-{layout}", f"broken-{layout}"
     run_on_ranks(layout.world_size, _select, folder, layout, unbroken, "fisher")

@@ -310,8 +310,10 @@ def test_a_pool_that_changed_since_is_refused(folder, run):
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"objective": "descent"}, {"objective": "alignment", "flat_subspace": "bulk",
-                                   "energy_share": 0.3}], ids=str)
+    {"objective": "flat-energy"},
+    pytest.param({}, marks=pytest.mark.slow),
+    pytest.param({"objective": "alignment", "flat_subspace": "bulk", "energy_share": 0.3},
+                 marks=pytest.mark.slow)], ids=str)
 def test_rows_spread_over_the_ranks_give_the_gathered_selection(folder, settings):
     """The rows were written by two data-parallel ranks; four solve, two of them without rows."""
     names = [f"{where}-{settings}" for where in ("gathered", "spread")]

@@ -57,7 +57,8 @@ def _select(folder, layout, name, settings):
            SelectionConfig(num_select=10))
 
 
-@pytest.mark.parametrize("layout", [Layout(dp=2), MANY], ids=str)
+@pytest.mark.parametrize("layout", [
+    Layout(dp=2), pytest.param(MANY, marks=pytest.mark.slow)], ids=str)
 def test_a_killed_run_carries_on_to_the_same_bytes(folder, layout):
     """Each rank was killed at another place, with rows of an unfinished pass behind."""
     name, pool = f"killed-{layout}", folder / f"killed-{layout}" / "sketches" / "pool"
