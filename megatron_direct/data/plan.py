@@ -125,16 +125,22 @@ def _sizes(prefix: str, mask: SampleMask | None, share: tuple[float, float],
     return int((inside & mask.keep).sum()), left, whole
 
 
+# Dataset digest -> whether each document is one sequence: what costs a pass over the index.
+_ONE_SEQUENCE_EACH: dict[str, bool] = {}
+
+
 def kept_sequences(dataset, mask: SampleMask) -> np.ndarray:
     """[sequences] bool. The indexed dataset counts sequences; a document has one or more."""
-    sequences_of_document = np.diff(dataset.document_indices)
-    if mask.num_documents != len(sequences_of_document):
+    num_documents = len(dataset.document_indices) - 1
+    if mask.num_documents != num_documents:
         raise UserError(f"the mask has {mask.num_documents} entries, but its dataset has "
-                        f"{len(sequences_of_document)} documents.")
-    if len(sequences_of_document) == len(dataset.sequence_lengths) and \
-            (sequences_of_document == 1).all():
+                        f"{num_documents} documents.")
+    if mask.dataset_digest not in _ONE_SEQUENCE_EACH:
+        _ONE_SEQUENCE_EACH[mask.dataset_digest] = bool(
+            (np.diff(dataset.document_indices) == 1).all())
+    if _ONE_SEQUENCE_EACH[mask.dataset_digest]:
         return mask.keep
-    return np.repeat(mask.keep, sequences_of_document)
+    return np.repeat(mask.keep, np.diff(dataset.document_indices))
 
 
 def _require_distinct(prefixes: Sequence[str]) -> None:
