@@ -125,19 +125,21 @@ def _expected(model: ModelConfig, prefix: str):
                                     for kind in OPERATORS}
 
 
-_ALSO = (("qwen3", Layout(tp=2)), ("minicpm3", Layout(tp=2, sp=True)))
+_ALSO = (("gpt2-untied", Layout()), ("gpt2-untied", Layout(pp=2)),
+         ("gpt2-untied", Layout(tp=2, sp=True)),
+         ("qwen3", Layout(tp=2)), ("minicpm3", Layout(tp=2, sp=True)))
 
 
 def _grid():
-    """Every layout and model; each layout with two models by default, and norms of queries and
-    latents where they are cut; the rest with the slow."""
+    """Every layout and model; by default a Llama in each, a GPT-2 in three, and norms of queries
+    and latents where they are cut; the rest with the slow."""
     for layout in [Layout(), *LAYOUTS]:
         for name, model in MODELS.items():
             if layout.vp:  # two chunks of one layer on each of two stages
                 model = dataclasses.replace(model, num_layers=4)
             if layout.tp > 1 and (name == "starcoder" or name == "minicpm3" and not layout.sp):
                 continue  # refused: one key for all heads, latents without sequence parallelism
-            default = name in ("gpt2-untied", "llama-tied") or (name, layout) in _ALSO
+            default = name == "llama-tied" or (name, layout) in _ALSO
             slow = () if default else pytest.mark.slow
             yield pytest.param(layout, model, id=f"{layout}-{name}", marks=slow)
 

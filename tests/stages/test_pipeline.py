@@ -161,7 +161,8 @@ def test_the_learning_rate_decays_to_its_minimum_and_the_loss_falls(annealed):
 
 
 @pytest.mark.parametrize(("layout", "distributed"), [
-    (Layout(), False), (Layout(dp=2), True), (Layout(tp=2, pp=2), True)], ids=str)
+    (Layout(), False), pytest.param(Layout(dp=2), True, marks=pytest.mark.slow),
+    (Layout(tp=2, pp=2), True)], ids=str)
 def test_a_resumed_annealing_prints_the_losses_of_an_unbroken_one(folder, layout, distributed):
     """Killed after the checkpoint of iteration 6: what was printed since is printed again.
 
@@ -334,8 +335,9 @@ def test_quotas_are_kept(folder):
 
 @pytest.mark.parametrize(("quotas", "match"), [
     (("c:1:2",), "no pool is called c. They are called a, b"),
-    (("a:few:2",), "--quotas a:few:2 is not NAME:LEAST:GREATEST"),
-    (("b:61:",), "--quotas: .*61"),
+    pytest.param(("a:few:2",), "--quotas a:few:2 is not NAME:LEAST:GREATEST",
+                 marks=pytest.mark.slow),
+    pytest.param(("b:61:",), "--quotas: .*61", marks=pytest.mark.slow),
 ])
 def test_quotas_that_cannot_be_met_are_refused(folder, quotas, match):
     with pytest.raises(RankError, match=match):
