@@ -90,13 +90,17 @@ def write_domain(path: Path, records: Iterator[tuple[str, str]]) -> tuple[int, i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output-dir", required=True, type=Path)
+    parser.add_argument("--part", default="1/1", metavar="I/N",
+                        help="every N-th file and license passage, from the I-th on: parts share "
+                             "no text (default %(default)s)")
     parser.add_argument("--max-files", type=int, default=250,
                         help="Python files that are read, spread evenly over all of them "
                              "(default %(default)s)")
     flags = parser.parse_args()
     root = Path(sysconfig.get_path("stdlib"))
     packages = Path(sysconfig.get_path("purelib"))
-    files = python_files(root)
+    part, of = (int(number) for number in flags.part.split("/"))
+    files = python_files(root)[part - 1:: of]
     some = files[:: max(1, len(files) // flags.max_files)][: flags.max_files]
     licenses = license_files(root, packages)
     flags.output_dir.mkdir(parents=True, exist_ok=True)
@@ -105,7 +109,7 @@ def main() -> None:
         "source": ((str(p.relative_to(root)), t) for p in some for t in source(p)),
         # Few files, some very long, many alike: here a passage is a document of its own.
         "licenses": ((f"{p.name} {i}", t) for p in licenses for i, t in enumerate(
-            passages(p.read_text(encoding="utf-8", errors="replace")))),
+            passages(p.read_text(encoding="utf-8", errors="replace"))) if i % of == part - 1),
     }
     for name, records in domains.items():
         count, characters = write_domain(flags.output_dir / f"{name}.jsonl", records)
