@@ -9,6 +9,7 @@ Shapes: b samples of a micro-batch, s positions (all samples padded to the longe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,49 +37,21 @@ class MicroBatch:
         return self.loss_mask.sum(1).clamp(min=1)
 
 
-class Samples:
-    """The documents of ``prefixes`` as samples of at most ``seq_length`` labels."""
+class SampleSource:
+    """Samples of any origin, by number, and micro-batches of them. A subclass has
 
-    def __init__(self, prefixes: Sequence[str], seq_length: int, vocab_size: int | None = None):
-        if len(set(prefixes)) < len(prefixes):
-            twice = sorted({p for p in prefixes if list(prefixes).count(p) > 1})
-            raise UserError(f"{', '.join(twice)} is listed twice. List each dataset once.")
-        self.prefixes = list(prefixes)
-        self.seq_length = seq_length
-        self.vocab_size = vocab_size
-        self.datasets = [indexed.open_indexed(prefix) for prefix in prefixes]
-        self.document_lengths = [indexed.document_lengths(d) for d in self.datasets]
-        self.first = np.concatenate(
-            [[0], np.cumsum([len(lengths) for lengths in self.document_lengths])]).astype(np.int64)
-        all_lengths = np.concatenate([np.empty(0, np.int64), *self.document_lengths])
-        self.num_labels = np.minimum(np.maximum(all_lengths - 1, 0), seq_length)
-        self.usable = np.flatnonzero(self.num_labels > 0)
-        self.num_cut = int(np.sum(all_lengths > seq_length + 1))
-        self.num_cut_tokens = int(np.sum(np.maximum(all_lengths - seq_length - 1, 0)))
+    num_labels: [samples] positions that the model sees of each sample;
+    tokens(sample): its num_labels + 1 tokens;
+    first_label(sample): the first position whose label counts.
+    """
 
-    def __len__(self) -> int:
-        """Documents, the unusable ones included."""
-        return int(self.first[-1])
-
-    @property
-    def num_unusable(self) -> int:
-        return len(self) - len(self.usable)
-
-    def dataset_of(self, samples: np.ndarray) -> np.ndarray:
-        """[n] the number of the dataset that each sample is in."""
-        return np.searchsorted(self.first, samples, side="right") - 1
+    num_labels: np.ndarray
 
     def tokens(self, sample: int) -> np.ndarray:
-        """The sample's tokens, at most seq_length + 1."""
-        number = int(self.dataset_of(np.array(sample)))
-        tokens = indexed.document_tokens(
-            self.datasets[number], int(sample - self.first[number]), self.seq_length + 1)
-        if self.vocab_size is not None and len(tokens) and tokens.max() >= self.vocab_size:
-            raise UserError(
-                f"{self.prefixes[number]} holds token {tokens.max()}, but the model's vocabulary "
-                f"has {self.vocab_size} entries. Was it made with another tokenizer? Make it again "
-                "with the model's.")
-        return tokens
+        raise NotImplementedError
+
+    def first_label(self, sample: int) -> int:
+        return 0
 
     def passes(self, samples: np.ndarray, micro_batch_size: int, micro_batches_per_pass: int = 1,
                *, share: int = 0, num_shares: int = 1, first_pass: int = 0,
@@ -116,12 +89,65 @@ class Samples:
             text = self.tokens(sample)
             tokens[row, : len(text) - 1] = text[:-1]
             labels[row, : len(text) - 1] = text[1:]
-            mask[row, : len(text) - 1] = 1.0
+            mask[row, self.first_label(sample): len(text) - 1] = 1.0
         device = host.device()
         positions = torch.arange(length, device=device).expand(size, length)
         return MicroBatch(samples, torch.from_numpy(tokens).to(device),
                           torch.from_numpy(labels).to(device), torch.from_numpy(mask).to(device),
                           positions)
+
+
+class Samples(SampleSource):
+    """The documents of ``prefixes`` as samples of at most ``seq_length`` labels."""
+
+    def __init__(self, prefixes: Sequence[str], seq_length: int, vocab_size: int | None = None):
+        if len(set(prefixes)) < len(prefixes):
+            twice = sorted({p for p in prefixes if list(prefixes).count(p) > 1})
+            raise UserError(f"{', '.join(twice)} is listed twice. List each dataset once.")
+        self.prefixes = list(prefixes)
+        self.seq_length = seq_length
+        self.vocab_size = vocab_size
+        self.datasets = [indexed.open_indexed(prefix) for prefix in prefixes]
+        self.document_lengths = [indexed.document_lengths(d) for d in self.datasets]
+        self.first = np.concatenate(
+            [[0], np.cumsum([len(lengths) for lengths in self.document_lengths])]).astype(np.int64)
+        all_lengths = np.concatenate([np.empty(0, np.int64), *self.document_lengths])
+        self.num_labels = np.minimum(np.maximum(all_lengths - 1, 0), seq_length)
+        self.usable = np.flatnonzero(self.num_labels > 0)
+        self.num_cut = int(np.sum(all_lengths > seq_length + 1))
+        self.num_cut_tokens = int(np.sum(np.maximum(all_lengths - seq_length - 1, 0)))
+
+    def __len__(self) -> int:
+        """Documents, the unusable ones included."""
+        return int(self.first[-1])
+
+    @property
+    def num_unusable(self) -> int:
+        return len(self) - len(self.usable)
+
+    @functools.cached_property
+    def corrupted(self) -> np.ndarray:
+        """[samples] whether a trial shuffled its tokens on purpose, as the datasets' cards say."""
+        result = np.zeros(len(self), dtype=bool)
+        for prefix, first in zip(self.prefixes, self.first, strict=False):
+            result[first + np.array(indexed.read_card(prefix).get("corrupted", []), int)] = True
+        return result
+
+    def dataset_of(self, samples: np.ndarray) -> np.ndarray:
+        """[n] the number of the dataset that each sample is in."""
+        return np.searchsorted(self.first, samples, side="right") - 1
+
+    def tokens(self, sample: int) -> np.ndarray:
+        """The sample's tokens, at most seq_length + 1."""
+        number = int(self.dataset_of(np.array(sample)))
+        tokens = indexed.document_tokens(
+            self.datasets[number], int(sample - self.first[number]), self.seq_length + 1)
+        if self.vocab_size is not None and len(tokens) and tokens.max() >= self.vocab_size:
+            raise UserError(
+                f"{self.prefixes[number]} holds token {tokens.max()}, but the model's vocabulary "
+                f"has {self.vocab_size} entries. Was it made with another tokenizer? Make it again "
+                "with the model's.")
+        return tokens
 
 
 def plan_micro_batches(num_labels: np.ndarray, samples: np.ndarray, size: int) -> list[np.ndarray]:
