@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import atexit
 import gc
-import multiprocessing
+import multiprocessing.util  # its own exit handler joins the workers: ours must run before it
 import os
 import sys
 import tempfile
