@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_direct import files
+from megatron_direct import files, html
 from megatron_direct.config import flag
 from megatron_direct.curvature.density import Estimate, SpectralDensity
 from megatron_direct.run import RunDirectory
@@ -72,19 +69,17 @@ def write_page(run: RunDirectory, rows: list[list[str]]) -> None:
     spectrum = files.read_json(run.path / "curvature" / "spectrum.json")
     sections = [
         ("Losses", "Mean loss a token, documents cut at the sequence length. The random arm has "
-         "the same number of samples, tokens, seed and schedule.", _html_table(rows)),
-        ("Annealing", "Training loss, each arm on its own samples.", _image(_loss_curves(run))),
-        ("Spectrum", html.escape("; ".join(spectrum["notes"])) + ".",
-         _image(_spectrum(spectrum)) + _density(spectrum)),
-        ("What was selected", _composition_text(selection), _html_table(_composition(run,
-                                                                                     selection))),
-        ("Selection problem", "", _html_table(_problem(selection))),
-        ("Run", "All flags, digests and versions are in run.json.", _html_table(_record(run))),
+         "the same number of samples, tokens, seed and schedule.", html.table(rows)),
+        ("Annealing", "Training loss, each arm on its own samples.", html.image(_loss_curves(run))),
+        ("Spectrum", "; ".join(spectrum["notes"]) + ".",
+         html.image(_spectrum(spectrum)) + _density(spectrum)),
+        ("What was selected", _composition_text(selection), html.table(
+            _composition(run, selection))),
+        ("Selection problem", "", html.table(_problem(selection))),
+        ("Run", "All flags, digests and versions are in run.json.", html.table(_record(run))),
     ]
-    body = "".join(f"<section><h2>{title}</h2><p>{text}</p>{content}</section>"
-                   for title, text, content in sections)
     with files.written_whole(run.path / "report.html", "w") as file:
-        file.write(_PAGE.format(title=html.escape(str(run.path)), body=body))
+        file.write(html.page(str(run.path), sections))
 
 
 def _composition_text(selection: dict) -> str:
@@ -130,7 +125,7 @@ def _number(value) -> str:
 
 
 def _loss_curves(run: RunDirectory):
-    figure, axes = _figure()
+    figure, axes = html.figure()
     for arm in arm_results(run):
         metrics = read_metrics(arm_folder(run.path, arm) / "metrics.jsonl")
         axes.plot([m["iteration"] for m in metrics], [m["loss"] for m in metrics], label=arm)
@@ -142,7 +137,7 @@ def _loss_curves(run: RunDirectory):
 
 
 def _spectrum(spectrum: dict):
-    figure, axes = _figure()
+    figure, axes = html.figure()
     values = spectrum["eigenvalues"]
     axes.plot(range(1, len(values) + 1), values, "o-", markersize=3)
     axes.axvline(spectrum["elbow"]["num_stiff"] + 0.5, linestyle="--", color="tab:red",
@@ -162,50 +157,11 @@ def _density(spectrum: dict) -> str:
     trace, energy = (Estimate(**found[key]) for key in ("trace", "positive_trace"))
     density = SpectralDensity(np.array(found["nodes"]), np.array(found["weights"]), trace, energy,
                               num_matvecs=0)
-    figure, axes = _figure()
+    figure, axes = html.figure()
     axes.plot(*density.smooth())
     axes.set_xlabel(f"eigenvalue ({spectrum['operator']})")
     axes.set_ylabel("density")
     axes.set_yscale("log")
     axes.set_ylim(bottom=1e-3 / spectrum["dimension"])
     return (f"<p>Trace {trace.value:.4g} with standard error {trace.standard_error:.2g}; positive "
-            f"eigenvalues sum to {energy.value:.4g}.</p>" + _image(figure))
-
-
-def _figure():
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
-
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _image(figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="" src="data:image/svg+xml;base64,{data}">'
-
-
-def _html_table(rows: list[list[str]]) -> str:
-    def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    return ("<table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:])
-            + "</table>")
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>megatron-direct: {title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em;
-       color: #222; }}
-h1 {{ font-size: 1.4em; }} h2 {{ font-size: 1.1em; margin-top: 2em; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }}
-img {{ max-width: 100%; }}
-</style></head>
-<body><h1>megatron-direct: {title}</h1>{body}</body></html>
-"""
+            f"eigenvalues sum to {energy.value:.4g}.</p>" + html.image(figure))
