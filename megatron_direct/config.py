@@ -24,7 +24,7 @@ def flag(default, help: str, *, choices=None, nargs=None, type=None, required=Fa
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture. The defaults are the embedded model: 1.3 M parameters, minutes on a CPU."""
+    """Architecture. The defaults are the embedded model: 1.1 M parameters, minutes on a CPU."""
 
     num_layers: int = flag(4, "transformer layers")
     hidden_size: int = flag(128, "width of the residual stream")
@@ -346,7 +346,7 @@ def _add_flag(group, f: dataclasses.Field) -> None:
         group.add_argument(flag_name(f.name), action=action, help=meta["help"], **common)
         return
     help_text = meta["help"]
-    if f.default not in (None, dataclasses.MISSING, ()):
+    if f.default not in (None, dataclasses.MISSING, (), ""):
         help_text += f" (default {f.default})".replace("%", "%%")
     kind = meta["type"] or (type(f.default) if f.default is not None else str)
     group.add_argument(flag_name(f.name), type=str if kind is tuple else kind,

@@ -10,12 +10,22 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_direct import hashing
+from megatron_direct.errors import UserError
 
 
 class SketchedFisherOperator:
-    """rows: [M, k] sketches; vectors are float64 arrays [k], the same on every rank."""
+    """rows: [M, k] sketches of the validation samples ``numbers``.
 
-    def __init__(self, rows: np.ndarray):
+    Vectors are float64 arrays [k], the same on every rank. Raises UserError that names the sample
+    if a sketch is not finite.
+    """
+
+    def __init__(self, rows: np.ndarray, numbers: np.ndarray):
+        bad = numbers[~np.isfinite(rows).all(1)]
+        if len(bad):
+            raise UserError(f"the loss of validation sample {bad[0]}, or its gradient, is not "
+                            "finite. Remove the sample from the validation set, or check the "
+                            "checkpoint.")
         self._rows = rows.astype(np.float64)
         self.num_samples, self.dimension = rows.shape
 

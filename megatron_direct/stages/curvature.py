@@ -78,7 +78,7 @@ def leading_directions(config: CurvatureConfig, chunks: Sequence[torch.nn.Module
     if parallel.on_rank_zero(lambda: (folder / "spectrum.json").is_file()):
         return parallel.on_rank_zero(lambda: _read(folder))
     if config.curvature == "sketched-fisher":
-        operator = SketchedFisherOperator(valid_rows)
+        operator = SketchedFisherOperator(valid_rows, numbers)
         space = operator  # it is its own space: vectors are sketches
         spectrum, density = _compute(config, operator, space, seed, None)
         sketches = np.stack(spectrum.eigenvectors)
@@ -95,6 +95,10 @@ def leading_directions(config: CurvatureConfig, chunks: Sequence[torch.nn.Module
     elbow = find_elbow(spectrum.eigenvalues, config.energy_share,
                        total_energy=_total_energy(config, density, valid_rows, sample_loss))
     notes = [str(elbow), *getattr(operator, "notes", lambda: [])()]
+    rank = _largest_rank(config, operator, space)
+    if rank < config.num_eigenpairs:
+        notes.append(f"the operator's rank is at most {rank}: no more than {rank} of "
+                     f"--num-eigenpairs {config.num_eigenpairs} were looked for")
     parallel.on_rank_zero(lambda: _write(folder, config, spectrum, elbow, density, sketches,
                                          len(numbers), space.dimension, notes))
     if config.curvature != "sketched-fisher":
@@ -110,9 +114,7 @@ def _compute(config: CurvatureConfig, operator, space, seed: int, log: LanczosLo
 
     space: what has ``dimension``, ``dot`` and ``random_signs``, and ``block_dot`` if it can.
     """
-    count = min(config.num_eigenpairs, space.dimension)
-    if "fisher" in config.curvature:
-        count = min(count, operator.num_samples)  # its rank is no more than that
+    count = min(config.num_eigenpairs, _largest_rank(config, operator, space))
     block_dot = getattr(space, "block_dot", None)
     with tqdm(desc=f"lanczos ({config.curvature})", unit="product",
               disable=None if parallel.is_rank_zero() else True) as progress:
@@ -133,6 +135,12 @@ def _compute(config: CurvatureConfig, operator, space, seed: int, log: LanczosLo
             matvec, space.random_signs, config.density_samples, config.density_steps,
             dot=space.dot, block_dot=block_dot, eigenvalues=spectrum.eigenvalues,
             eigenvectors=spectrum.eigenvectors)
+
+
+def _largest_rank(config: CurvatureConfig, operator, space) -> int:
+    if "fisher" in config.curvature:
+        return min(space.dimension, operator.num_samples)
+    return space.dimension
 
 
 def _counted(matvec: Callable, progress: tqdm) -> Callable:

@@ -1,4 +1,4 @@
-"""Hessian and Gauss-Newton products of Megatron models, in every layout, against plain torch.
+"""Products of every operator on Megatron models, in every layout, against plain torch.
 
 The truth is ``PlainGPT`` under ordinary autograd, in double precision, on one process.
 """
@@ -21,6 +21,7 @@ from megatron_direct import model as models
 from megatron_direct import parallel
 from megatron_direct.config import ModelConfig, ParallelConfig
 from megatron_direct.curvature import tangents
+from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
 from megatron_direct.curvature.hessian import HessianOperator
 from megatron_direct.curvature.symmetry import check_symmetry
@@ -29,6 +30,7 @@ from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 
 OPERATORS = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator}
+ALL_OPERATORS = {**OPERATORS, "fisher": FisherOperator}
 # Double precision rounds at 1e-16, sums of some thousand terms lose two or three digits; the bar
 # leaves three more. Single precision likewise, from 6e-8.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -79,6 +81,10 @@ def _plain(whole: dict[str, np.ndarray], model: ModelConfig):
 
 
 def _truth(kind: str, plain: PlainGPT, weights: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    if kind == "fisher":
+        gradients = torch.stack([torch.func.grad(plain.loss)(weights, [document])
+                                 for document in _documents()])
+        return gradients.T @ (gradients @ vector) / len(gradients)
     if kind == "hessian":
         return torch.autograd.functional.hvp(
             lambda w: plain.loss(w, _documents()), weights, vector)[1]
@@ -97,15 +103,26 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
 # --- every layout -----------------------------------------------------------------------------
 
 
+def _losses_in_given_precision(patch: pytest.MonkeyPatch) -> None:
+    """Megatron rounds logits to single precision for the loss, and with it the Fisher's products;
+    the other operators have a cross entropy of their own."""
+    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+
+    patch.setattr(VocabParallelCrossEntropy, "calculate_logits_max",
+                  staticmethod(lambda logits: (logits.clone(), logits.amax(-1))))
+
+
 def _products(model, layout, prefix):
     """This rank's weights and, for each precision and operator, products and their asymmetry."""
     found = {}
     for dtype in TOLERANCE:
         chunks, space, samples = _build(model, layout, prefix, dtype)
         u, v = space.random_signs(1), space.random_signs(2)
-        for kind, operator in OPERATORS.items():
+        for kind, operator in ALL_OPERATORS.items():
             matvec = operator(chunks, space, samples, samples.usable, MICRO_BATCH_SIZE).matvec
-            hu, hv = matvec(u), matvec(v)
+            with pytest.MonkeyPatch.context() as patch:
+                _losses_in_given_precision(patch)
+                hu, hv = matvec(u), matvec(v)
             scale = (space.dot(u, u) * space.dot(hv, hv)) ** 0.5
             found[kind, dtype] = (pieces(space.shards, space.split(hv)),
                                   abs(space.dot(u, hv) - space.dot(v, hu)) / scale)
@@ -122,7 +139,7 @@ def _expected(model: ModelConfig, prefix: str):
     plain, weights = _plain(assemble([rank["weights"]]), model)
     vector = plain.flatten(assemble([rank["vector"]]))
     return plain, weights, vector, {kind: _truth(kind, plain, weights, vector)
-                                    for kind in OPERATORS}
+                                    for kind in ALL_OPERATORS}
 
 
 _ALSO = (("gpt2-untied", Layout()), ("gpt2-untied", Layout(pp=2)),
@@ -153,7 +170,7 @@ def test_products_match_plain_torch(layout, model, prefix):
     assert torch.equal(whole["weights"], weights)
     assert torch.equal(whole["vector"], vector)
     for dtype, tolerance in TOLERANCE.items():
-        for kind in OPERATORS:
+        for kind in ALL_OPERATORS:
             product = plain.flatten(assemble([rank[kind, dtype][0] for rank in ranks]))
             assert _error(product, truth[kind]) < tolerance, (kind, dtype)
             assert max(rank[kind, dtype][1] for rank in ranks) < tolerance, (kind, dtype)

@@ -14,8 +14,11 @@ from megatron_direct import model as models
 from megatron_direct import parallel
 from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig
 from megatron_direct.curvature.fisher import FisherOperator
+from megatron_direct.curvature.sketched import SketchedFisherOperator
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import Samples
+from megatron_direct.errors import UserError
+from megatron_direct.gradients import store
 from megatron_direct.gradients.compute import sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.run import RunDirectory
@@ -72,10 +75,28 @@ def test_operators_give_one_spectrum_in_two_layouts(folder, kind):
                                atol=1e-4 * one["eigenvalues"][0])
     if kind == "sketched-fisher":
         assert "12 validation samples span at most 12 of 128" in one["notes"][1]
+        rows = store.load(folder / f"{kind}-1" / "sketches" / "valid").rows.astype(np.float64)
+        np.testing.assert_allclose(one["eigenvalues"],
+                                   np.linalg.eigvalsh(rows @ rows.T / 12)[:-5:-1], rtol=1e-6)
     else:
         assert not one["elbow"]["whole_operator"]  # said, since no density was asked for
     if kind == "gauss-newton":
         assert one["smallest_ritz"] > -1e-5 * one["eigenvalues"][0]
+
+
+def test_more_eigenpairs_than_there_are_is_told(folder):
+    run_on_ranks(1, _select, folder, Layout(), "many-pairs", "sketched-fisher",
+                 (("num_eigenpairs", 20),))
+    spectrum = _spectrum(folder, "many-pairs")
+    assert len(spectrum["eigenvalues"]) == 12
+    assert "rank is at most 12: no more than 12 of --num-eigenpairs 20" in spectrum["notes"][-1]
+
+
+def test_a_sketch_that_is_not_finite_names_the_sample():
+    rows = np.ones((3, 8), np.float32)
+    rows[1, 5] = np.inf
+    with pytest.raises(UserError, match="validation sample 40, or its gradient, is not finite"):
+        SketchedFisherOperator(rows, np.array([7, 40, 41]))
 
 
 def test_the_density_tells_the_energy_of_the_whole_operator(folder):
