@@ -71,7 +71,7 @@ def summarise(run_dir: str | Path) -> dict:
                       for seed in pools if _is_there(run.path / "arms" / name / str(seed))}
                for name in setting["arms"]}
     before = _before(results)
-    reference = results[setting["reference"]]
+    reference = results.get(setting["reference"], {})
     pool = _pool(setting, pools)
     arms = [_arm(name, setting, results[name], reference, pools) for name in setting["arms"]]
     others = [arm for arm in arms if arm["name"] != setting["reference"]]
@@ -157,10 +157,10 @@ def _correct(differences: Sequence[dict]) -> None:
 
 def _default_against(setting: dict, results: dict[str, dict[int, Result]]) -> dict[str, dict]:
     """arm -> default less arm, for the reference and the rivals that were run."""
-    mine = _losses(results[setting["default_arm"]], None)
+    mine = _losses(results.get(setting["default_arm"], {}), None)
     against = {name: difference(mine, _losses(results[name], None))
                for name in (setting["reference"], *RIVALS)
-               if name in results and name != setting["default_arm"]}
+               if mine and name in results and name != setting["default_arm"]}
     _correct(list(against.values()))
     return against
 
@@ -209,12 +209,15 @@ def _composition(results: dict[int, Result]) -> dict[str, dict[str, float]]:
 
 
 def _problem(result: Result, candidates: Candidates) -> dict:
-    """Stiff cost and budget, in units of what as many average samples cost."""
+    """Stiff cost and budget, in units of what as many average samples cost.
+
+    Budget and objective are there for arms that solve a selection problem, the cost for all.
+    """
     unit = len(result.chosen) * float(candidates.stiff_cost.mean())
-    found = result.losses["objective"]
-    return {"stiff_cost": _over(found["stiff_cost"], unit),
-            "stiff_budget": _over(found["stiff_budget"], unit),
-            "objective_value": found["objective_value"],
+    found = result.losses.get("objective") or {}
+    return {"stiff_cost": _over(float(candidates.stiff_cost[result.chosen].sum()), unit),
+            "stiff_budget": _over(found.get("stiff_budget"), unit),
+            "objective_value": found.get("objective_value"),
             "mean_loss": mean_test_loss(result.losses["after"]["test"])}
 
 
