@@ -11,6 +11,7 @@ from megatron_direct.comparison.summary import PAPER_ARM
 
 VERDICT_COLOURS = {BETTER: "#1a7f37", WORSE: "#b42318", UNCLEAR: "#6b7280"}
 _OTHERS = "#c3c7ce"  # arms that no colour is spent on
+_WIDE = (0.65, 1)  # a text of two digits is so much wider than high
 _ROW = 0.24  # inches a row takes in a figure with a row for each arm
 # Arms that are worse by more than this many times what matters stand at the edge.
 _CUT_OFF = 1.6
@@ -165,7 +166,7 @@ def _label(axes, points: list[tuple[float, float, str]]) -> None:
             for angle in np.pi / 4 * np.arange(2, 10)]
     for (x, y, text), place in zip(points, places, strict=True):
         def room(way, place=place):
-            return min(np.linalg.norm(other - place - way) for other in taken)
+            return min(np.hypot(*((other - place - way) * _WIDE)) for other in taken)
 
         way = next((way for way in ways if room(way) > 11), ways[0])
         taken.append(place + way)

@@ -183,8 +183,12 @@ def _cost(summary: dict) -> str:
     cost = arms[0]["cost"]
     sentence = (f"Choosing by `{summary['default_arm']}` takes {cost['passes']:.2g} passes over "
                 f"the pool, {wording.percent(cost['share_of_annealing'])} of the annealing's own "
-                "cost: it pays if the arm reaches the reference's loss on "
-                f"{wording.percent(cost['annealing_left'])} of the annealing's tokens")
+                "cost")
+    if cost["annealing_left"] == 0:
+        return (sentence + ": here, where the annealing is short, no saving of its tokens pays for "
+                "it.")
+    sentence += (": it pays if the arm reaches the reference's loss on "
+                 f"{wording.percent(cost['annealing_left'])} of the annealing's tokens")
     if cost["needed_at_most"] is None:
         return sentence + ", and it does not reach it on all of them."
     return (sentence + ". That was not measured; if each further token brings less than the one "

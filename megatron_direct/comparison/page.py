@@ -225,8 +225,9 @@ def _cost_text(summary: dict) -> str:
     return ("In passes forward and back over the whole pool, and as a share of the annealing's own "
             f"tokens. Break-even: annealed on what is left, an arm costs as much as "
             f"{summary['reference']} on all of it; choosing pays if the arm needs no more than "
-            f"that to reach the loss of {summary['reference']}. How much it needs was not "
-            "measured, since each arm was annealed for one length. The last column is a bound for "
+            f"that to reach the loss of {summary['reference']}. At 0 % choosing is as dear as "
+            "the whole annealing, and no saving of its tokens pays for it. What an arm needs was not "
+            "measured, since each was annealed for one length. The last column is a bound for "
             "arms that end lower: it holds if each further token of annealing brings less than the "
             f"one before. Measured here, a seed: {wording.listed(measured, 'nothing')}, and "
             f"{setting['annealing_seconds']:.0f} s for an annealing.")
@@ -278,7 +279,7 @@ def _folded(heading: str, content: str) -> str:
 
 _CSS = """
 body { max-width: 70em; } p, li { max-width: 56em; }
-img { display: block; margin-top: .8em; }
+img { display: block; margin: .8em 0; }
 .better { color: #1a7f37; font-weight: 600; } .worse { color: #b42318; font-weight: 600; }
 .unclear { color: #6b7280; } .blank { visibility: hidden; }
 .caption { color: #57606a; font-size: .9em; margin-top: .3em; }

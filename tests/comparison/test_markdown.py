@@ -71,6 +71,21 @@ def test_figures_come_from_the_summary(summaries):
             "place 5 of 5") in _prose(text)
 
 
+def test_what_choosing_costs(summaries):
+    def sentence(summary, **cost):
+        summary = copy.deepcopy(summary)
+        next(a for a in summary["arms"] if a["name"] == "descent")["cost"].update(cost)
+        return _prose(results([summary]))
+
+    cheap = {"share_of_annealing": 0.25, "annealing_left": 0.75}
+    assert "on 75 % of the annealing's tokens. That was not measured;" in sentence(
+        summaries[0], **cheap)
+    assert "on 75 % of the annealing's tokens, and it does not reach it on all" in sentence(
+        summaries[1], **cheap)
+    assert "no saving of its tokens pays for it" in sentence(
+        summaries[0], share_of_annealing=1.5, annealing_left=0.0)
+
+
 def test_it_says_how_to_run_it_again(summaries):
     text = results(summaries, "make study")
     assert "```bash\nmake study\n```" in text
