@@ -12,6 +12,7 @@ EMBEDDED := $(DATA)/embedded
 DOMAINS := docstrings source licenses
 THETA := $(BUILD)/theta
 RUN := runs/embedded
+CLOZE := $(BUILD)/cloze
 
 # The embedded run's environment, for launch/anneal_gpt.sh.
 export CHECKPOINT_PATH ?= $(THETA)
@@ -27,11 +28,22 @@ TEXT_FLAGS := --max-files 180
 PRETRAIN_FLAGS := --train-iters 200
 ANNEAL_FLAGS := --num-valid-samples 64 --num-eigenpairs 12 --lanczos-tol 0.01 --lr-wsd-decay-iters 75
 
-.PHONY: anneal test test-slow lint data theta clean \
+.PHONY: anneal evaluate test test-slow lint data theta clean \
 	bench-solver bench-curvature bench-sketch bench-data
 
 anneal: $(READY) data theta
 	PATH=$(abspath $(BIN)):$$PATH OMP_NUM_THREADS=1 bash launch/anneal_gpt.sh $(ANNEAL_FLAGS) $(FLAGS)
+
+# The checkpoint and, where `make anneal` has been, the annealed arms.
+evaluate: $(READY) theta $(CLOZE)/.done
+	for checkpoint in $(THETA) $(wildcard $(RUN)/anneal/*/checkpoints); do \
+		name=$${checkpoint%/checkpoints}; name=$${name##*/}; echo "$$name:"; \
+		OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(GPUS_PER_NODE) \
+			-m megatron_direct evaluate --load $$checkpoint \
+			--tokenizer-model $(DATA)/tokenizer.model \
+			--tasks $(DOMAINS:%=$(CLOZE)/embedded_%_test.jsonl) \
+			--output $(BUILD)/evaluation/$$name.json $(FLAGS) || exit 1; \
+	done
 
 data: $(DATA)/.done
 theta: $(THETA)/.done
@@ -83,6 +95,11 @@ $(DATA)/.done: $(TEXT) tools/preprocess_selection.py
 $(THETA)/.done: $(DATA)/.done
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(GPUS_PER_NODE) \
 		-m megatron_direct pretrain --data-path $(DATA_PATH) --save $(THETA) $(PRETRAIN_FLAGS)
+	touch $@
+
+$(CLOZE)/.done: $(DATA)/.done tools/embedded_cloze.py
+	$(BIN)/python tools/embedded_cloze.py --data-path $(DOMAINS:%=$(EMBEDDED)_%_test) \
+		--tokenizer-model $(DATA)/tokenizer.model --output-dir $(@D)
 	touch $@
 
 clean:

@@ -133,7 +133,7 @@ def _worded(question: str) -> str:
 
 def _hellaswag_context(record: dict) -> str:
     if not all(key in record for key in ("activity_label", "ctx_a", "ctx_b")):
-        return _tidied(_text(record, "ctx"))
+        return _tidied(_text(record, "ctx")).lstrip()
     activity, whole, begun = (_text(record, key) for key in ("activity_label", "ctx_a", "ctx_b"))
     return _tidied(f"{activity}: {whole} {begun.capitalize()}")
 
