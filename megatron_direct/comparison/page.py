@@ -226,8 +226,8 @@ def _cost_text(summary: dict) -> str:
             f"tokens. Break-even: annealed on what is left, an arm costs as much as "
             f"{summary['reference']} on all of it; choosing pays if the arm needs no more than "
             f"that to reach the loss of {summary['reference']}. At 0 % choosing is as dear as "
-            "the whole annealing, and no saving of its tokens pays for it. What an arm needs was not "
-            "measured, since each was annealed for one length. The last column is a bound for "
+            "the whole annealing, and no saving of its tokens pays for it. What an arm needs was "
+            "not measured, since each was annealed for one length. The last column is a bound for "
             "arms that end lower: it holds if each further token of annealing brings less than the "
             f"one before. Measured here, a seed: {wording.listed(measured, 'nothing')}, and "
             f"{setting['annealing_seconds']:.0f} s for an annealing.")
