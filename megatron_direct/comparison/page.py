@@ -222,6 +222,8 @@ def _cost_text(summary: dict) -> str:
     measured = [f"{np.mean([of_seed[key] for of_seed in shared]):.0f} s for {what}"
                 for key, what in (("sketch", "sketches"), ("curvature", "curvature"))
                 if shared and all(key in of_seed for of_seed in shared)]
+    if setting["annealing_seconds"] is not None:
+        measured.append(f"{setting['annealing_seconds']:.0f} s for an annealing")
     return ("In passes forward and back over the whole pool, and as a share of the annealing's own "
             f"tokens. Break-even: annealed on what is left, an arm costs as much as "
             f"{summary['reference']} on all of it; choosing pays if the arm needs no more than "
@@ -229,8 +231,7 @@ def _cost_text(summary: dict) -> str:
             "the whole annealing, and no saving of its tokens pays for it. What an arm needs was "
             "not measured, since each was annealed for one length. The last column is a bound for "
             "arms that end lower: it holds if each further token of annealing brings less than the "
-            f"one before. Measured here, a seed: {wording.listed(measured, 'nothing')}, and "
-            f"{setting['annealing_seconds']:.0f} s for an annealing.")
+            f"one before. Measured here, a seed: {wording.listed(measured, 'nothing')}.")
 
 
 def _costs(summary: dict) -> Markup:

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from synthetic_run import sample_texts, write_run
 
+from megatron_direct import files
 from megatron_direct.comparison import wording
 from megatron_direct.comparison.page import render, write_page
 from megatron_direct.comparison.summary import summarise
@@ -80,6 +81,8 @@ def test_a_page_of_what_is_there(run_dir, tmp_path):
     shutil.copytree(run_dir, copy)
     shutil.rmtree(copy / "arms")
     (copy / "texts.json").unlink()
+    setting = files.read_json(copy / "setting.json")
+    files.write_json(copy / "setting.json", {**setting, "annealing_seconds": None})
     page = Reader(render(summarise(copy)))
     assert page.headings == ["In short", "Spectrum", "What choosing costs", "The run"]
 
