@@ -35,6 +35,7 @@ def quiet_imports() -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     from megatron_direct.stages.anneal import AnnealConfig
+    from megatron_direct.stages.compare import CompareConfig
     from megatron_direct.stages.curvature import CurvatureConfig
     from megatron_direct.stages.evaluate import EvaluateConfig
     from megatron_direct.stages.inspect import InspectConfig
@@ -56,6 +57,9 @@ def make_parser() -> argparse.ArgumentParser:
          (AnnealConfig, ParallelConfig, OptimizerConfig, BatchConfig)),
         ("evaluate", "multiple-choice questions, answered by likelihood",
          (EvaluateConfig, ModelConfig, ParallelConfig)),
+        ("compare", "arms of selection, annealed from one checkpoint and compared over seeds",
+         (CompareConfig, SelectConfig, CurvatureConfig, SelectionConfig, ModelConfig,
+          ParallelConfig, OptimizerConfig, BatchConfig)),
         ("report", "the table of a run, and its report.html", (ReportConfig,)),
         ("inspect", "what masks hold; masks combined, or made datasets", (InspectConfig,)),
     ):
@@ -87,6 +91,16 @@ def _dispatch(flags: argparse.Namespace) -> None:
         from megatron_direct.stages.evaluate import EvaluateConfig, evaluate
 
         evaluate(from_flags(EvaluateConfig, flags), given_flags(ModelConfig, flags), layout)
+    elif flags.command == "compare":
+        from megatron_direct.stages.compare import CompareConfig, compare
+        from megatron_direct.stages.curvature import CurvatureConfig
+        from megatron_direct.stages.select import SelectConfig
+        from megatron_direct.stages.selection import SelectionConfig
+
+        compare(from_flags(CompareConfig, flags), from_flags(SelectConfig, flags),
+                from_flags(CurvatureConfig, flags), from_flags(SelectionConfig, flags),
+                given_flags(ModelConfig, flags), layout,
+                {kind: given_flags(kind, flags) for kind in (OptimizerConfig, BatchConfig)})
     elif flags.command == "report":
         from megatron_direct import parallel
         from megatron_direct.stages.report import ReportConfig, report

@@ -17,8 +17,6 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-# About one training sequence of the embedded model: 256 tokens of two to four characters.
-PASSAGE_CHARACTERS = 600
 SHORTEST_CHARACTERS = 80
 
 
@@ -29,19 +27,18 @@ def python_files(root: Path) -> list[Path]:
                 path.relative_to(root).parts)]
 
 
-def docstrings(path: Path) -> Iterator[str]:
+def docstrings(path: Path, length: int) -> Iterator[str]:
+    """Of one file, one after the other: most are far shorter than a passage."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
         return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                yield from passages(text)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(
+        node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+    yield from passages("\n\n".join(text for text in found if text), length)
 
 
-def source(path: Path) -> Iterator[str]:
+def source(path: Path, length: int) -> Iterator[str]:
     """Code without its docstrings and comments, so that the domains do not share text."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -51,15 +48,15 @@ def source(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) \
                 and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    yield from passages(ast.unparse(tree))
+    yield from passages(ast.unparse(tree), length)
 
 
-def passages(text: str) -> Iterator[str]:
-    """Pieces of about PASSAGE_CHARACTERS, cut at line ends."""
+def passages(text: str, length: int) -> Iterator[str]:
+    """Pieces of about ``length`` characters, cut at line ends."""
     piece: list[str] = []
     for line in text.splitlines():
         piece.append(line)
-        if sum(map(len, piece)) >= PASSAGE_CHARACTERS:
+        if sum(map(len, piece)) >= length:
             yield "\n".join(piece).strip()
             piece = []
     if sum(map(len, piece)) >= SHORTEST_CHARACTERS:
@@ -96,20 +93,25 @@ def main() -> None:
     parser.add_argument("--max-files", type=int, default=250,
                         help="Python files that are read, spread evenly over all of them "
                              "(default %(default)s)")
+    parser.add_argument("--passage-characters", type=int, default=600,
+                        help="length of a passage, to the next line end (default %(default)s: "
+                             "about one training sequence of the embedded model)")
     flags = parser.parse_args()
     root = Path(sysconfig.get_path("stdlib"))
     packages = Path(sysconfig.get_path("purelib"))
+    length = flags.passage_characters
     part, of = (int(number) for number in flags.part.split("/"))
     files = python_files(root)[part - 1:: of]
     some = files[:: max(1, len(files) // flags.max_files)][: flags.max_files]
     licenses = license_files(root, packages)
     flags.output_dir.mkdir(parents=True, exist_ok=True)
     domains = {
-        "docstrings": ((str(p.relative_to(root)), t) for p in some for t in docstrings(p)),
-        "source": ((str(p.relative_to(root)), t) for p in some for t in source(p)),
+        "docstrings": ((str(p.relative_to(root)), t) for p in some for t in docstrings(p, length)),
+        "source": ((str(p.relative_to(root)), t) for p in some for t in source(p, length)),
         # Few files, some very long, many alike: here a passage is a document of its own.
         "licenses": ((f"{p.name} {i}", t) for p in licenses for i, t in enumerate(
-            passages(p.read_text(encoding="utf-8", errors="replace"))) if i % of == part - 1),
+            passages(p.read_text(encoding="utf-8", errors="replace"), length))
+            if i % of == part - 1),
     }
     for name, records in domains.items():
         count, characters = write_domain(flags.output_dir / f"{name}.jsonl", records)

@@ -89,3 +89,15 @@ def find_elbow(
         whole_operator=total_energy is not None,
         reached=reached,
     )
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The eigenpairs that were computed, in sketch coordinates; the first num_stiff are stiff.
+
+    eigenvalues: [p], descending; sketches: [p, k], row j is S v_j.
+    """
+
+    eigenvalues: np.ndarray
+    sketches: np.ndarray
+    num_stiff: int

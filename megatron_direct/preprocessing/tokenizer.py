@@ -46,6 +46,9 @@ class SentencePiece:
             return [self._model.encode_as_numpy(text) for text in texts]
         return [np.array(self._model.encode(text), np.int32) for text in texts]
 
+    def decode(self, tokens: np.ndarray) -> str:
+        return self._model.decode([int(token) for token in tokens])
+
 
 class HuggingFace:
     def __init__(self, path: Path, eod_token: str | None):
@@ -66,6 +69,9 @@ class HuggingFace:
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._model.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, tokens: np.ndarray) -> str:
+        return self._model.decode([int(token) for token in tokens])
 
 
 def _eos_token(folder: Path) -> str | None:

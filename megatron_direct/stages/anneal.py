@@ -7,6 +7,7 @@ tokens in batches of the same order of work under the same schedule; only the ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,8 +76,8 @@ def anneal(config: AnnealConfig, given: dict[type, dict], layout: ParallelConfig
     start_from = checkpoint.require(selected["load"])
     carried = checkpoint.read_args(start_from)
     architecture = ModelConfig(**checkpoint.architecture(selected))
-    optimizer = OptimizerConfig(**_carried(OptimizerConfig, carried, given))
-    batch = BatchConfig(**_carried(BatchConfig, carried, given))
+    optimizer = OptimizerConfig(**carried_over(OptimizerConfig, carried, given))
+    batch = BatchConfig(**carried_over(BatchConfig, carried, given))
     _require_same_optimizer(config, optimizer, carried)
     layout.check(architecture, parallel.world_size())
     pools = selected["data_path"]
@@ -108,45 +109,57 @@ def anneal(config: AnnealConfig, given: dict[type, dict], layout: ParallelConfig
         for part in parts:
             parallel.say(f"{config.selection}: {part}")
         chunks = model.build(architecture, layout)
-        before, after = _train(config, optimizer, batch, chunks, dataset, start_from, folder,
-                               lambda: _losses(selected["valid_data_path"], test_data_path, chunks,
-                                               architecture, batch))
+        found: dict[str, dict] = {}
+
+        def measure(when: str) -> None:
+            found[when] = losses(selected["valid_data_path"], test_data_path, chunks, architecture,
+                                 batch)
+
+        decay(chunks, dataset, start_from, optimizer, batch, config.lr_wsd_decay_iters, folder,
+              description=f"anneal {config.selection}", load_optim=config.load_optim,
+              save_interval=config.save_interval, before=lambda: measure("before"))
+        measure("after")
     parallel.on_rank_zero(lambda: files.write_json(folder / "result.json", {
-        "arm": config.selection, "before": before, "after": after,
+        "arm": config.selection, **found,
         "tokens": num_sequences * architecture.seq_length,
         "blend": [vars(part) for part in parts]}))
     parallel.on_rank_zero(lambda: run.finish(stage))
 
 
-def _train(config: AnnealConfig, optimizer: OptimizerConfig, batch: BatchConfig, chunks, dataset,
-           start_from: Path, folder: Path, losses) -> tuple[dict, dict]:
-    """Losses before and after the annealing."""
+def decay(chunks, dataset, start_from: Path, optimizer: OptimizerConfig, batch: BatchConfig,
+          iterations: int, folder: Path, *, description: str, load_optim: bool = True,
+          save_interval: int | None = None, before: Callable[[], None] = lambda: None) -> None:
+    """Trains ``chunks`` over the dataset while the learning rate decays; all ranks call this.
+
+    chunks: bare and without weights of any worth: those of the checkpoint ``start_from`` are
+    loaded, with its optimizer unless ``load_optim`` is False. folder: for ``metrics.jsonl`` and,
+    every ``save_interval`` iterations and at the end, checkpoints, from the newest of which a run
+    that was killed carries on; None: no checkpoints. before: called when the weights are loaded.
+    """
     trainer = training.make_trainer(chunks, optimizer, batch)
-    if config.load_optim:
+    if load_optim:
         checkpoint.load_training(start_from, chunks, trainer.optimizer, trainer.scheduler)
     else:
         checkpoint.load_model(start_from, chunks)
     onset = trainer.scheduler.num_steps
-    before = losses()
-    resumed = checkpoint.latest(folder / "checkpoints")
+    before()
+    resumed = checkpoint.latest(folder / "checkpoints") if save_interval else None
     done = 0 if resumed is None else checkpoint.load_training(
         resumed, chunks, trainer.optimizer, trainer.scheduler)
-    training.anneal_over(trainer, optimizer, onset, done, config.lr_wsd_decay_iters, batch)
+    training.anneal_over(trainer, optimizer, onset, done, iterations, batch)
     log = training.MetricsLog(folder / "metrics.jsonl", done)
     args = {**checkpoint.read_args(start_from), **vars(optimizer), **vars(batch)}
 
     def after_step(step: training.Step) -> None:
         log.write(step)
-        if step.iteration % config.save_interval == 0 or \
-                step.iteration == config.lr_wsd_decay_iters:
+        if save_interval and (step.iteration % save_interval == 0 or step.iteration == iterations):
             checkpoint.save(folder / "checkpoints", step.iteration, chunks, trainer.optimizer,
                             trainer.scheduler, args)
 
-    training.train(trainer, dataset, batch, range(done + 1, config.lr_wsd_decay_iters + 1),
-                   first_sequence=done * batch.global_batch_size,
-                   description=f"anneal {config.selection}", after_step=after_step)
+    training.train(trainer, dataset, batch, range(done + 1, iterations + 1),
+                   first_sequence=done * batch.global_batch_size, description=description,
+                   after_step=after_step)
     log.close()
-    return before, losses()
 
 
 def _blend(config: AnnealConfig, selected: dict) -> tuple[Blend, list[str]]:
@@ -172,8 +185,9 @@ def _blend(config: AnnealConfig, selected: dict) -> tuple[Blend, list[str]]:
     return splits["train"], test or (splits["test"][0] if splits["test"] else [])
 
 
-def _losses(valid: list[str], test: list[str], chunks, architecture: ModelConfig,
-            batch: BatchConfig) -> dict[str, dict[str, float]]:
+def losses(valid: list[str], test: list[str], chunks, architecture: ModelConfig,
+           batch: BatchConfig) -> dict[str, dict[str, float]]:
+    """Of every validation and test set, by name; all ranks call this."""
     return {name: evaluate.dataset_losses(chunks, prefixes, architecture.seq_length,
                                           architecture.vocab_size, batch.micro_batch_size)
             for name, prefixes in (("valid", valid), ("test", test))}
@@ -200,7 +214,7 @@ def _masks(config: AnnealConfig, prefixes, architecture: ModelConfig, batch: Bat
     return selection_stage.load_masks(folder, prefixes)
 
 
-def _carried(kind: type, carried: dict, given: dict[type, dict]) -> dict:
+def carried_over(kind: type, carried: dict, given: dict[type, dict]) -> dict:
     """A dataclass's values: as given, else as the checkpoint was trained, else the default."""
     names = kind.__dataclass_fields__
     return {**{n: carried[n] for n in names if n in carried}, **given.get(kind, {})}

@@ -20,7 +20,12 @@ from megatron_direct.curvature.hessian import HessianOperator
 from megatron_direct.curvature.lanczos import AsymmetricOperator, Spectrum, lanczos
 from megatron_direct.curvature.resume import LanczosLog
 from megatron_direct.curvature.sketched import SketchedFisherOperator
-from megatron_direct.curvature.spectrum import PAPER_ENERGY_SHARE, Elbow, find_elbow
+from megatron_direct.curvature.spectrum import (
+    PAPER_ENERGY_SHARE,
+    Directions,
+    Elbow,
+    find_elbow,
+)
 from megatron_direct.curvature.symmetry import check_symmetry
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import Samples
@@ -46,22 +51,12 @@ class CurvatureConfig:
     lanczos_tol: float = flag(
         1e-3, "residual of an eigenpair, over the largest eigenvalue, at which Lanczos stops")
     max_matvecs: int = flag(200, "most operator products that Lanczos may take")
+    num_curvature_samples: int = flag(
+        0, "of the validation samples, those that operator products run over, at most; 0: all")
     density_samples: int = flag(
         0, "random vectors for the spectral density and the trace, at least 2; 0: neither, and "
         "the elbow of --curvature hessian and gauss-newton is told among the computed pairs")
     density_steps: int = flag(16, "Lanczos steps from each of these vectors")
-
-
-@dataclass(frozen=True)
-class Directions:
-    """The eigenpairs that were computed, in sketch coordinates; the first num_stiff are stiff.
-
-    eigenvalues: [p], descending; sketches: [p, k], row j is S v_j.
-    """
-
-    eigenvalues: np.ndarray
-    sketches: np.ndarray
-    num_stiff: int
 
 
 def leading_directions(config: CurvatureConfig, chunks: Sequence[torch.nn.Module],
@@ -84,6 +79,9 @@ def leading_directions(config: CurvatureConfig, chunks: Sequence[torch.nn.Module
         sketches = np.stack(spectrum.eigenvectors)
     else:
         space = ParameterSpace(shards)
+        count = config.num_curvature_samples
+        if 0 < count < len(numbers):  # spread evenly over the datasets, as the drawn ones are
+            numbers = numbers[np.arange(count) * len(numbers) // count]
         operator = OPERATORS[config.curvature](chunks, space, samples, numbers, micro_batch_size)
         if scales is not None:
             operator = PreconditionedOperator(operator, space, scales)

@@ -7,13 +7,15 @@ directions of the validation set's curvature, and the selection problem.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_direct import checkpoint, datasets, model, parallel
+from megatron_direct import checkpoint, datasets, files, model, parallel
 from megatron_direct.config import ModelConfig, ParallelConfig, flag
+from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
@@ -78,14 +80,31 @@ def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfi
 
     run = RunDirectory(config.run_dir)
     identity = parallel.on_rank_zero(
-        lambda: _identity(config, architecture, curvature, selection, found))
-    of_sketches = {key: identity[key] for key in (
-        "checkpoint_digest", "dataset_digests", "seq_length", "sketch_size", "seed",
-        *_OF_SKETCHES)}
+        lambda: identity_of(config, architecture, curvature, selection, found))
     if parallel.on_rank_zero(lambda: run.begin("select", identity, vars(layout))):
         parallel.say(f"{config.run_dir} already holds this selection.")
         return
 
+    directions = measure(config, curvature, architecture, layout, found, run.path, identity,
+                         samples, valid_samples, numbers)
+    selection_stage.solve(selection, samples, run.path, directions, seed=config.seed)
+    selection_stage.load_masks(run.path, pools)
+    parallel.on_rank_zero(lambda: run.finish("select"))
+
+
+def measure(config: SelectConfig, curvature: CurvatureConfig, architecture: ModelConfig,
+            layout: ParallelConfig, found: Path, folder: Path, identity: dict, samples: Samples,
+            valid_samples: Samples, numbers: np.ndarray) -> Directions:
+    """Sketches of all samples and the leading directions, into ``folder``; all ranks call this.
+
+    numbers: of the validation samples that were drawn. identity: all that the selection depends on.
+    ``seconds.json`` tells what both took; a folder that holds them already keeps it as it is.
+    """
+    begun = time.perf_counter()
+    of_sketches = {key: identity[key] for key in (
+        "checkpoint_digest", "dataset_digests", "seq_length", "sketch_size", "seed",
+        *_OF_SKETCHES)}
+    in_layout = {**vars(layout), "ranks": parallel.world_size()}
     with parallel.model_parallel(layout, layout.num_model_chunks(architecture)):
         chunks = model.build(architecture, layout)
         checkpoint.load_model(found, chunks)
@@ -94,20 +113,21 @@ def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfi
         sketch = Sketch(shards, config.sketch_size, config.seed, scales)
         for name, some, which in (("pool", samples, samples.usable),
                                   ("valid", valid_samples, numbers)):
-            write_sketches(run.path / "sketches" / name, of_sketches,
-                           {**vars(layout), "ranks": parallel.world_size()}, chunks, shards,
+            write_sketches(folder / "sketches" / name, of_sketches, in_layout, chunks, shards,
                            sketch, some, which, config.micro_batch_size,
                            dtype=config.sketch_dtype, sample_loss=config.sample_loss)
-        valid_sketches = run.path / "sketches" / "valid"
+        sketched = time.perf_counter()
+        valid_sketches = folder / "sketches" / "valid"
         directions = leading_directions(
             curvature, chunks, shards, sketch, valid_samples, numbers, config.micro_batch_size,
             scales=scales, sample_loss=config.sample_loss, seed=config.seed,
-            folder=run.path / "curvature",
+            folder=folder / "curvature",
             valid_rows=parallel.on_rank_zero(lambda: store.load(valid_sketches).rows),
-            identity={**identity, **vars(layout), "ranks": parallel.world_size()})
-    selection_stage.solve(selection, samples, run.path, directions, seed=config.seed)
-    selection_stage.load_masks(run.path, pools)
-    parallel.on_rank_zero(lambda: run.finish("select"))
+            identity={**identity, **in_layout})
+    seconds = {"sketch": sketched - begun, "curvature": time.perf_counter() - sketched}
+    parallel.on_rank_zero(lambda: (folder / "seconds.json").is_file() or files.write_json(
+        folder / "seconds.json", seconds))
+    return directions
 
 
 def model_of(found: Path, given: dict, prefixes: list[str]) -> ModelConfig:
@@ -127,8 +147,8 @@ def draw(usable: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(usable, count, replace=False))
 
 
-def _identity(config: SelectConfig, architecture: ModelConfig, curvature: CurvatureConfig,
-              selection: SelectionConfig, found: Path) -> dict:
+def identity_of(config: SelectConfig, architecture: ModelConfig, curvature: CurvatureConfig,
+                selection: SelectionConfig, found: Path) -> dict:
     """All that the selection depends on. Paths and micro-batch sizes are not: digests are."""
     prefixes = [*config.data_path, *config.valid_data_path]
     return {

@@ -4,50 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 
 from megatron_direct import files, parallel
-from megatron_direct.config import flag
+from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.data import indexed
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients import store
-from megatron_direct.selection import InfeasibleSelection, solve_selection, stiff_budget
+from megatron_direct.selection import InfeasibleSelection, sketched
 from megatron_direct.selection.problem import Selection
-from megatron_direct.stages.curvature import Directions
-
-
-@dataclass(frozen=True)
-class SelectionConfig:
-    """Selection problem."""
-
-    num_select: int | None = flag(
-        None, "K, samples to select; left out: a quarter of the pool", type=int)
-    objective: str = flag(
-        "descent", "what the selected samples maximise; flat-energy is the paper's",
-        choices=("flat-energy", "alignment", "descent"))
-    flat_subspace: str = flag(
-        "complement", "what counts as flat: all that is not stiff, or only the computed directions "
-        "behind the elbow whose eigenvalues are above zero", choices=("complement", "bulk"))
-    stiff_budget_fraction: float = flag(
-        0.05, "budget of stiff cost: 0 is the least that K samples can cost, 1 that of K average "
-        "samples; --objective descent has none unless --stiff-budget is given")
-    stiff_budget: float | None = flag(
-        None, "budget of stiff cost in absolute terms, in place of the fraction", type=float)
-    step_size: float = flag(
-        5.0, "--objective descent: length of the step, over 1 / lambda_max")
-    quotas: tuple = flag(
-        (), "least and greatest number of samples from a pool, as NAME:LEAST:GREATEST with either "
-        "left empty at will; NAME is the last part of its prefix", nargs="+")
-    sketch_rows: str = flag(
-        "auto", "where the problem is solved: with all rows on rank 0, or with the rows spread "
-        "over the ranks; auto: spread if they take more than half of rank 0's free memory",
-        choices=("auto", "gathered", "spread"))
+from megatron_direct.selection.sketched import Evidence, SelectionConfig
 
 
 def num_to_select(config: SelectionConfig, num_usable: int) -> int:
@@ -115,25 +86,16 @@ def _solve(config: SelectionConfig, samples: Samples, folder: Path, directions: 
     if count > len(candidates):
         raise UserError(f"--num-select {count} is more than the {len(candidates)} samples whose "
                         "gradients are finite. Give a smaller number, or check the checkpoint.")
-    rows, here = part.rows[part.finite], part.samples[part.finite]
-    stiff = stiff_costs(rows, directions)
-    cost = np.zeros(len(samples))
-    cost[here] = stiff
-    cost = all_reduce_sum(cost)[candidates]
-    mean_valid = store.load(folder / "sketches" / "valid").rows.mean(0)
+    here = part.samples[part.finite]
+    evidence = Evidence(part.rows[part.finite], samples.num_labels[here],
+                        np.searchsorted(candidates, here),
+                        store.load(folder / "sketches" / "valid").rows, directions, all_reduce_sum)
     names = list(indexed.prefix_names(samples.prefixes).values())
     quotas = parse_quotas(config.quotas, names)
-    keywords = _of_objective(config, mean_valid, directions)
-    if quotas:
-        keywords.update(groups=np.array(names)[samples.dataset_of(here)], quotas=quotas)
-    budget = config.stiff_budget
-    if budget is None and config.objective != "descent":
-        budget = stiff_budget(cost, count, config.stiff_budget_fraction)
+    limits = {"groups": np.array(names)[samples.dataset_of(here)],
+              "quotas": quotas} if quotas else {}
     try:
-        found = solve_selection(
-            summed_rows(config, rows, directions).T, stiff, count, stiff_budget=budget,
-            objective=config.objective, seed=seed, sample_ids=np.searchsorted(candidates, here),
-            all_reduce_sum=all_reduce_sum, **keywords)
+        found, cost = sketched.solve(config, evidence, count, seed, **limits)
     except InfeasibleSelection as error:
         raise UserError(f"{error} Give --stiff-budget of at least {error.min_stiff_budget:.6g}, "
                         "or --stiff-budget-fraction in its place.") from error
@@ -148,66 +110,6 @@ def _solve(config: SelectionConfig, samples: Samples, folder: Path, directions: 
     mean_loss = {"pool": float(losses[candidates].mean()), "selected": float(losses[chosen].mean())}
     return chosen, {"objective": config.objective, "num_select": len(chosen),
                     **_in_numbers(found, cost), "samples": counts, "mean_loss": mean_loss}
-
-
-def stiff_costs(rows: np.ndarray, directions: Directions) -> np.ndarray:
-    """[N] a_i = sum_j lambda_j <g_i, v_j>^2 over stiff j, with inner products of sketches."""
-    stiff = directions.sketches[: directions.num_stiff].astype(np.float64)
-    return (rows.astype(np.float64) @ stiff.T) ** 2 @ directions.eigenvalues[: len(stiff)]
-
-
-def summed_rows(config: SelectionConfig, rows: np.ndarray, directions: Directions) -> np.ndarray:
-    """[N, k] the rows that the objective sums up: whole sketches for descent, else flat parts."""
-    if config.objective == "descent":
-        return rows
-    return flat_rows(rows, directions, config.flat_subspace)
-
-
-def flat_rows(rows: np.ndarray, directions: Directions, subspace: str) -> np.ndarray:
-    """[N, k] the part of each sketch in the flat subspace.
-
-    complement: what is left once the stiff directions are projected out; bulk: the projection on
-    the computed directions behind them with eigenvalues above zero.
-    """
-    if subspace == "complement":
-        basis = _orthonormal(directions.sketches[: directions.num_stiff])
-        return _in_blocks(lambda block: block - (block @ basis) @ basis.T, rows)
-    behind = directions.sketches[directions.num_stiff:][
-        directions.eigenvalues[directions.num_stiff:] > 0]
-    if len(behind) == 0:
-        raise UserError("--flat-subspace bulk: no direction with an eigenvalue above zero was "
-                        "computed behind the elbow. Raise --num-eigenpairs.")
-    basis = _orthonormal(behind)
-    return _in_blocks(lambda block: (block @ basis) @ basis.T, rows)
-
-
-def _in_blocks(project: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """float32 rows out of float64 arithmetic, without a float64 copy of all rows."""
-    result = np.empty_like(rows, dtype=np.float32)
-    for start in range(0, len(rows), 4096):
-        result[start: start + 4096] = project(rows[start: start + 4096].astype(np.float64))
-    return result
-
-
-def _orthonormal(vectors: np.ndarray) -> np.ndarray:
-    """[k, p] orthonormal basis of the span of [p, k]."""
-    return np.linalg.qr(vectors.T.astype(np.float64))[0]
-
-
-def _of_objective(config: SelectionConfig, mean_valid: np.ndarray, directions: Directions) -> dict:
-    """The keyword arguments that an objective needs beside the rows.
-
-    mean_valid: [k] sketch of the mean validation gradient.
-    """
-    if config.objective == "alignment":
-        return {"target": flat_rows(mean_valid[None], directions, config.flat_subspace)[0]}
-    if config.objective == "descent":
-        # H as far as it is known: its computed eigenpairs. Elsewhere it counts as zero.
-        sketches = directions.sketches.astype(np.float64)
-        return {"target": mean_valid,
-                "curvature": (sketches.T * np.maximum(directions.eigenvalues, 0)) @ sketches,
-                "step_size": config.step_size / float(directions.eigenvalues[0])}
-    return {}
 
 
 def _in_numbers(found: Selection, cost: np.ndarray) -> dict:
@@ -260,16 +162,16 @@ def load_masks(folder: Path, prefixes: Sequence[str]) -> dict[str, SampleMask]:
 def composition(samples: Samples, chosen: np.ndarray) -> dict[str, dict[str, int]]:
     """By dataset: candidates, selected, and how many of each were corrupted on purpose."""
     names = indexed.prefix_names(samples.prefixes)
-    domain_of = samples.dataset_of(chosen)
+    is_chosen = np.zeros(len(samples), dtype=bool)
+    is_chosen[chosen] = True
     result = {}
     for i, prefix in enumerate(samples.prefixes):
-        corrupted = np.zeros(len(samples.document_lengths[i]), dtype=bool)
-        corrupted[indexed.read_card(prefix).get("corrupted", [])] = True
-        documents = chosen[domain_of == i] - samples.first[i]
+        here = slice(samples.first[i], samples.first[i + 1])
+        selected, corrupted = is_chosen[here], samples.corrupted[here]
         result[names[prefix]] = {
-            "samples": len(corrupted), "selected": len(documents),
+            "samples": len(selected), "selected": int(selected.sum()),
             "corrupted": int(corrupted.sum()),
-            "selected_corrupted": int(corrupted[documents].sum())}
+            "selected_corrupted": int((selected & corrupted).sum())}
     return result
 
 

@@ -1,0 +1,136 @@
+"""The comparison on the embedded text: three settings, two sizes of model.
+
+    make study                                            (hours on two cores; carried on if killed)
+    python benchmarks/study.py --sizes small --settings clean --arms random direct
+
+Text is the Python installation's own. One half of its files trains the models up to the onset of
+annealing; the other half is divided by file into pool, validation and test sets:
+
+    clean      docstrings and source code, as many documents of each
+    corrupted  the same, a quarter of the documents shuffled token by token
+    shifted    mostly source code, while validation and test sets are docstrings
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from megatron_direct.data import indexed
+from megatron_direct.data.mask import SampleMask
+from megatron_direct.data.materialize import materialize
+
+ROOT = Path(__file__).resolve().parents[1]
+DOMAINS = ("docstrings", "source")
+# setting -> (pool that is drawn from, documents of each domain, domains of validation and test)
+SETTINGS = {
+    "clean": ("clean", (900, 900), DOMAINS),
+    "corrupted": ("corrupted", (900, 900), DOMAINS),
+    "shifted": ("clean", (180, 1800), DOMAINS[:1]),
+}
+HELD_OUT = {"valid": 220, "test": 220}  # documents of each domain
+NUM_SELECT = 450
+
+# size -> flags of the architecture; 0.5 and 1.1 million parameters
+SIZES = {
+    "small": ["--num-layers", "3", "--hidden-size", "96"],
+    "medium": ["--num-layers", "4", "--hidden-size", "128"],
+}
+PRETRAIN = ["--train-iters", "500", "--lr", "3e-3", "--micro-batch-size", "16"]
+COMPARE = ["--num-select", str(NUM_SELECT), "--lr-wsd-decay-iters", "30",
+           "--num-valid-samples", "256"]
+
+
+class Study:
+    """Everything lies under ``folder``; what is there is not made again."""
+
+    def __init__(self, folder: Path, ranks: int):
+        self.folder, self.ranks = folder, ranks
+        self.tokenizer = folder / "data" / "tokenizer.model"
+
+    def run(self, *command: str | Path, ranks: int = 1) -> None:
+        launcher = [sys.executable] if ranks == 1 else [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(ranks)]
+        subprocess.run([*launcher, *map(str, command)], check=True, cwd=ROOT,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def prepare(self) -> None:
+        """Text and datasets: ``pretrain_DOMAIN_pool``, and pools and held-out sets to draw from."""
+        done = self.folder / "data" / ".done"
+        if done.is_file():
+            return
+        for part in ("1", "2"):
+            self.run("tools/embedded_text.py", "--output-dir", self.folder / "text" / part,
+                     "--part", f"{part}/2", "--max-files", 10**6, "--passage-characters", 420)
+        self._preprocess("1", "pretrain", "--split", "100,0,0", "--train-tokenizer",
+                         "--vocab-size", "2048")
+        for name, fraction in (("clean", "0"), ("corrupted", "0.25")):
+            self._preprocess("2", name, "--split", "70,15,15", "--corrupt-fraction", fraction)
+        for setting, (source, counts, _) in SETTINGS.items():
+            for domain, count in zip(DOMAINS, counts, strict=True):
+                self._draw(f"{source}_{domain}_pool", f"{setting}/{domain}_pool", count)
+        for split, count in HELD_OUT.items():
+            for domain in DOMAINS:
+                self._draw(f"clean_{domain}_{split}", f"{domain}_{split}", count)
+        done.touch()
+
+    def _preprocess(self, part: str, name: str, *flags: str) -> None:
+        self.run("tools/preprocess_selection.py", "--input",
+                 *(self.folder / "text" / part / f"{domain}.jsonl" for domain in DOMAINS),
+                 "--group-key", "file", "--tokenizer-model", self.tokenizer, "--append-eod",
+                 "--output-prefix", self.folder / "data" / name, *flags)
+
+    def _draw(self, source: str, target: str, count: int) -> None:
+        """A dataset of ``count`` documents drawn from another."""
+        prefix, output = (str(self.folder / "data" / name) for name in (source, target))
+        total = indexed.num_documents(indexed.open_indexed(prefix))
+        keep = np.zeros(total, dtype=bool)
+        keep[np.random.default_rng(0).choice(total, count, replace=False)] = True
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".idx", ".bin"):
+            Path(output + suffix).unlink(missing_ok=True)
+        materialize(prefix, SampleMask(keep, indexed.dataset_digest(prefix)), output)
+
+    def pretrain(self, size: str) -> Path:
+        data, theta = self.folder / "data", self.folder / f"theta_{size}"
+        self.run("-m", "megatron_direct", "pretrain", "--data-path",
+                 "0.4", data / "pretrain_docstrings_pool", "0.6", data / "pretrain_source_pool",
+                 "--save", theta, *SIZES[size], *PRETRAIN, ranks=self.ranks)
+        return theta
+
+    def compare(self, setting: str, size: str, flags: list[str]) -> Path:
+        data, run = self.folder / "data", self.folder / f"{setting}-{size}"
+        domains = SETTINGS[setting][2]
+        self.run("-m", "megatron_direct", "compare", "--load", self.folder / f"theta_{size}",
+                 "--run-dir", run, "--name", f"{setting}, {size} model", "--tokenizer-model",
+                 self.tokenizer,
+                 "--data-path", *(data / setting / f"{domain}_pool" for domain in DOMAINS),
+                 "--valid-data-path", *(data / f"{domain}_valid" for domain in domains),
+                 "--test-data-path", *(data / f"{domain}_test" for domain in domains),
+                 *COMPARE, *flags, ranks=self.ranks)
+        return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "study")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks")
+    flags, others = parser.parse_known_args()  # others: flags of megatron-direct compare
+    study = Study(flags.folder.resolve(), flags.ranks)
+    study.prepare()
+    for size in flags.sizes:
+        study.pretrain(size)
+        for setting in flags.settings:
+            study.compare(setting, size, others)
+
+
+if __name__ == "__main__":
+    main()

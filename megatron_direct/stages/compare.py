@@ -1,0 +1,337 @@
+"""``megatron-direct compare``: does selection help here, and which?
+
+Arms (:mod:`megatron_direct.comparison.arms`) fork from one checkpoint and are annealed with the
+same tokens, schedule, batches and order of work. Each seed is a replicate: of the hashes, of the
+draw of validation samples, of what is drawn at random, and of the order of the data. The losses
+that count are of test sets that no selection saw.
+
+    RUN_DIR/seeds/S        sketches and curvature of one seed, shared by all arms
+    RUN_DIR/arms/ARM/S     what the arm chose, and its losses; what is there is not done again
+    RUN_DIR/comparison.json, results.md, report.html      made anew at the end of each call
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_direct import checkpoint, datasets, files, model, parallel
+from megatron_direct.comparison import markdown, page, summary
+from megatron_direct.comparison.arms import ARMS, Case
+from megatron_direct.config import (
+    BatchConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    flag,
+)
+from megatron_direct.curvature.spectrum import Directions
+from megatron_direct.data import blend, indexed
+from megatron_direct.data.samples import Samples
+from megatron_direct.errors import UserError
+from megatron_direct.gradients import store
+from megatron_direct.preprocessing import tokenizer
+from megatron_direct.run import RunDirectory
+from megatron_direct.selection import sketched
+from megatron_direct.selection.sketched import Evidence, SelectionConfig
+from megatron_direct.stages import anneal
+from megatron_direct.stages import selection as selection_stage
+from megatron_direct.stages.curvature import CurvatureConfig
+from megatron_direct.stages.select import SelectConfig, draw, identity_of, measure, model_of
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Comparison."""
+
+    test_data_path: tuple = flag(
+        (), "indexed datasets whose losses are compared; no selection sees them", nargs="+",
+        required=True)
+    arms: tuple = flag((), f"arms to compare, left out: all ({', '.join(ARMS)})", nargs="+")
+    num_seeds: int = flag(5, "replicates of each arm")
+    lr_wsd_decay_iters: int = flag(100, "iterations of each annealing")
+    name: str = flag("", "what the report calls this comparison; left out: the run directory's")
+    tokenizer_model: str = flag("", "tokenizer that turns samples back into text for the report; "
+                                    "left out: no samples are shown")
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """All that the seeds and arms of one comparison share."""
+
+    config: CompareConfig
+    select: SelectConfig
+    curvature: CurvatureConfig
+    selection: SelectionConfig
+    architecture: ModelConfig
+    layout: ParallelConfig
+    optimizer: OptimizerConfig
+    batch: BatchConfig
+    checkpoint: Path
+    tokenizer_digest: str
+    samples: Samples
+    valid_samples: Samples
+    num_select: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.select.run_dir)
+
+    @property
+    def seeds(self) -> list[int]:
+        return [self.select.seed + number for number in range(self.config.num_seeds)]
+
+
+def compare(config: CompareConfig, select: SelectConfig, curvature: CurvatureConfig,
+            selection: SelectionConfig, given_architecture: dict, layout: ParallelConfig,
+            given: dict[type, dict]) -> None:
+    """Measures, selects and anneals what is not there yet, and writes the report.
+
+    given: the optimizer and batch flags that were given, by dataclass; the rest is as the
+    checkpoint was trained.
+    """
+    arms = list(config.arms) or list(ARMS)
+    unknown = [name for name in arms if name not in ARMS]
+    if unknown:
+        raise UserError(f"--arms {' '.join(unknown)}: there is no such arm. There are "
+                        f"{', '.join(ARMS)}.")
+    setting = _setting(config, select, curvature, selection, given_architecture, layout, given)
+    run = RunDirectory(select.run_dir)
+    parallel.on_rank_zero(lambda: run.begin("compare", _identity(setting), vars(layout)))
+    before = _before(setting)
+    for seed in setting.seeds:
+        missing = parallel.on_rank_zero(
+            lambda seed=seed: [name for name in arms if not (
+                _arm_folder(setting, name, seed) / "result.json").is_file()])
+        if missing:
+            case = _measured(setting, seed, {need for name in missing
+                                             for need in ARMS[name].needs})
+            for name in missing:
+                _run_arm(setting, name, seed, case, {key: before[key] for key in ("valid", "test")})
+    parallel.on_rank_zero(lambda: _report(setting, arms))
+    parallel.on_rank_zero(lambda: run.finish("compare"))
+
+
+def _setting(config, select, curvature, selection, given_architecture, layout, given) -> _Setting:
+    pools, valid = list(select.data_path), list(select.valid_data_path)
+    datasets.require_disjoint(pools, valid)
+    datasets.require_disjoint(pools, list(config.test_data_path))
+    datasets.require_disjoint(valid, list(config.test_data_path))
+    found = checkpoint.require(select.load)
+    carried = checkpoint.read_args(found)
+    architecture = model_of(found, given_architecture, [*pools, *valid, *config.test_data_path])
+    layout.check(architecture, parallel.world_size())
+    samples = Samples(pools, architecture.seq_length, architecture.vocab_size)
+    return _Setting(
+        config, select, curvature, selection, architecture, layout,
+        OptimizerConfig(**anneal.carried_over(OptimizerConfig, carried, given)),
+        BatchConfig(**anneal.carried_over(BatchConfig, carried, given)),
+        found, str(carried.get("tokenizer_digest")), samples,
+        Samples(valid, architecture.seq_length, architecture.vocab_size),
+        selection_stage.num_to_select(selection, len(samples.usable)))
+
+
+def _identity(setting: _Setting) -> dict:
+    """What the figures depend on. Arms and seeds are not: more of them may be added later."""
+    select, config = setting.select, setting.config
+    return {
+        **parallel.on_rank_zero(lambda: identity_of(
+            select, setting.architecture, setting.curvature, setting.selection,
+            setting.checkpoint)),
+        **vars(setting.optimizer), **vars(setting.batch), "seed": select.seed,
+        "num_select": setting.num_select, "lr_wsd_decay_iters": config.lr_wsd_decay_iters,
+        "test_data_path": list(config.test_data_path),
+        "test_digests": parallel.on_rank_zero(lambda: {
+            prefix: indexed.dataset_digest(prefix) for prefix in config.test_data_path}),
+    }
+
+
+def _before(setting: _Setting) -> dict:
+    """Losses of the checkpoint itself, and its size."""
+    path = setting.folder / "before.json"
+    if not parallel.on_rank_zero(path.is_file):
+        with parallel.model_parallel(setting.layout, setting.layout.num_model_chunks(
+                setting.architecture)):
+            chunks = model.build(setting.architecture, setting.layout)
+            checkpoint.load_model(setting.checkpoint, chunks)
+            losses = {**_losses(setting, chunks), "parameters": model.num_parameters(chunks)}
+        parallel.on_rank_zero(lambda: files.write_json(path, losses))
+    return parallel.on_rank_zero(lambda: files.read_json(path))
+
+
+def _losses(setting: _Setting, chunks) -> dict:
+    return anneal.losses(list(setting.select.valid_data_path), list(setting.config.test_data_path),
+                         chunks, setting.architecture, setting.batch)
+
+
+def _measured(setting: _Setting, seed: int, needs: set[str]) -> Case | None:
+    """What the arms may know at a seed, computed or read; on rank 0, None elsewhere."""
+    folder = setting.folder / "seeds" / str(seed)
+    adam_folder = folder / "adam"
+    directions = _measure(setting, seed, folder)
+    if "adam-sketches" in needs:
+        _measure(setting, seed, adam_folder, precondition="adam")
+    if not parallel.is_rank_zero():
+        return None
+    pool, valid = (store.load(folder / "sketches" / name) for name in ("pool", "valid"))
+    here = pool.samples[pool.finite]
+    evidence = Evidence(pool.rows[pool.finite], setting.samples.num_labels[here],
+                        np.arange(len(here)), valid.rows, directions)
+
+    def adam() -> Evidence:
+        pool, valid = (store.load(adam_folder / "sketches" / name) for name in ("pool", "valid"))
+        return dataclasses.replace(evidence, rows=pool.rows[np.isin(pool.samples, here)],
+                                   valid_rows=valid.rows)
+
+    case = Case(evidence, pool.losses[pool.finite], _domains(setting.samples, here),
+                setting.samples.corrupted[here], _domains(setting.valid_samples, valid.samples),
+                setting.valid_samples.num_labels[valid.samples], setting.num_select, seed,
+                setting.selection, adam)
+    with files.written_whole(folder / "samples.npz") as file:
+        np.savez(file, candidates=here, loss=case.losses, labels=evidence.labels,
+                 domain=setting.samples.dataset_of(here), corrupted=case.corrupted,
+                 stiff_cost=sketched.stiff_costs(evidence.rows, directions))
+    return case
+
+
+def _measure(setting: _Setting, seed: int, folder: Path, precondition: str | None = None,
+             ) -> Directions:
+    """Sketches and directions of a seed; all ranks call this."""
+    select = dataclasses.replace(
+        setting.select, seed=seed, precondition=precondition or setting.select.precondition)
+    # Arms under Adam's scaling have no use for directions: those of the sketches cost no pass.
+    curvature = setting.curvature if precondition is None else dataclasses.replace(
+        setting.curvature, curvature="sketched-fisher")
+    identity = parallel.on_rank_zero(lambda: identity_of(
+        select, setting.architecture, curvature, setting.selection, setting.checkpoint))
+    return measure(select, curvature, setting.architecture, setting.layout, setting.checkpoint,
+                   folder, identity, setting.samples, setting.valid_samples,
+                   draw(setting.valid_samples.usable, select.num_valid_samples, seed))
+
+
+def _domains(samples: Samples, numbers: np.ndarray) -> np.ndarray:
+    """[n] the domain of each sample: as its dataset's card says, else the dataset's name."""
+    names = indexed.prefix_names(samples.prefixes)
+    return np.array([indexed.read_card(prefix).get("domain", names[prefix])
+                     for prefix in samples.prefixes])[samples.dataset_of(numbers)]
+
+
+def _run_arm(setting: _Setting, name: str, seed: int, case: Case | None, before: dict) -> None:
+    folder = _arm_folder(setting, name, seed)
+    candidates, masks = parallel.on_rank_zero(lambda: _choose(setting, name, folder, case))
+    begun = time.perf_counter()
+    with parallel.model_parallel(setting.layout,
+                                 setting.layout.num_model_chunks(setting.architecture)):
+        dataset, _ = blend.build_blend(
+            list(setting.select.data_path), None, masks,
+            seq_length=setting.architecture.seq_length, num_sequences=_num_sequences(setting),
+            seed=seed, cache=folder / "cache", vocabulary=blend.Vocabulary(
+                setting.architecture.vocab_size, setting.tokenizer_digest))
+        chunks = model.build(setting.architecture, setting.layout)
+        anneal.decay(chunks, dataset, setting.checkpoint, setting.optimizer, setting.batch,
+                     setting.config.lr_wsd_decay_iters, folder, description=f"{name} {seed}")
+        seconds = time.perf_counter() - begun
+        after = _losses(setting, chunks)
+    parallel.on_rank_zero(lambda: _write_result(
+        setting, folder, {"arm": name, "seed": seed, "before": before, "after": after,
+                          "seconds": seconds}, candidates))
+
+
+def _choose(setting: _Setting, name: str, folder: Path, case: Case) -> tuple[np.ndarray, dict]:
+    """(sample numbers, masks) of what the arm takes (rank 0)."""
+    shutil.rmtree(folder, ignore_errors=True)  # of an annealing that was killed
+    positions = ARMS[name].choose(case)
+    with np.load(setting.folder / "seeds" / str(case.seed) / "samples.npz") as arrays:
+        chosen = arrays["candidates"][positions]
+    return chosen, selection_stage.masks_of(setting.samples, chosen)
+
+
+def _write_result(setting: _Setting, folder: Path, result: dict, chosen: np.ndarray) -> None:
+    composition = selection_stage.composition(setting.samples, chosen)
+    with files.written_whole(folder / "chosen.npy") as file:
+        np.save(file, chosen)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    files.write_json(folder / "result.json", {**result, "composition": composition})
+    mean = np.mean([loss for name, loss in result["after"]["test"].items() if name != "all"])
+    print(f"{result['arm']}, seed {result['seed']}: mean test loss {mean:.4f}", flush=True)
+
+
+def _arm_folder(setting: _Setting, name: str, seed: int) -> Path:
+    return setting.folder / "arms" / name / str(seed)
+
+
+def _num_sequences(setting: _Setting) -> int:
+    return setting.config.lr_wsd_decay_iters * setting.batch.global_batch_size
+
+
+def _report(setting: _Setting, arms: list[str]) -> None:
+    """Everything that is made of the results (rank 0)."""
+    done = [name for name in ARMS if name in arms or (setting.folder / "arms" / name).is_dir()]
+    seconds = {seed: files.read_json(setting.folder / "seeds" / str(seed) / "seconds.json")
+               for seed in setting.seeds}
+    annealing = [files.read_json(path)["seconds"]
+                 for path in sorted(setting.folder.glob("arms/*/*/result.json"))]
+    names = {key: list(indexed.prefix_names(list(prefixes)).values()) for key, prefixes in (
+        ("pools", setting.select.data_path), ("valid", setting.select.valid_data_path),
+        ("test", setting.config.test_data_path))}
+    tokens = _num_sequences(setting) * setting.architecture.seq_length
+    files.write_json(setting.folder / "setting.json", {
+        "name": setting.config.name or setting.folder.name, "num_select": setting.num_select,
+        "num_candidates": len(setting.samples.usable),
+        "parameters": files.read_json(setting.folder / "before.json")["parameters"],
+        "iterations": setting.config.lr_wsd_decay_iters, "tokens": tokens,
+        "seeds": setting.seeds, **names, "reference": "random", "default_arm": "direct",
+        "arms": {name: ARMS[name].description for name in done},
+        "shared_seconds": seconds, "annealing_seconds": float(np.mean(annealing)),
+        "passes_of_selection": {
+            name: _passes(setting, ARMS[name].needs, seconds, np.mean(annealing) / tokens)
+            for name in done},
+    })
+    if setting.config.tokenizer_model:
+        files.write_json(setting.folder / "texts.json", _texts(setting))
+    found = summary.summarise(setting.folder)
+    files.write_json(setting.folder / "comparison.json", found)
+    page.write_page(found, setting.folder / "report.html")
+    text = markdown.results([found])
+    with files.written_whole(setting.folder / "results.md", "w") as file:
+        file.write(text)
+    print(f"{text}\nreport: {setting.folder / 'report.html'}", flush=True)
+
+
+def _passes(setting: _Setting, needs: tuple[str, ...], seconds: dict[int, dict],
+            seconds_per_token: float) -> float:
+    """What an arm's choice takes, in passes of training over the pool."""
+    pass_over_pool = seconds_per_token * setting.samples.num_labels.sum()
+    measured = {key: float(np.mean([stages[key] for stages in seconds.values()])) / pass_over_pool
+                for key in ("sketch", "curvature")}
+    costs = {"losses": 1 / 3,  # a forward pass: of three passes over the layers
+             "sketches": measured["sketch"], "curvature": measured["curvature"],
+             "adam-sketches": measured["sketch"]}
+    return sum(costs[need] for need in needs)
+
+
+def _texts(setting: _Setting, count: int = 6) -> dict[str, list[dict]]:
+    """Some samples that the first seed's direct takes, and some that it leaves, drawn at random."""
+    decode = tokenizer.load(Path(setting.config.tokenizer_model), None, False).decode
+    seed = setting.seeds[0]
+    path = _arm_folder(setting, "direct", seed) / "chosen.npy"
+    if not path.is_file():
+        return {"picked": [], "dropped": []}
+    names = indexed.prefix_names(setting.samples.prefixes)
+    with np.load(setting.folder / "seeds" / str(seed) / "samples.npz") as arrays:
+        candidates, losses = arrays["candidates"], arrays["loss"]
+    chosen, rng = np.load(path), np.random.default_rng(seed)
+
+    def some(numbers: np.ndarray) -> list[dict]:
+        drawn = rng.choice(numbers, min(count, len(numbers)), replace=False)
+        return [{"text": decode(setting.samples.tokens(int(number))),
+                 "pool": names[setting.samples.prefixes[int(setting.samples.dataset_of(number))]],
+                 "loss": float(losses[candidates == number][0]),
+                 "labels": int(setting.samples.num_labels[number])} for number in drawn]
+
+    return {"picked": some(chosen), "dropped": some(np.setdiff1d(candidates, chosen))}

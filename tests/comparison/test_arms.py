@@ -1,0 +1,84 @@
+"""What each arm takes, on cases small enough to say what it should."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from megatron_direct.comparison.arms import ARMS, NEEDS, Case, matched
+from megatron_direct.curvature.spectrum import Directions
+from megatron_direct.selection.sketched import Evidence, SelectionConfig
+
+N, M, SIZE, K = 60, 12, 16, 15
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((N, SIZE)).astype(np.float32)
+    rows *= rng.uniform(0.5, 2, (N, 1)).astype(np.float32)
+    valid = (rng.standard_normal((M, SIZE)) + 0.5).astype(np.float32)
+    vectors = np.linalg.qr(rng.standard_normal((SIZE, 4)))[0].T
+    directions = Directions(np.array([8.0, 4.0, 1.0, 0.5]), vectors, 2)
+    domains = np.array(["code"] * 40 + ["prose"] * 20)
+    evidence = Evidence(rows, rng.integers(5, 50, N), np.arange(N), valid, directions)
+    doubled = dataclasses.replace(evidence, rows=rows[:, ::-1])
+    return Case(evidence, rng.uniform(1, 5, N), domains, rng.random(N) < 0.25,
+                np.array(["code"] * 4 + ["prose"] * 8), np.full(M, 10), K, 3, SelectionConfig(),
+                lambda: doubled)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_takes_k_candidates_once_each_and_again_the_same(case, name):
+    chosen = ARMS[name].choose(case)
+    assert len(chosen) == (N if name == "whole-pool" else K)
+    assert np.array_equal(chosen, np.unique(chosen)) and chosen[0] >= 0 and chosen[-1] < N
+    assert np.array_equal(chosen, ARMS[name].choose(case))
+    assert set(ARMS[name].needs) <= set(NEEDS)
+
+
+@pytest.mark.parametrize("name, score", [
+    ("perplexity-low", lambda case: -case.losses),
+    ("perplexity-middle", lambda case: -abs(case.losses.argsort().argsort() + 0.1 - (N - 1) / 2)),
+    ("perplexity-high", lambda case: case.losses),
+    ("gradient-norm", lambda case: (case.evidence.rows ** 2).sum(1)),
+    ("gradient-dot", lambda case: case.evidence.rows @ case.evidence.valid_rows.mean(0)),
+    ("gradient-cosine", lambda case: case.evidence.rows @ case.evidence.valid_rows.mean(0)
+     / np.linalg.norm(case.evidence.rows, axis=1)),
+    ("gradient-dot-adam", lambda case: case.adam().rows @ case.adam().valid_rows.mean(0)),
+    ("stiff-alignment", lambda case: (case.evidence.rows @ case.evidence.directions.sketches[:2].T)
+     @ (case.evidence.directions.sketches[:2] @ case.evidence.valid_rows.mean(0))),
+])
+def test_scores_take_the_best(case, name, score):
+    assert set(ARMS[name].choose(case)) == set(np.argsort(-score(case))[:K])
+
+
+def test_domain_follows_the_tokens_of_the_validation_set(case):
+    chosen = ARMS["domain"].choose(case)
+    assert (case.domains[chosen] == "code").sum() == K // 3
+    few = dataclasses.replace(case, valid_domains=np.full(M, "prose"), num_select=30)
+    taken = few.domains[ARMS["domain"].choose(few)]
+    assert (taken == "prose").sum() == 20 and len(taken) == 30  # all there are, filled up
+
+
+def test_oracle_takes_nothing_corrupted_while_there_is_other(case):
+    assert not case.corrupted[ARMS["oracle"].choose(case)].any()
+
+
+def test_matched_has_the_bins_of_what_it_is_matched_to(case):
+    chosen = ARMS["perplexity-low"].choose(case)
+    drawn = matched(case, chosen, num_bins=2)
+
+    def bins(numbers):
+        halves = [values > np.quantile(values, 0.5) for values in (case.losses,
+                                                                   case.evidence.labels)]
+        return np.bincount(2 * halves[0][numbers] + halves[1][numbers], minlength=4)
+
+    assert np.array_equal(bins(drawn), bins(chosen))
+
+
+def test_seeds_draw_anew(case):
+    other = dataclasses.replace(case, seed=4)
+    assert not np.array_equal(ARMS["random"].choose(case), ARMS["random"].choose(other))
