@@ -25,7 +25,7 @@ def render(summary: dict) -> str:
     """The page as HTML. Sections that nothing is known for are left out."""
     setting = summary["setting"]
     sections = [("In short", "", _in_short(summary))]
-    if wording.compared(summary):
+    if wording.lowest(summary) is not None:
         sections += _losses(summary)
     if any(arm["curve"] for arm in summary["arms"]):
         sections.append((
@@ -80,10 +80,7 @@ def _losses(summary: dict) -> list[tuple[str, str, str]]:
         "better or worse if both are clear of zero. p is that of a sign-flip test; Holm's rule "
         f"corrects it for the number of arms. Seeds are those that the arm shares with {reference}."
         f" {wording.chance_sentence(summary)}",
-        _headline(summary) + html.image(figures.differences(summary),
-                                        f"differences to {reference} with intervals")
-        + _caption("Diamonds are means, rings the seeds, thick lines bootstrap intervals, thin "
-                   "lines t intervals. An arrow points to an arm beyond the edge."))]
+        _headline(summary) + _difference_figure(summary))]
     if summary["default_against"]:
         sections.append((
             f"{default} against the others", f"{default} is what select uses by default. Negative: "
@@ -95,6 +92,15 @@ def _losses(summary: dict) -> list[tuple[str, str, str]]:
             " where both intervals are clear of zero. all: over the tokens of all test sets.",
             _by_test(summary)))
     return sections
+
+
+def _difference_figure(summary: dict) -> str:
+    if not wording.compared(summary):
+        return ""
+    return html.image(figures.differences(summary),
+                      f"differences to {summary['reference']} with intervals") + _caption(
+        "Diamonds are means, rings the seeds, thick lines bootstrap intervals, thin lines t "
+        "intervals. An arrow points to an arm beyond the edge.")
 
 
 def _headline(summary: dict) -> Markup:

@@ -112,7 +112,7 @@ def chance_sentence(summary: dict) -> str:
     """How little a few seeds can show."""
     arms = [arm for arm in compared(summary) if arm["difference"]["interval"] is not None]
     if not arms:
-        return "No arm has two seeds yet: there is no interval."
+        return f"No arm shares two seeds with {summary['reference']}: there is no interval."
     seeds = max(arm["difference"]["num_pairs"] for arm in arms)
     by_chance = (1 - summary["confidence"]) * len(arms)
     return (f"With {seeds} seeds no p-value can be less than {2.0 ** (1 - seeds):.4g}, before the "

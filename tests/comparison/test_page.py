@@ -87,12 +87,24 @@ def test_a_page_of_what_is_there(run_dir, tmp_path):
     assert page.headings == ["In short", "Spectrum", "What choosing costs", "The run"]
 
 
+def test_a_comparison_without_reference_and_default(run_dir, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    setting = files.read_json(copy / "setting.json")
+    few = {name: setting["arms"][name] for name in ("constant", "flat-energy")}
+    files.write_json(copy / "setting.json", {**setting, "arms": few})
+    page = Reader(render(summarise(copy)))
+    assert page.headings[:4] == ["In short", "Which arm ends lowest", "By test set",
+                                 "Training loss"]
+    assert "descent, the default of select, was not run" in " ".join(page.words)
+
+
 def test_one_seed_and_one_test_set(tmp_path):
     run = write_run(tmp_path / "run", ARMS, seeds=(7,), domains=("docstrings",), default="descent",
                     num_candidates=60, num_select=15, iterations=2)
     page = Reader(render(summarise(run)))
     assert "By test set" not in page.headings
-    assert "No arm has two seeds yet: there is no interval." in " ".join(page.words)
+    assert "No arm shares two seeds with random" in " ".join(page.words)
     assert "too few seeds" in page.words
 
 
