@@ -123,7 +123,9 @@ def _parts(record: dict) -> tuple[str, Sequence[str], int]:
         raise _BadRecord(f"expected the keys {_FORMS}; found {found}. Correct the record.")
     text = _text(record, key)
     choices, labels = _choices(record)
-    answer = _answer(record, "answer" if "answer" in record else "answerKey", choices, labels)
+    usual = "answer" if labels is None else "answerKey"
+    found = next((k for k in ("answer", "answerKey") if k in record), usual)
+    answer = _answer(record, found, choices, labels)
     return _worded(text) if key == "question" else text, choices, answer
 
 
