@@ -67,8 +67,8 @@ def model_parallel(config: ParallelConfig, num_model_chunks: int = 1):
     if config.moe_token_dispatcher_type == "alltoall" and not host.has_gpu():
         raise UserError("--moe-token-dispatcher-type alltoall needs GPUs: Megatron lets its "
                         "messages overlap on CUDA streams. Use allgather, which does the same.")
-    # Models and optimizers refer to each other in circles: those of an earlier stage, and the
-    # threads of its groups, would stay for as long as nothing else makes Python look for circles.
+    # Models and optimizers refer to each other in circles: those of an earlier stage would stay for
+    # as long as nothing else makes Python look for circles.
     gc.collect()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -77,6 +77,11 @@ def model_parallel(config: ParallelConfig, num_model_chunks: int = 1):
         expert_model_parallel_size=config.expert_model_parallel_size)
     try:
         yield
+        # Megatron forgets its groups, torch does not: each keeps threads of its own. After an error
+        # other ranks may be in the middle of a message.
+        barrier()
+        for group in parallel_state._global_process_group_list[1:]:  # the first is the world
+            dist.destroy_process_group(group)
     finally:
         parallel_state.destroy_model_parallel()
 

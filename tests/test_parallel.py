@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from ranks import Layout, RankError, on_layout, run_on_ranks
@@ -34,6 +36,20 @@ def _fail_on_rank_zero():
     with pytest.raises(UserError, match="only rank 0"):
         parallel.on_rank_zero(work)
     return parallel.on_rank_zero(lambda: 7)
+
+
+def _threads_after_each_of(count):
+    threads = []
+    for _ in range(count):
+        with parallel.model_parallel(Layout(tp=2).config()):
+            parallel.sum_over_model(torch.ones(1))
+        threads.append(len(os.listdir("/proc/self/task")))
+    return threads
+
+
+def test_process_groups_leave_no_threads():
+    for threads in run_on_ranks(2, _threads_after_each_of, 3):
+        assert threads[0] == threads[1] == threads[2]
 
 
 def test_what_rank_zero_raises_is_raised_everywhere():
