@@ -15,11 +15,13 @@ from weights import assemble, pieces
 from megatron_direct import checkpoint, model, parallel, training
 from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig
 from megatron_direct.curvature.vectors import ParameterSpace
+from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
 from megatron_direct.gradients import store
 from megatron_direct.gradients.compute import sketch_samples
 from megatron_direct.gradients.preconditioner import adam_scales
 from megatron_direct.gradients.sketch import Sketch
+from megatron_direct.stages import sketches as sketches_stage
 from megatron_direct.stages.curvature import OPERATORS, CurvatureConfig
 from megatron_direct.stages.pretrain import PretrainConfig, pretrain
 from megatron_direct.stages.select import SelectConfig, select
@@ -49,12 +51,12 @@ def _pretrain(folder):
              Layout().config(), OPTIMIZER, BATCH)
 
 
-def _select(folder, layout, name, settings):
+def _select(folder, layout, name, settings, num_select=10):
     select(SelectConfig(load=str(folder / "theta"), data_path=(str(folder / "pool"),),
                         valid_data_path=(str(folder / "valid"),), run_dir=str(folder / name),
                         sketch_size=SIZE, micro_batch_size=4, **settings),
            {}, layout.config(), CurvatureConfig(num_eigenpairs=4, lanczos_tol=1e-5),
-           SelectionConfig(num_select=10))
+           SelectionConfig(num_select=num_select))
 
 
 @pytest.mark.parametrize("layout", [
@@ -77,6 +79,29 @@ def test_a_killed_run_carries_on_to_the_same_bytes(folder, layout):
         rows.write_bytes(rows.read_bytes()[:-100])
     run_on_ranks(layout.world_size, _select, folder, layout, name, {})
     assert {path.name: path.read_bytes() for path in pool.iterdir()} == whole
+
+
+def _select_all_finite(folder, name, broken):
+    """A selection of all samples but those whose gradients are made infinite."""
+    whole = sketches_stage.sketch_samples
+
+    def with_broken(chunks, shards, sketch, samples, *rest, **keywords):
+        for rows, ids, losses in whole(chunks, shards, sketch, samples, *rest, **keywords):
+            if "pool" in samples.prefixes[0]:
+                rows[np.isin(ids, broken), 3] = np.inf
+            yield rows, ids, losses
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sketches_stage, "sketch_samples", with_broken)
+        _select(folder, Layout(), name, {}, num_select=41 - len(broken))
+
+
+def test_samples_without_finite_gradients_are_counted_and_never_selected(folder):
+    run_on_ranks(1, _select_all_finite, folder, "broken", [3, 17])
+    kept = SampleMask.load(folder / "broken" / "masks" / "pool.mask.npz").keep
+    assert np.flatnonzero(~kept).tolist() == [3, 17]
+    summary = json.loads((folder / "broken" / "selection.json").read_text())
+    assert summary["samples"]["not_finite"] == 2
 
 
 def _sketches(folder, layout, settings):
