@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from measuring import fastest_in_turns, peak_bytes, random_documents
 
-from megatron_direct import config, host, model, parallel, schedule
+from megatron_direct import cli, config, host, model, parallel, schedule
 from megatron_direct.config import ModelConfig, ParallelConfig
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
+    cli.quiet_imports()
     layout = config.from_flags(ParallelConfig, arguments)
     layout.check(MODEL, parallel.world_size())
     with host.host(), parallel.process_group(), \

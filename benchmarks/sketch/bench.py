@@ -31,6 +31,7 @@ from megatron_direct.config import ModelConfig, ParallelConfig
 from megatron_direct.data.samples import Samples
 from megatron_direct.gradients import outer_products
 from megatron_direct.gradients.compute import sketch_samples
+from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.gradients.pieces import OuterProducts
 from megatron_direct.gradients.sketch import Sketch
 
@@ -69,18 +70,22 @@ def print_cost(folder: str, rounds: int) -> None:
         sketch = Sketch(shards, size, seed=1)
         calls = {"training": lambda c=chunks, s=samples: _train(c, s),
                  "sketch": lambda c=chunks, h=shards, k=sketch, s=samples: _sketch(c, h, k, s)}
+        if not change and size == SIZE:
+            calls["passes"] = lambda c=chunks, h=shards, s=samples: _passes_alone(c, h, s)
         taken = fastest_in_turns(calls, rounds)
-        memory = {key: peak_bytes(call) for key, call in calls.items()}
+        memory = {key: peak_bytes(calls[key]) for key in ("training", "sketch")}
         print(f"{name:34}{taken['training']:11.3f}{taken['sketch']:10.3f}"
               f"{taken['sketch'] / taken['training']:7.2f}"
               f"{memory['sketch'] / memory['training']:8.2f}", flush=True)
         if not change and size == SIZE:
             ours = taken["sketch"] / MICRO_BATCH
+            hashing = ours - taken["passes"] / MICRO_BATCH
             count = model.num_parameters(chunks)
     print(f"the limit where matrix products are all that takes time: {LIMIT:.2f}")
     gaussian = _dense_gaussian_seconds(SIZE, count)
-    print(f"a dense Gaussian drawn anew for each sample: {gaussian:.0f} s a sample, {gaussian:.0f} "
-          f"/ {ours:.2f} = {gaussian / ours:.0f} times ours (its gradient not counted)")
+    print(f"a dense Gaussian drawn anew for a sample, gradient not counted: {gaussian:.0f} s, "
+          f"{gaussian / ours:.0f} times a sketch, {gaussian / hashing:.0f} times one without "
+          "the passes over the model")
 
 
 def _model(architecture: ModelConfig, folder: str, count: int):
@@ -101,6 +106,13 @@ def _train(chunks, samples: Samples) -> None:
 def _sketch(chunks, shards, sketch: Sketch, samples: Samples) -> None:
     for _ in sketch_samples(chunks, shards, sketch, samples, samples.usable, MICRO_BATCH):
         pass
+
+
+def _passes_alone(chunks, shards, samples: Samples) -> None:
+    """What a sketch takes of the model: no weight gradients, and every piece, but no hashing."""
+    for micro_batches in schedule.passes(chunks, samples, samples.usable, MICRO_BATCH):
+        with PieceHooks(chunks, shards, lambda *_: None) as hooks:
+            schedule.run_pass(chunks, micro_batches, backward=True, before_forward=hooks.begin)
 
 
 def _dense_gaussian_seconds(size: int, num_parameters: int, slice_size: int = 50_000) -> float:
