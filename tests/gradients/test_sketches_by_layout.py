@@ -28,7 +28,8 @@ from megatron_direct.gradients.compute import sketch_samples
 from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.gradients.sketch import Sketch
 
-SKETCH_SIZE, SEED, MICRO_BATCH_SIZE = 64, 5, 4
+SKETCH_SIZE, SEED = 64, 5
+MICRO_BATCH_SIZE = 5  # 13 micro-batches of the 64 samples, so that shares are uneven
 # fp32 products and sums of some thousand terms, in an order that differs with the layout, round to
 # 1e-6 of a sketch's norm; the bars are 1e-5 against autograd and 1e-4 between layouts.
 AGAINST_AUTOGRAD = 1e-5
