@@ -23,9 +23,11 @@ from megatron_direct.data import indexed
 from megatron_direct.errors import UserError
 
 NUM_CHOICES = 4
-# Half of the docstrings are shorter than 230 characters; longer pieces would leave too few of them.
+# Many docstrings are short, and longer contexts would leave too few of them.
 CONTEXT_CHARACTERS = 120
-CHOICE_CHARACTERS = 60
+# A word or two. How likely a long text is by itself varies by more than a small model's knowledge of
+# what goes before: with 60 characters the embedded checkpoint was right as often as by chance.
+CHOICE_CHARACTERS = 8
 
 
 def passages(prefix: str, model) -> list[str]:
