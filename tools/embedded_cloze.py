@@ -25,8 +25,8 @@ from megatron_direct.errors import UserError
 NUM_CHOICES = 4
 # Many docstrings are short, and longer contexts would leave too few of them.
 CONTEXT_CHARACTERS = 120
-# A word or two. How likely a long text is by itself varies by more than a small model's knowledge of
-# what goes before: with 60 characters the embedded checkpoint was right as often as by chance.
+# A word or two. Long texts differ more in how likely they are by themselves than in how well they
+# fit: with 60 characters the embedded checkpoint was right as often as by chance.
 CHOICE_CHARACTERS = 8
 
 
