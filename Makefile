@@ -26,9 +26,14 @@ export TEST_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_test)
 export GPUS_PER_NODE ?= 2
 TEXT_FLAGS := --max-files 180
 PRETRAIN_FLAGS := --train-iters 200
-ANNEAL_FLAGS := --num-valid-samples 64 --num-eigenpairs 12 --lanczos-tol 0.01 --lr-wsd-decay-iters 75
+ANNEAL_FLAGS := --curvature gauss-newton --num-curvature-samples 32 --num-eigenpairs 12 \
+	--lanczos-tol 0.01 --lr-wsd-decay-iters 75
 
-.PHONY: anneal evaluate test test-slow lint data theta clean \
+# The smallest of the study: one setting, the arms that matter most, three seeds.
+COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random perplexity-middle \
+	gradient-dot gradient-cosine flat-energy direct
+
+.PHONY: compare study anneal evaluate test test-slow lint data theta clean \
 	bench-solver bench-curvature bench-sketch bench-data
 
 anneal: $(READY) data theta
@@ -53,6 +58,13 @@ test: $(READY)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+compare: $(READY)
+	$(BIN)/python benchmarks/study.py --folder runs/compare --ranks $(GPUS_PER_NODE) \
+		$(COMPARE_FLAGS) $(FLAGS)
+
+study: $(READY)
+	$(BIN)/python benchmarks/study.py --results docs/results.md $(FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -85,7 +97,9 @@ $(TEXT): $(READY) tools/embedded_text.py
 	$(BIN)/python tools/embedded_text.py --output-dir $(@D) $(TEXT_FLAGS)
 	touch $@
 
+# A checkpoint that was trained on other data is of no more use.
 $(DATA)/.done: $(TEXT) tools/preprocess_selection.py
+	rm -rf $(THETA)
 	$(BIN)/python tools/preprocess_selection.py \
 		--input $(DOMAINS:%=$(BUILD)/text/%.jsonl) --group-key file --split 86,7,7 \
 		--tokenizer-model $(DATA)/tokenizer.model --train-tokenizer --vocab-size 2048 \

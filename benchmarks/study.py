@@ -1,6 +1,7 @@
 """The comparison on the embedded text: three settings, two sizes of model.
 
-    make study                                            (hours on two cores; carried on if killed)
+    make compare                                (the smallest of it, some arms: minutes)
+    make study                                  (hours on two cores; carried on if killed)
     python benchmarks/study.py --sizes small --settings clean --arms random direct
 
 Text is the Python installation's own. One half of its files trains the models up to the onset of
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_direct.comparison import markdown
+from megatron_direct.comparison.summary import summarise
 from megatron_direct.data import indexed
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.materialize import materialize
@@ -36,14 +39,14 @@ SETTINGS = {
 HELD_OUT = {"valid": 220, "test": 220}  # documents of each domain
 NUM_SELECT = 450
 
-# size -> flags of the architecture; 0.5 and 1.1 million parameters
+# size -> flags of the architecture; 0.24 and 0.53 million parameters
 SIZES = {
-    "small": ["--num-layers", "3", "--hidden-size", "96"],
-    "medium": ["--num-layers", "4", "--hidden-size", "128"],
+    "small": ["--num-layers", "2", "--hidden-size", "64"],
+    "medium": ["--num-layers", "3", "--hidden-size", "96"],
 }
 PRETRAIN = ["--train-iters", "500", "--lr", "3e-3", "--micro-batch-size", "16"]
-COMPARE = ["--num-select", str(NUM_SELECT), "--lr-wsd-decay-iters", "30",
-           "--num-valid-samples", "256"]
+COMPARE = ["--num-select", str(NUM_SELECT), "--lr-wsd-decay-iters", "30", "--sketch-size", "1024",
+           "--micro-batch-size", "16", "--seed", "1"]
 
 
 class Study:
@@ -123,13 +126,17 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks")
+    parser.add_argument("--results", type=Path, help="file for the results")
     flags, others = parser.parse_known_args()  # others: flags of megatron-direct compare
     study = Study(flags.folder.resolve(), flags.ranks)
     study.prepare()
+    summaries = []
     for size in flags.sizes:
         study.pretrain(size)
         for setting in flags.settings:
-            study.compare(setting, size, others)
+            summaries.append(summarise(study.compare(setting, size, others)))
+    if flags.results is not None:
+        flags.results.write_text(markdown.results(summaries, again="make study"))
 
 
 if __name__ == "__main__":

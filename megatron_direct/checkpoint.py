@@ -87,6 +87,11 @@ def read_iteration(checkpoint: Path) -> int:
     return int(_common_state(checkpoint)["iteration"])
 
 
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether training can be carried on with, or has to begin with an optimizer of its own."""
+    return "opt_param_scheduler" in _common_state(checkpoint)
+
+
 def _common_state(checkpoint: Path) -> dict:
     """All that is not a tensor of the model or the optimizer."""
     from megatron.core import dist_checkpointing

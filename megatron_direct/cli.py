@@ -39,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     from megatron_direct.stages.curvature import CurvatureConfig
     from megatron_direct.stages.evaluate import EvaluateConfig
     from megatron_direct.stages.inspect import InspectConfig
+    from megatron_direct.stages.pilot import PilotConfig
     from megatron_direct.stages.pretrain import PretrainConfig
     from megatron_direct.stages.report import ReportConfig
     from megatron_direct.stages.select import SelectConfig
@@ -51,14 +52,15 @@ def make_parser() -> argparse.ArgumentParser:
     for name, help_text, groups in (
         ("pretrain", "the stable phase of a WSD schedule, up to the onset of annealing",
          (PretrainConfig, ModelConfig, ParallelConfig, OptimizerConfig, BatchConfig)),
-        ("select", "sketches, curvature and the selection problem, in one launch",
-         (SelectConfig, CurvatureConfig, SelectionConfig, ModelConfig, ParallelConfig)),
+        ("select", "pilot, sketches, curvature and the selection problem, in one launch",
+         (SelectConfig, PilotConfig, CurvatureConfig, SelectionConfig, ModelConfig, ParallelConfig,
+          OptimizerConfig, BatchConfig)),
         ("anneal", "the decay phase over the selected samples, or over random ones",
          (AnnealConfig, ParallelConfig, OptimizerConfig, BatchConfig)),
         ("evaluate", "multiple-choice questions, answered by likelihood",
          (EvaluateConfig, ModelConfig, ParallelConfig)),
         ("compare", "arms of selection, annealed from one checkpoint and compared over seeds",
-         (CompareConfig, SelectConfig, CurvatureConfig, SelectionConfig, ModelConfig,
+         (CompareConfig, SelectConfig, PilotConfig, CurvatureConfig, SelectionConfig, ModelConfig,
           ParallelConfig, OptimizerConfig, BatchConfig)),
         ("report", "the table of a run, and its report.html", (ReportConfig,)),
         ("inspect", "what masks hold; masks combined, or made datasets", (InspectConfig,)),
@@ -77,16 +79,17 @@ def _dispatch(flags: argparse.Namespace) -> None:
                  from_flags(OptimizerConfig, flags), from_flags(BatchConfig, flags))
     elif flags.command == "select":
         from megatron_direct.stages.curvature import CurvatureConfig
+        from megatron_direct.stages.pilot import PilotConfig
         from megatron_direct.stages.select import SelectConfig, select
         from megatron_direct.stages.selection import SelectionConfig
 
         select(from_flags(SelectConfig, flags), given_flags(ModelConfig, flags), layout,
-               from_flags(CurvatureConfig, flags), from_flags(SelectionConfig, flags))
+               from_flags(CurvatureConfig, flags), from_flags(SelectionConfig, flags),
+               from_flags(PilotConfig, flags), _given_training(flags))
     elif flags.command == "anneal":
         from megatron_direct.stages.anneal import AnnealConfig, anneal
 
-        anneal(from_flags(AnnealConfig, flags),
-               {kind: given_flags(kind, flags) for kind in (OptimizerConfig, BatchConfig)}, layout)
+        anneal(from_flags(AnnealConfig, flags), _given_training(flags), layout)
     elif flags.command == "evaluate":
         from megatron_direct.stages.evaluate import EvaluateConfig, evaluate
 
@@ -94,13 +97,14 @@ def _dispatch(flags: argparse.Namespace) -> None:
     elif flags.command == "compare":
         from megatron_direct.stages.compare import CompareConfig, compare
         from megatron_direct.stages.curvature import CurvatureConfig
+        from megatron_direct.stages.pilot import PilotConfig
         from megatron_direct.stages.select import SelectConfig
         from megatron_direct.stages.selection import SelectionConfig
 
         compare(from_flags(CompareConfig, flags), from_flags(SelectConfig, flags),
                 from_flags(CurvatureConfig, flags), from_flags(SelectionConfig, flags),
-                given_flags(ModelConfig, flags), layout,
-                {kind: given_flags(kind, flags) for kind in (OptimizerConfig, BatchConfig)})
+                from_flags(PilotConfig, flags), given_flags(ModelConfig, flags), layout,
+                _given_training(flags))
     elif flags.command == "report":
         from megatron_direct import parallel
         from megatron_direct.stages.report import ReportConfig, report
@@ -113,6 +117,11 @@ def _dispatch(flags: argparse.Namespace) -> None:
 
         masks = from_flags(InspectConfig, flags)
         parallel.on_rank_zero(lambda: inspect(masks))
+
+
+def _given_training(flags: argparse.Namespace) -> dict[type, dict]:
+    """The flags of optimizer and batches that were given; the rest is the checkpoint's."""
+    return {kind: given_flags(kind, flags) for kind in (OptimizerConfig, BatchConfig)}
 
 
 def run(work: Callable[[], None], layout: ParallelConfig) -> int:

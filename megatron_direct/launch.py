@@ -43,14 +43,15 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     from megatron_direct.stages.anneal import AnnealConfig
     from megatron_direct.stages.curvature import CurvatureConfig
+    from megatron_direct.stages.pilot import PilotConfig
     from megatron_direct.stages.select import SelectConfig
     from megatron_direct.stages.selection import SelectionConfig
 
     parser = argparse.ArgumentParser(
         prog="anneal_gpt.sh", allow_abbrev=False,
         description="select, anneal on the selection and on a random one, report")
-    add_flags(parser, SelectConfig, CurvatureConfig, SelectionConfig, AnnealConfig, ModelConfig,
-              ParallelConfig, OptimizerConfig, BatchConfig)
+    add_flags(parser, SelectConfig, PilotConfig, CurvatureConfig, SelectionConfig, AnnealConfig,
+              ModelConfig, ParallelConfig, OptimizerConfig, BatchConfig)
     for action in parser._actions:  # what is required may come from the environment
         if action.dest in _ENVIRONMENT:
             action.required = False
@@ -62,15 +63,17 @@ def _run(flags: argparse.Namespace) -> None:
     from megatron_direct import parallel
     from megatron_direct.stages.anneal import AnnealConfig, anneal
     from megatron_direct.stages.curvature import CurvatureConfig
+    from megatron_direct.stages.pilot import PilotConfig
     from megatron_direct.stages.report import ReportConfig, report
     from megatron_direct.stages.select import SelectConfig, select
     from megatron_direct.stages.selection import SelectionConfig
 
     _read_environment(flags, (SelectConfig, SelectionConfig, AnnealConfig, ParallelConfig))
     layout = from_flags(ParallelConfig, flags)
-    select(from_flags(SelectConfig, flags), given_flags(ModelConfig, flags), layout,
-           from_flags(CurvatureConfig, flags), from_flags(SelectionConfig, flags))
     given = {kind: given_flags(kind, flags) for kind in (OptimizerConfig, BatchConfig)}
+    select(from_flags(SelectConfig, flags), given_flags(ModelConfig, flags), layout,
+           from_flags(CurvatureConfig, flags), from_flags(SelectionConfig, flags),
+           from_flags(PilotConfig, flags), given)
     for arm in os.environ.get("ARMS", "direct random").split():
         anneal(dataclasses.replace(from_flags(AnnealConfig, flags), selection=arm), given, layout)
     parallel.on_rank_zero(lambda: report(ReportConfig(flags.run_dir)))

@@ -1,15 +1,15 @@
 """Ways of selecting that are compared: an *arm* is a function from a case to candidates.
 
 A new arm is a function of a :class:`Case` with the decorator ``arm``; it returns the positions of
-the samples it takes among the N candidates. All arms know the same: one pass of sketches over pool
-and validation set, with the losses that come with it, and the curvature's leading directions.
+the samples it takes among the N candidates. What arms know are sketches of pool and validation set,
+the losses that come with them, and the curvature's leading directions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,13 +23,12 @@ from megatron_direct.selection.sketched import Evidence, SelectionConfig
 class Case:
     """What an arm may know. N candidates, M validation samples, k coordinates, K to select.
 
-    domains: [N] the domain of each candidate, by name; losses: [N] mean token losses; corrupted:
-    [N] what a trial shuffled on purpose, for the oracle alone; valid_domains, valid_labels: [M].
-    config: the flags of the selection problem. adam: for arms that need it, yields the evidence
-    with gradients scaled by Adam's moments.
+    evidence: by what was measured (:data:`NEEDS`). domains: [N] the domain of each candidate, by
+    name; losses: [N] mean token losses; corrupted: [N] what a trial shuffled on purpose, for the
+    oracle alone; valid_domains, valid_labels: [M]. config: the flags of the selection problem.
     """
 
-    evidence: Evidence
+    evidence: Mapping[str, Evidence]
     losses: np.ndarray
     domains: np.ndarray
     corrupted: np.ndarray
@@ -38,16 +37,15 @@ class Case:
     num_select: int
     seed: int
     config: SelectionConfig
-    adam: Callable[[], Evidence]
 
     @property
     def rng(self) -> np.random.Generator:
         return np.random.default_rng(self.seed)
 
-    def solve(self, evidence: Evidence | None = None, **settings) -> np.ndarray:
+    def solve(self, evidence: Evidence, **settings) -> np.ndarray:
         """[K] by the selection problem, with some of its flags changed."""
         config = dataclasses.replace(self.config, **settings)
-        found, _ = sketched.solve(config, evidence or self.evidence, self.num_select, self.seed)
+        found, _ = sketched.solve(config, evidence, self.num_select, self.seed)
         return found.indices
 
     def largest(self, scores: np.ndarray) -> np.ndarray:
@@ -65,8 +63,10 @@ class Arm:
     needs: tuple[str, ...] = ()
 
 
-NEEDS = ("losses", "sketches", "curvature", "adam-sketches")
-_SKETCHES, _DIRECTIONS = ("sketches",), ("sketches", "curvature")
+# losses: of the pool at the checkpoint, a forward pass; onset: sketches at the checkpoint, and
+# directions out of them; adam-sketches: those scaled by Adam's moments; select: what `select`
+# measures with the flags given, behind a pilot if they say so.
+NEEDS = ("losses", "onset", "adam-sketches", "select")
 ARMS: dict[str, Arm] = {}
 
 
@@ -115,62 +115,79 @@ def _perplexity_high(case: Case) -> np.ndarray:
     return case.largest(case.losses)
 
 
-@arm("gradient-norm", "largest gradient", _SKETCHES)
+@arm("gradient-norm", "largest gradient", ("onset",))
 def _gradient_norm(case: Case) -> np.ndarray:
-    return case.largest(_norms(case.evidence.rows))
+    return case.largest(_norms(case.evidence["onset"].rows))
 
 
-@arm("gradient-dot", "largest inner product with the mean validation gradient", _SKETCHES)
+@arm("gradient-dot", "largest inner product with the mean validation gradient", ("onset",))
 def _gradient_dot(case: Case) -> np.ndarray:
-    return case.largest(_dots(case.evidence))
+    return case.largest(_dots(case.evidence["onset"]))
 
 
-@arm("gradient-cosine", "largest cosine with the mean validation gradient", _SKETCHES)
+@arm("gradient-cosine", "largest cosine with the mean validation gradient", ("onset",))
 def _gradient_cosine(case: Case) -> np.ndarray:
-    return case.largest(_dots(case.evidence) / _norms(case.evidence.rows))
+    return case.largest(_dots(case.evidence["onset"]) / _norms(case.evidence["onset"].rows))
 
 
 @arm("gradient-dot-adam", "the same inner product under Adam's scaling (as LESS has it)",
      ("adam-sketches",))
 def _gradient_dot_adam(case: Case) -> np.ndarray:
-    return case.largest(_dots(case.adam()))
+    return case.largest(_dots(case.evidence["adam-sketches"]))
 
 
-@arm("direct", "what `megatron-direct select` takes, with these flags", _DIRECTIONS)
+@arm("direct", "what `megatron-direct select` takes, with these flags", ("select",))
 def _direct(case: Case) -> np.ndarray:
-    return case.solve()
+    return case.solve(case.evidence["select"])
 
 
-@arm("random-matched", "at random, with the losses and lengths of what direct takes", _DIRECTIONS)
+@arm("direct-onset", "the same with gradients at the checkpoint, without a pilot", ("onset",))
+def _direct_onset(case: Case) -> np.ndarray:
+    return case.solve(case.evidence["onset"])
+
+
+@arm("direct-unshrunk", "direct without shrinkage towards clusters", ("select",))
+def _direct_unshrunk(case: Case) -> np.ndarray:
+    return case.solve(case.evidence["select"], shrinkage_clusters=0)
+
+
+@arm("pilot-dot", "largest inner product with the mean validation gradient, behind the pilot",
+     ("select",))
+def _pilot_dot(case: Case) -> np.ndarray:
+    return case.largest(_dots(case.evidence["select"]))
+
+
+@arm("random-matched", "at random, with the losses and lengths of what direct takes", ("select",))
 def _random_matched(case: Case) -> np.ndarray:
-    return matched(case, case.solve())
+    return matched(case, _direct(case))
 
 
-@arm("flat-energy", "DiReCT as published: flat energy within a stiff budget", _DIRECTIONS)
+@arm("flat-energy", "DiReCT as published: flat energy within a stiff budget", ("onset",))
 def _flat_energy(case: Case) -> np.ndarray:
-    return case.solve(objective="flat-energy")
+    return case.solve(case.evidence["onset"], objective="flat-energy")
 
 
-@arm("flat-energy-no-budget", "flat energy without a budget", _DIRECTIONS)
+@arm("flat-energy-no-budget", "flat energy without a budget", ("onset",))
 def _flat_energy_no_budget(case: Case) -> np.ndarray:
-    return case.solve(objective="flat-energy", stiff_budget=math.inf)
+    return case.solve(case.evidence["onset"], objective="flat-energy", stiff_budget=math.inf)
 
 
 @arm("flat-energy-random-subspace", "flat energy with random directions in the place of the stiff "
-     "ones, as many", _DIRECTIONS)
+     "ones, as many", ("onset",))
 def _flat_energy_random_subspace(case: Case) -> np.ndarray:
-    directions = case.evidence.directions
+    evidence = case.evidence["onset"]
+    directions = evidence.directions
     drawn = case.rng.standard_normal(directions.sketches.shape)
     drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
     return case.solve(dataclasses.replace(
-        case.evidence, directions=dataclasses.replace(directions, sketches=drawn)),
+        evidence, directions=dataclasses.replace(directions, sketches=drawn)),
         objective="flat-energy")
 
 
 @arm("stiff-alignment", "inner product with the validation gradient in the stiff directions alone",
-     _DIRECTIONS)
+     ("onset",))
 def _stiff_alignment(case: Case) -> np.ndarray:
-    evidence = case.evidence
+    evidence = case.evidence["onset"]
     flat = sketched.flat_rows(np.concatenate([evidence.rows, evidence.valid_rows]),
                               evidence.directions, "complement")
     count = len(evidence.rows)
@@ -180,14 +197,16 @@ def _stiff_alignment(case: Case) -> np.ndarray:
 
 
 @arm("alignment", "inner product with the validation gradient in flat directions, within a stiff "
-     "budget", _DIRECTIONS)
+     "budget", ("onset",))
 def _alignment(case: Case) -> np.ndarray:
-    return case.solve(objective="alignment")
+    return case.solve(case.evidence["onset"], objective="alignment")
 
 
-@arm("descent", "quadratic model of the validation loss", _DIRECTIONS)
+@arm("descent", "quadratic model of the validation loss, of gradients as they are at the "
+     "checkpoint", ("onset",))
 def _descent(case: Case) -> np.ndarray:
-    return case.solve(objective="descent")
+    return case.solve(case.evidence["onset"], objective="descent", normalize_gradients=False,
+                      weight_by_tokens=False, shrinkage_clusters=0)
 
 
 def in_proportions(case: Case, allowed: np.ndarray) -> np.ndarray:
@@ -214,7 +233,7 @@ def matched(case: Case, chosen: np.ndarray, num_bins: int = 8) -> np.ndarray:
     chosen of it.
     """
     bins = np.zeros(len(case.losses), dtype=int)
-    for values in (case.losses, case.evidence.labels):
+    for values in (case.losses, case.evidence["onset"].labels):
         edges = np.quantile(values, np.linspace(0, 1, num_bins + 1)[1:-1])
         bins = bins * num_bins + np.searchsorted(edges, values)
     order = case.rng.permutation(len(bins))

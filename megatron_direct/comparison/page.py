@@ -105,7 +105,7 @@ def _difference_figure(summary: dict) -> str:
 
 def _headline(summary: dict) -> Markup:
     rows = [["", "arm", "test loss", "difference", "interval", "p", "p (Holm)", "verdict",
-             "valid loss", "seeds"]]
+             "seeds"]]
     for number, arm in enumerate(summary["arms"], start=1):
         found, is_reference = arm["difference"], arm["name"] == summary["reference"]
         row = [str(number), _name(summary, arm), wording.loss(arm["mean_loss"])]
@@ -114,10 +114,9 @@ def _headline(summary: dict) -> Markup:
             wording.p_value(found["p_value"]), wording.p_value(found["p_holm"]),
             _coloured(wording.verdict(found), found)]
         count = len(arm["seeds"]) if is_reference else found["num_pairs"]
-        rows.append([*row, wording.loss(arm["valid"]), str(count)])
+        rows.append([*row, str(count)])
     before = summary["before"]
-    rows.append(["", "(before annealing)", wording.loss(before["mean_loss"]), *[""] * 5,
-                 wording.loss(before["valid"]), ""])
+    rows.append(["", "(before annealing)", wording.loss(before["mean_loss"]), *[""] * 6])
     return html.table(rows, "second")
 
 
@@ -225,9 +224,12 @@ def _picked_numbers(summary: dict) -> Markup:
 def _cost_text(summary: dict) -> str:
     setting = summary["setting"]
     shared = list(setting["shared_seconds"].values())
-    measured = [f"{np.mean([of_seed[key] for of_seed in shared]):.0f} s for {what}"
-                for key, what in (("sketch", "sketches"), ("curvature", "curvature"))
-                if shared and all(key in of_seed for of_seed in shared)]
+    measured = []
+    for key, what in (("onset", "sketches at the checkpoint"), ("select", "what select measures"),
+                      ("adam-sketches", "sketches under Adam's scaling")):
+        totals = [sum(of_seed[key].values()) for of_seed in shared if key in of_seed]
+        if totals:
+            measured.append(f"{np.mean(totals):.0f} s for {what}")
     if setting["annealing_seconds"] is not None:
         measured.append(f"{setting['annealing_seconds']:.0f} s for an annealing")
     return ("In passes forward and back over the whole pool, and as a share of the annealing's own "

@@ -124,7 +124,6 @@ def _arm(name: str, setting: dict, results: dict[int, Result], reference: dict[i
         "losses": {str(seed): loss for seed, loss in losses.items()},
         "mean_loss": _mean(losses.values()),
         "tests": {of: _mean(by_set[of][0].values()) for of in sets},
-        "valid": _mean([r.losses["after"]["valid"]["all"] for r in results.values()]),
         "difference": difference(*by_set[None]),
         "test_differences": {of: difference(*by_set[of]) for of in sets},
         "composition": _composition(results),
@@ -170,9 +169,8 @@ def _before(results: dict[str, dict[int, Result]]) -> dict:
     for of_arm in results.values():
         for result in of_arm.values():
             losses = result.losses["before"]
-            return {"mean_loss": mean_test_loss(losses["test"]), "tests": losses["test"],
-                    "valid": losses["valid"]["all"]}
-    return {"mean_loss": None, "tests": {}, "valid": None}
+            return {"mean_loss": mean_test_loss(losses["test"]), "tests": losses["test"]}
+    return {"mean_loss": None, "tests": {}}
 
 
 def _pool(setting: dict, pools: dict[int, Candidates]) -> dict:

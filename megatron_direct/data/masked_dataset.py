@@ -49,11 +49,13 @@ class MaskedGPTDataset(GPTDataset):
                     self.indices = np.flatnonzero(kept_sequences(self.dataset, mask))
             else:
                 kept = kept_sequences(self.dataset, mask)
-                # Megatron hands in a stretch of the dataset, of which a slice is far cheaper.
-                is_stretch = len(self.indices) and (np.diff(self.indices) == 1).all()
-                kept = (kept[self.indices[0]: self.indices[-1] + 1] if is_stretch
-                        else kept[self.indices])
-                self.indices = self.indices.compress(kept)  # five times as fast as [kept]
+                # Megatron hands in a stretch of the dataset, which is many times as fast to thin out.
+                if len(self.indices) and (np.diff(self.indices) == 1).all():
+                    first, last = self.indices[[0, -1]]
+                    left = np.flatnonzero(kept[first: last + 1])
+                    self.indices = first + left.astype(self.indices.dtype)
+                else:
+                    self.indices = self.indices[kept[self.indices]]
                 if len(self.indices) == 0:
                     raise UserError(
                         f"the mask of {self.dataset_path} leaves no document in the "

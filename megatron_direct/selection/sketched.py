@@ -6,6 +6,11 @@ eigenpairs of the validation loss's curvature, stiff up to the elbow:
 
     a_i = sum over stiff j of lambda_j <g_i, v_j>^2      stiff cost
     flat(g_i) = g_i less its part along the stiff v_j    (or its part along the v_j behind them)
+
+``descent`` treats the sketches first: they are brought to one length, since the length of a single
+sample's gradient says more about noise than about worth; shrunk towards the means of their clusters
+(:mod:`megatron_direct.selection.shrinkage`); and weighted by the sample's tokens, since Megatron
+packs samples into sequences, in which each token counts alike.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import numpy as np
 from megatron_direct.config import flag
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.errors import UserError
+from megatron_direct.selection import shrinkage
 from megatron_direct.selection.problem import Selection, stiff_budget
 from megatron_direct.selection.solver import solve_selection
 
@@ -40,7 +46,17 @@ class SelectionConfig:
     stiff_budget: float | None = flag(
         None, "budget of stiff cost in absolute terms, in place of the fraction", type=float)
     step_size: float = flag(
-        5.0, "--objective descent: length of the step, over 1 / lambda_max")
+        1.0, "--objective descent: length of the step, over 1 / lambda_max (longer ones are worse "
+        "on the embedded text: docs/selection.md)")
+    normalize_gradients: bool = flag(
+        True, "--objective descent: gradients of equal length")
+    weight_by_tokens: bool = flag(
+        True, "--objective descent: a sample counts by the tokens that it is trained on")
+    shrinkage_clusters: int = flag(
+        8, "--objective descent: clusters of the pools towards whose means gradients are shrunk; "
+        "0: no shrinkage")
+    kept_deviation: float = flag(
+        0.5, "share of a gradient's deviation from its cluster's mean that is kept, 0 to 1")
     quotas: tuple = flag(
         (), "least and greatest number of samples from a pool, as NAME:LEAST:GREATEST with either "
         "left empty at will; NAME is the last part of its prefix", nargs="+")
@@ -49,18 +65,25 @@ class SelectionConfig:
         "over the ranks; auto: spread if they take more than half of rank 0's free memory",
         choices=("auto", "gathered", "spread"))
 
+    def __post_init__(self):
+        if not 0.0 <= self.kept_deviation <= 1.0:
+            raise UserError(f"--kept-deviation {self.kept_deviation} must lie between 0 and 1.")
+
 
 @dataclass(frozen=True)
 class Evidence:
     """What is known of the candidates that this rank holds, n of all N.
 
-    rows: [n, k] sketches; labels: [n] tokens that a sample is trained on; ids: [n] numbers of the
-    candidates, 0..N-1 over all ranks; all_reduce_sum: as solve_selection takes it; valid_rows:
-    [M, k] sketches of the validation samples, the same on each rank.
+    rows: [n, k] sketches; labels: [n] tokens that a sample is trained on; datasets: [n] number of
+    the pool, below num_datasets; ids: [n] numbers of the candidates, 0..N-1 over all ranks;
+    all_reduce_sum: as solve_selection takes it; valid_rows: [M, k] sketches of the validation
+    samples, the same on each rank.
     """
 
     rows: np.ndarray
     labels: np.ndarray
+    datasets: np.ndarray
+    num_datasets: int
     ids: np.ndarray
     valid_rows: np.ndarray
     directions: Directions
@@ -82,7 +105,7 @@ def solve(config: SelectionConfig, evidence: Evidence, num_select: int, seed: in
     if budget is None and config.objective != "descent":
         budget = stiff_budget(all_costs, num_select, config.stiff_budget_fraction)
     found = solve_selection(
-        summed_rows(config, evidence).T, costs, num_select, stiff_budget=budget,
+        summed_rows(config, evidence, seed).T, costs, num_select, stiff_budget=budget,
         objective=config.objective, seed=seed, sample_ids=evidence.ids,
         all_reduce_sum=evidence.all_reduce_sum, **_of_objective(config, evidence), **quotas)
     return found, all_costs
@@ -94,11 +117,26 @@ def stiff_costs(rows: np.ndarray, directions: Directions) -> np.ndarray:
     return (rows.astype(np.float64) @ stiff.T) ** 2 @ directions.eigenvalues[: len(stiff)]
 
 
-def summed_rows(config: SelectionConfig, evidence: Evidence) -> np.ndarray:
-    """[n, k] the rows that the objective sums up: whole sketches for descent, else flat parts."""
-    if config.objective == "descent":
-        return evidence.rows
-    return flat_rows(evidence.rows, evidence.directions, config.flat_subspace)
+def summed_rows(config: SelectionConfig, evidence: Evidence, seed: int) -> np.ndarray:
+    """[n, k] the rows that the objective sums up: treated sketches for descent, else flat parts."""
+    if config.objective != "descent":
+        return flat_rows(evidence.rows, evidence.directions, config.flat_subspace)
+    rows, labels = evidence.rows, evidence.labels.astype(np.float64)
+    reduce = evidence.all_reduce_sum
+    lengths = np.sqrt(np.einsum("nk,nk->n", rows, rows, dtype=np.float64))
+    count, total_length, total_labels = reduce(
+        np.array([float(len(rows)), lengths.sum(), labels.sum()]))
+    if config.normalize_gradients:
+        scale = total_length / count / np.maximum(lengths, np.finfo(np.float32).tiny)
+        rows = rows * scale[:, None].astype(np.float32)
+    weights = labels / (total_labels / count) if config.weight_by_tokens else np.ones(len(rows))
+    if config.shrinkage_clusters:
+        clusters, num_clusters = shrinkage.find_clusters(
+            rows, evidence.datasets, evidence.num_datasets, config.shrinkage_clusters,
+            evidence.ids, reduce, seed)
+        rows = shrinkage.shrink(rows, weights, clusters, num_clusters, config.kept_deviation,
+                                reduce)
+    return rows * weights[:, None].astype(np.float32)
 
 
 def flat_rows(rows: np.ndarray, directions: Directions, subspace: str) -> np.ndarray:

@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_direct import checkpoint, datasets, files, model, parallel
 from megatron_direct.comparison import markdown, page, summary
-from megatron_direct.comparison.arms import ARMS, Case
+from megatron_direct.comparison.arms import ARMS, NEEDS, Case
 from megatron_direct.config import (
     BatchConfig,
     ModelConfig,
@@ -42,7 +42,15 @@ from megatron_direct.selection.sketched import Evidence, SelectionConfig
 from megatron_direct.stages import anneal
 from megatron_direct.stages import selection as selection_stage
 from megatron_direct.stages.curvature import CurvatureConfig
-from megatron_direct.stages.select import SelectConfig, draw, identity_of, measure, model_of
+from megatron_direct.stages.pilot import PilotConfig, measured_at
+from megatron_direct.stages.select import (
+    SelectConfig,
+    draw,
+    identity_of,
+    identity_of_pilot,
+    measure,
+    model_of,
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class _Setting:
     select: SelectConfig
     curvature: CurvatureConfig
     selection: SelectionConfig
+    pilot: PilotConfig
     architecture: ModelConfig
     layout: ParallelConfig
     optimizer: OptimizerConfig
@@ -88,8 +97,8 @@ class _Setting:
 
 
 def compare(config: CompareConfig, select: SelectConfig, curvature: CurvatureConfig,
-            selection: SelectionConfig, given_architecture: dict, layout: ParallelConfig,
-            given: dict[type, dict]) -> None:
+            selection: SelectionConfig, pilot: PilotConfig, given_architecture: dict,
+            layout: ParallelConfig, given: dict[type, dict]) -> None:
     """Measures, selects and anneals what is not there yet, and writes the report.
 
     given: the optimizer and batch flags that were given, by dataclass; the rest is as the
@@ -100,7 +109,8 @@ def compare(config: CompareConfig, select: SelectConfig, curvature: CurvatureCon
     if unknown:
         raise UserError(f"--arms {' '.join(unknown)}: there is no such arm. There are "
                         f"{', '.join(ARMS)}.")
-    setting = _setting(config, select, curvature, selection, given_architecture, layout, given)
+    setting = _setting(config, select, curvature, selection, pilot, given_architecture, layout,
+                       given)
     run = RunDirectory(select.run_dir)
     parallel.on_rank_zero(lambda: run.begin("compare", _identity(setting), vars(layout)))
     before = _before(setting)
@@ -117,7 +127,8 @@ def compare(config: CompareConfig, select: SelectConfig, curvature: CurvatureCon
     parallel.on_rank_zero(lambda: run.finish("compare"))
 
 
-def _setting(config, select, curvature, selection, given_architecture, layout, given) -> _Setting:
+def _setting(config, select, curvature, selection, pilot, given_architecture, layout, given,
+             ) -> _Setting:
     pools, valid = list(select.data_path), list(select.valid_data_path)
     datasets.require_disjoint(pools, valid)
     datasets.require_disjoint(pools, list(config.test_data_path))
@@ -128,7 +139,7 @@ def _setting(config, select, curvature, selection, given_architecture, layout, g
     layout.check(architecture, parallel.world_size())
     samples = Samples(pools, architecture.seq_length, architecture.vocab_size)
     return _Setting(
-        config, select, curvature, selection, architecture, layout,
+        config, select, curvature, selection, pilot, architecture, layout,
         OptimizerConfig(**anneal.carried_over(OptimizerConfig, carried, given)),
         BatchConfig(**anneal.carried_over(BatchConfig, carried, given)),
         found, str(carried.get("tokenizer_digest")), samples,
@@ -142,7 +153,8 @@ def _identity(setting: _Setting) -> dict:
     return {
         **parallel.on_rank_zero(lambda: identity_of(
             select, setting.architecture, setting.curvature, setting.selection,
-            setting.checkpoint)),
+            setting.checkpoint, identity_of_pilot(setting.pilot, setting.optimizer,
+                                                  setting.batch))),
         **vars(setting.optimizer), **vars(setting.batch), "seed": select.seed,
         "num_select": setting.num_select, "lr_wsd_decay_iters": config.lr_wsd_decay_iters,
         "test_data_path": list(config.test_data_path),
@@ -165,53 +177,76 @@ def _before(setting: _Setting) -> dict:
 
 
 def _losses(setting: _Setting, chunks) -> dict:
-    return anneal.losses(list(setting.select.valid_data_path), list(setting.config.test_data_path),
-                         chunks, setting.architecture, setting.batch)
+    # Of the validation sets no loss is asked for: the selections were made for them.
+    return anneal.losses([], list(setting.config.test_data_path), chunks, setting.architecture,
+                         setting.batch)
 
 
 def _measured(setting: _Setting, seed: int, needs: set[str]) -> Case | None:
-    """What the arms may know at a seed, computed or read; on rank 0, None elsewhere."""
+    """What the arms may know at a seed, computed or read; on rank 0, None elsewhere.
+
+    Arms that others have proposed take gradients where they propose it, at the checkpoint; what
+    ``select`` takes with these flags may be measured behind a pilot.
+    """
     folder = setting.folder / "seeds" / str(seed)
-    adam_folder = folder / "adam"
-    directions = _measure(setting, seed, folder)
+    folders = {"onset": folder / "onset", "adam-sketches": folder / "adam", "select": folder}
+    directions = {}
+    if setting.pilot.pilot_iters == 0:  # gradients at the checkpoint are those of select, too
+        folders["onset"] = folder
+        directions["onset"] = directions["select"] = _measure(setting, seed, folder, as_select=True)
+    else:
+        directions["onset"] = _measure(setting, seed, folders["onset"])
+        if "select" in needs:
+            directions["select"] = _measure(setting, seed, folder, as_select=True)
     if "adam-sketches" in needs:
-        _measure(setting, seed, adam_folder, precondition="adam")
+        directions["adam-sketches"] = _measure(setting, seed, folders["adam-sketches"],
+                                               precondition="adam")
     if not parallel.is_rank_zero():
         return None
-    pool, valid = (store.load(folder / "sketches" / name) for name in ("pool", "valid"))
-    here = pool.samples[pool.finite]
-    evidence = Evidence(pool.rows[pool.finite], setting.samples.num_labels[here],
-                        np.arange(len(here)), valid.rows, directions)
-
-    def adam() -> Evidence:
-        pool, valid = (store.load(adam_folder / "sketches" / name) for name in ("pool", "valid"))
-        return dataclasses.replace(evidence, rows=pool.rows[np.isin(pool.samples, here)],
-                                   valid_rows=valid.rows)
-
-    case = Case(evidence, pool.losses[pool.finite], _domains(setting.samples, here),
+    stored = {name: [store.load(folders[name] / "sketches" / some) for some in ("pool", "valid")]
+              for name in directions}
+    finite = np.logical_and.reduce([pool.finite for pool, _ in stored.values()])
+    pool, valid = stored["onset"]
+    here = pool.samples[finite]
+    samples = setting.samples
+    evidence = {name: Evidence(rows.rows[finite], samples.num_labels[here],
+                               samples.dataset_of(here), len(samples.prefixes),
+                               np.arange(len(here)), valid.rows, directions[name])
+                for name, (rows, valid) in stored.items()}
+    case = Case(evidence, pool.losses[finite], _domains(setting.samples, here),
                 setting.samples.corrupted[here], _domains(setting.valid_samples, valid.samples),
                 setting.valid_samples.num_labels[valid.samples], setting.num_select, seed,
-                setting.selection, adam)
+                setting.selection)
     with files.written_whole(folder / "samples.npz") as file:
-        np.savez(file, candidates=here, loss=case.losses, labels=evidence.labels,
-                 domain=setting.samples.dataset_of(here), corrupted=case.corrupted,
-                 stiff_cost=sketched.stiff_costs(evidence.rows, directions))
+        np.savez(file, candidates=here, loss=case.losses,
+                 labels=evidence["onset"].labels, domain=setting.samples.dataset_of(here),
+                 corrupted=case.corrupted,
+                 stiff_cost=sketched.stiff_costs(evidence["onset"].rows, directions["onset"]))
     return case
 
 
-def _measure(setting: _Setting, seed: int, folder: Path, precondition: str | None = None,
-             ) -> Directions:
-    """Sketches and directions of a seed; all ranks call this."""
+def _measure(setting: _Setting, seed: int, folder: Path, *, as_select: bool = False,
+             precondition: str | None = None) -> Directions:
+    """Sketches and directions of a seed; all ranks call this.
+
+    as_select: as the flags say. Otherwise at the checkpoint itself, with the directions that the
+    sketches alone yield: as the authors of the paper compute them.
+    """
+    begun = time.perf_counter()
     select = dataclasses.replace(
         setting.select, seed=seed, precondition=precondition or setting.select.precondition)
-    # Arms under Adam's scaling have no use for directions: those of the sketches cost no pass.
-    curvature = setting.curvature if precondition is None else dataclasses.replace(
+    pilot = setting.pilot if as_select else PilotConfig(pilot_iters=0)
+    curvature = setting.curvature if as_select else dataclasses.replace(
         setting.curvature, curvature="sketched-fisher")
     identity = parallel.on_rank_zero(lambda: identity_of(
-        select, setting.architecture, curvature, setting.selection, setting.checkpoint))
-    return measure(select, curvature, setting.architecture, setting.layout, setting.checkpoint,
-                   folder, identity, setting.samples, setting.valid_samples,
-                   draw(setting.valid_samples.usable, select.num_valid_samples, seed))
+        select, setting.architecture, curvature, setting.selection, setting.checkpoint,
+        identity_of_pilot(pilot, setting.optimizer, setting.batch)))
+    at = measured_at(pilot, setting.checkpoint, folder / "pilot", setting.architecture,
+                     setting.layout, setting.optimizer, setting.batch,
+                     list(select.data_path), setting.tokenizer_digest, seed)
+    return measure(select, curvature, setting.architecture, setting.layout, at, folder,
+                   identity, setting.samples, setting.valid_samples,
+                   draw(setting.valid_samples.usable, select.num_valid_samples, seed), begun)
 
 
 def _domains(samples: Samples, numbers: np.ndarray) -> np.ndarray:
@@ -272,8 +307,7 @@ def _num_sequences(setting: _Setting) -> int:
 def _report(setting: _Setting, arms: list[str]) -> None:
     """Everything that is made of the results (rank 0)."""
     done = [name for name in ARMS if name in arms or (setting.folder / "arms" / name).is_dir()]
-    seconds = {seed: files.read_json(setting.folder / "seeds" / str(seed) / "seconds.json")
-               for seed in setting.seeds}
+    seconds = {seed: _seconds(setting.folder / "seeds" / str(seed)) for seed in setting.seeds}
     annealing = [files.read_json(path)["seconds"]
                  for path in sorted(setting.folder.glob("arms/*/*/result.json"))]
     names = {key: list(indexed.prefix_names(list(prefixes)).values()) for key, prefixes in (
@@ -303,15 +337,21 @@ def _report(setting: _Setting, arms: list[str]) -> None:
     print(f"{text}\nreport: {setting.folder / 'report.html'}", flush=True)
 
 
+def _seconds(folder: Path) -> dict[str, dict[str, float]]:
+    """What each measurement of a seed took, stage by stage."""
+    return {name: files.read_json(path) for name, path in (
+        ("onset", folder / "onset" / "seconds.json"), ("select", folder / "seconds.json"),
+        ("adam-sketches", folder / "adam" / "seconds.json")) if path.is_file()}
+
+
 def _passes(setting: _Setting, needs: tuple[str, ...], seconds: dict[int, dict],
             seconds_per_token: float) -> float:
     """What an arm's choice takes, in passes of training over the pool."""
     pass_over_pool = seconds_per_token * setting.samples.num_labels.sum()
-    measured = {key: float(np.mean([stages[key] for stages in seconds.values()])) / pass_over_pool
-                for key in ("sketch", "curvature")}
-    costs = {"losses": 1 / 3,  # a forward pass: of three passes over the layers
-             "sketches": measured["sketch"], "curvature": measured["curvature"],
-             "adam-sketches": measured["sketch"]}
+    measured = {need: float(np.mean([sum(of_seed[need].values()) for of_seed in seconds.values()
+                                     if need in of_seed] or [0])) / pass_over_pool
+                for need in NEEDS if need != "losses"}
+    costs = {**measured, "losses": 1 / 3}  # a forward pass: of three passes over the layers
     return sum(costs[need] for need in needs)
 
 

@@ -1,8 +1,9 @@
 """``megatron-direct select``: which K samples of the pools should the annealing see?
 
-Three stages in one launch, each written to the run directory before the next begins, so that a run
-that was killed takes up the first unfinished one: sketches of every sample's gradient, the stiff
-directions of the validation set's curvature, and the selection problem.
+Four stages in one launch, each written to the run directory before the next begins, so that a run
+that was killed takes up the first unfinished one: a pilot annealing, if asked for; sketches of
+every sample's gradient; the stiff directions of the validation set's curvature; and the selection
+problem.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_direct import checkpoint, datasets, files, model, parallel
-from megatron_direct.config import ModelConfig, ParallelConfig, flag
+from megatron_direct.config import (
+    BatchConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    flag,
+)
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.data.samples import Samples
@@ -25,7 +32,9 @@ from megatron_direct.gradients.preconditioner import adam_scales
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.run import RunDirectory
 from megatron_direct.stages import selection as selection_stage
+from megatron_direct.stages.anneal import carried_over
 from megatron_direct.stages.curvature import CurvatureConfig, leading_directions
+from megatron_direct.stages.pilot import PilotConfig, measured_at
 from megatron_direct.stages.selection import SelectionConfig
 from megatron_direct.stages.sketches import sketched_shards, write_sketches
 
@@ -63,12 +72,18 @@ _OF_SKETCHES = ("sketch_dtype", "sketch_parameters", "sample_loss", "preconditio
 
 
 def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfig,
-           curvature: CurvatureConfig, selection: SelectionConfig) -> None:
-    """given_architecture: the architecture flags that were given; the rest is the checkpoint's."""
+           curvature: CurvatureConfig, selection: SelectionConfig,
+           pilot: PilotConfig | None = None, given: dict[type, dict] | None = None) -> None:
+    """given_architecture, given: the flags of the architecture, and of the pilot's optimizer and
+    batches (by dataclass), that were given; the rest is the checkpoint's.
+    """
     pools, valid = list(config.data_path), list(config.valid_data_path)
     datasets.require_disjoint(pools, valid)
     found = checkpoint.require(config.load)
     architecture = model_of(found, given_architecture, [*pools, *valid])
+    carried, pilot = checkpoint.read_args(found), pilot or PilotConfig()
+    optimizer, batch = (kind(**carried_over(kind, carried, given or {}))
+                        for kind in (OptimizerConfig, BatchConfig))
     layout.check(architecture, parallel.world_size())
     samples = Samples(pools, architecture.seq_length, architecture.vocab_size)
     valid_samples = Samples(valid, architecture.seq_length, architecture.vocab_size)
@@ -80,36 +95,41 @@ def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfi
 
     run = RunDirectory(config.run_dir)
     identity = parallel.on_rank_zero(
-        lambda: identity_of(config, architecture, curvature, selection, found))
+        lambda: identity_of(config, architecture, curvature, selection, found,
+                            identity_of_pilot(pilot, optimizer, batch)))
     if parallel.on_rank_zero(lambda: run.begin("select", identity, vars(layout))):
         parallel.say(f"{config.run_dir} already holds this selection.")
         return
 
-    directions = measure(config, curvature, architecture, layout, found, run.path, identity,
-                         samples, valid_samples, numbers)
+    begun = time.perf_counter()
+    at = measured_at(pilot, found, run.path / "pilot", architecture, layout, optimizer, batch,
+                     pools, carried.get("tokenizer_digest"), config.seed)
+    directions = measure(config, curvature, architecture, layout, at, run.path, identity,
+                         samples, valid_samples, numbers, begun)
     selection_stage.solve(selection, samples, run.path, directions, seed=config.seed)
     selection_stage.load_masks(run.path, pools)
     parallel.on_rank_zero(lambda: run.finish("select"))
 
 
 def measure(config: SelectConfig, curvature: CurvatureConfig, architecture: ModelConfig,
-            layout: ParallelConfig, found: Path, folder: Path, identity: dict, samples: Samples,
-            valid_samples: Samples, numbers: np.ndarray) -> Directions:
+            layout: ParallelConfig, at: Path, folder: Path, identity: dict, samples: Samples,
+            valid_samples: Samples, numbers: np.ndarray, begun: float) -> Directions:
     """Sketches of all samples and the leading directions, into ``folder``; all ranks call this.
 
-    numbers: of the validation samples that were drawn. identity: all that the selection depends on.
-    ``seconds.json`` tells what both took; a folder that holds them already keeps it as it is.
+    at: the checkpoint whose gradients these are. numbers: of the validation samples that were
+    drawn. identity: all that the selection depends on. ``seconds.json`` tells what it all took, the
+    pilot's time since ``begun`` included; a folder that holds it already keeps it as it is.
     """
-    begun = time.perf_counter()
+    at_hand = time.perf_counter()
     of_sketches = {key: identity[key] for key in (
         "checkpoint_digest", "dataset_digests", "seq_length", "sketch_size", "seed",
-        *_OF_SKETCHES)}
+        "pilot", *_OF_SKETCHES)}
     in_layout = {**vars(layout), "ranks": parallel.world_size()}
     with parallel.model_parallel(layout, layout.num_model_chunks(architecture)):
         chunks = model.build(architecture, layout)
-        checkpoint.load_model(found, chunks)
+        checkpoint.load_model(at, chunks)
         shards = sketched_shards(model.parameter_shards(chunks), config.sketch_parameters)
-        scales = adam_scales(found, chunks, shards) if config.precondition == "adam" else None
+        scales = adam_scales(at, chunks, shards) if config.precondition == "adam" else None
         sketch = Sketch(shards, config.sketch_size, config.seed, scales)
         for name, some, which in (("pool", samples, samples.usable),
                                   ("valid", valid_samples, numbers)):
@@ -124,7 +144,8 @@ def measure(config: SelectConfig, curvature: CurvatureConfig, architecture: Mode
             folder=folder / "curvature",
             valid_rows=parallel.on_rank_zero(lambda: store.load(valid_sketches).rows),
             identity={**identity, **in_layout})
-    seconds = {"sketch": sketched - begun, "curvature": time.perf_counter() - sketched}
+    seconds = {"pilot": at_hand - begun, "sketch": sketched - at_hand,
+               "curvature": time.perf_counter() - sketched}
     parallel.on_rank_zero(lambda: (folder / "seconds.json").is_file() or files.write_json(
         folder / "seconds.json", seconds))
     return directions
@@ -148,12 +169,13 @@ def draw(usable: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def identity_of(config: SelectConfig, architecture: ModelConfig, curvature: CurvatureConfig,
-                selection: SelectionConfig, found: Path) -> dict:
+                selection: SelectionConfig, found: Path, pilot: dict | None) -> dict:
     """All that the selection depends on. Paths and micro-batch sizes are not: digests are."""
     prefixes = [*config.data_path, *config.valid_data_path]
     return {
         **vars(architecture), **vars(curvature), **vars(selection),
-        "sketch_size": config.sketch_size, "num_valid_samples": config.num_valid_samples,
+        "pilot": pilot, "sketch_size": config.sketch_size,
+        "num_valid_samples": config.num_valid_samples,
         "seed": config.seed, "load": str(config.load),
         **{name: getattr(config, name) for name in _OF_SKETCHES},
         "data_path": list(config.data_path), "valid_data_path": list(config.valid_data_path),
@@ -161,3 +183,10 @@ def identity_of(config: SelectConfig, architecture: ModelConfig, curvature: Curv
         "dataset_digests": {prefix: dataset_digest(prefix) for prefix in prefixes},
     }
 
+
+def identity_of_pilot(pilot: PilotConfig, optimizer: OptimizerConfig, batch: BatchConfig,
+                      ) -> dict | None:
+    """What the pilot's weights depend on beside checkpoint, pools and seed; None without one."""
+    if pilot.pilot_iters == 0:
+        return None
+    return {**vars(pilot), **vars(optimizer), "global_batch_size": batch.global_batch_size}

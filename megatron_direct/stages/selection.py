@@ -88,6 +88,7 @@ def _solve(config: SelectionConfig, samples: Samples, folder: Path, directions: 
                         "gradients are finite. Give a smaller number, or check the checkpoint.")
     here = part.samples[part.finite]
     evidence = Evidence(part.rows[part.finite], samples.num_labels[here],
+                        samples.dataset_of(here), len(samples.prefixes),
                         np.searchsorted(candidates, here),
                         store.load(folder / "sketches" / "valid").rows, directions, all_reduce_sum)
     names = list(indexed.prefix_names(samples.prefixes).values())

@@ -45,7 +45,8 @@ def write_run(folder: Path, arms: dict, *, seeds=(1, 2, 3, 4, 5), domains=("docs
         "tokens": iterations * 16 * 256, "seeds": list(seeds), "test": tests, "valid": valid,
         "pools": pools, "reference": "random", "default_arm": default,
         "arms": {arm: f"what {arm} takes" for arm in arms},
-        "shared_seconds": {str(seed): {"sketch": 41.0, "curvature": 18.5} for seed in seeds},
+        "shared_seconds": {str(seed): {"select": {"sketch": 41.0, "curvature": 18.5}}
+                           for seed in seeds},
         "annealing_seconds": 95.0, "passes_of_selection": {a: v[2] for a, v in arms.items()}})
     for seed in seeds:
         rng = np.random.default_rng(seed)

@@ -12,6 +12,8 @@ from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.selection.sketched import Evidence, SelectionConfig
 
 N, M, SIZE, K = 60, 12, 16, 15
+VECTORS = np.linalg.qr(np.random.default_rng(1).standard_normal((SIZE, 4)))[0].T
+STIFF = VECTORS[:2]
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +22,16 @@ def case() -> Case:
     rows = rng.standard_normal((N, SIZE)).astype(np.float32)
     rows *= rng.uniform(0.5, 2, (N, 1)).astype(np.float32)
     valid = (rng.standard_normal((M, SIZE)) + 0.5).astype(np.float32)
-    vectors = np.linalg.qr(rng.standard_normal((SIZE, 4)))[0].T
-    directions = Directions(np.array([8.0, 4.0, 1.0, 0.5]), vectors, 2)
+    directions = Directions(np.array([8.0, 4.0, 1.0, 0.5]), VECTORS, 2)
     domains = np.array(["code"] * 40 + ["prose"] * 20)
-    evidence = Evidence(rows, rng.integers(5, 50, N), np.arange(N), valid, directions)
-    doubled = dataclasses.replace(evidence, rows=rows[:, ::-1])
-    return Case(evidence, rng.uniform(1, 5, N), domains, rng.random(N) < 0.25,
-                np.array(["code"] * 4 + ["prose"] * 8), np.full(M, 10), K, 3, SelectionConfig(),
-                lambda: doubled)
+    evidence = Evidence(rows, rng.integers(5, 50, N), np.arange(N) // 40, 2, np.arange(N), valid,
+                        directions)
+    scaled, piloted = (dataclasses.replace(evidence, rows=np.roll(rows, shift, axis=1))
+                       for shift in (1, 2))
+    return Case({"onset": evidence, "select": piloted, "adam-sketches": scaled},
+                rng.uniform(1, 5, N), domains, rng.random(N) < 0.25,
+                np.array(["code"] * 4 + ["prose"] * 8), np.full(M, 10), K, 3,
+                SelectionConfig())
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -39,17 +43,26 @@ def test_takes_k_candidates_once_each_and_again_the_same(case, name):
     assert set(ARMS[name].needs) <= set(NEEDS)
 
 
+def _rows(case, which="onset"):
+    return case.evidence[which].rows
+
+
+def _dots(case, which="onset"):
+    return _rows(case, which) @ case.evidence[which].valid_rows.mean(0)
+
+
 @pytest.mark.parametrize("name, score", [
     ("perplexity-low", lambda case: -case.losses),
-    ("perplexity-middle", lambda case: -abs(case.losses.argsort().argsort() + 0.1 - (N - 1) / 2)),
+    ("perplexity-middle", lambda case: -abs(
+        case.losses.argsort().argsort() + 0.1 - (N - 1) / 2)),
     ("perplexity-high", lambda case: case.losses),
-    ("gradient-norm", lambda case: (case.evidence.rows ** 2).sum(1)),
-    ("gradient-dot", lambda case: case.evidence.rows @ case.evidence.valid_rows.mean(0)),
-    ("gradient-cosine", lambda case: case.evidence.rows @ case.evidence.valid_rows.mean(0)
-     / np.linalg.norm(case.evidence.rows, axis=1)),
-    ("gradient-dot-adam", lambda case: case.adam().rows @ case.adam().valid_rows.mean(0)),
-    ("stiff-alignment", lambda case: (case.evidence.rows @ case.evidence.directions.sketches[:2].T)
-     @ (case.evidence.directions.sketches[:2] @ case.evidence.valid_rows.mean(0))),
+    ("gradient-norm", lambda case: (_rows(case) ** 2).sum(1)),
+    ("gradient-dot", _dots),
+    ("gradient-cosine", lambda case: _dots(case) / np.linalg.norm(_rows(case), axis=1)),
+    ("gradient-dot-adam", lambda case: _dots(case, "adam-sketches")),
+    ("pilot-dot", lambda case: _dots(case, "select")),
+    ("stiff-alignment", lambda case: (_rows(case) @ STIFF.T)
+     @ (STIFF @ case.evidence["onset"].valid_rows.mean(0))),
 ])
 def test_scores_take_the_best(case, name, score):
     assert set(ARMS[name].choose(case)) == set(np.argsort(-score(case))[:K])
@@ -73,7 +86,7 @@ def test_matched_has_the_bins_of_what_it_is_matched_to(case):
 
     def bins(numbers):
         halves = [values > np.quantile(values, 0.5) for values in (case.losses,
-                                                                   case.evidence.labels)]
+                                                                   case.evidence["onset"].labels)]
         return np.bincount(2 * halves[0][numbers] + halves[1][numbers], minlength=4)
 
     assert np.array_equal(bins(drawn), bins(chosen))

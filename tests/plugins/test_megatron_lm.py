@@ -182,6 +182,7 @@ def _loss_and_masks(folder, layout, batches, valid):
     from megatron_direct import checkpoint, model, parallel
     from megatron_direct.config import ModelConfig, ParallelConfig
     from megatron_direct.stages.curvature import CurvatureConfig
+    from megatron_direct.stages.pilot import PilotConfig
     from megatron_direct.stages.select import SelectConfig, select
     from megatron_direct.stages.selection import SelectionConfig
 
@@ -198,8 +199,9 @@ def _loss_and_masks(folder, layout, batches, valid):
     select(SelectConfig(load=str(found), data_path=(str(folder / "alone0"),),
                         valid_data_path=(str(folder / "pool2"),), sketch_size=64,
                         run_dir=str(folder / f"selected-{layout}")),
-           {}, ParallelConfig(), CurvatureConfig(num_eigenpairs=3, lanczos_tol=1e-2),
-           SelectionConfig(num_select=5))
+           {}, ParallelConfig(),
+           CurvatureConfig(curvature="fisher", num_eigenpairs=3, lanczos_tol=1e-2),
+           SelectionConfig(num_select=5), PilotConfig(pilot_iters=2))
     return loss
 
 

@@ -23,6 +23,7 @@ from megatron_direct.gradients.compute import sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.run import RunDirectory
 from megatron_direct.stages.curvature import CurvatureConfig
+from megatron_direct.stages.pilot import PilotConfig
 from megatron_direct.stages.pretrain import PretrainConfig, pretrain
 from megatron_direct.stages.report import write_page
 from megatron_direct.stages.select import SelectConfig, select
@@ -57,7 +58,7 @@ def _select(folder, layout, name, kind, settings=()):
            {}, layout.config(),
            CurvatureConfig(**{"curvature": kind, "num_eigenpairs": 4, "lanczos_tol": 1e-4,
                               **dict(settings)}),
-           SelectionConfig(num_select=10, objective="descent"))
+           SelectionConfig(num_select=10, objective="descent"), PilotConfig(pilot_iters=0))
 
 
 def _spectrum(folder, name):

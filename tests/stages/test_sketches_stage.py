@@ -23,6 +23,7 @@ from megatron_direct.gradients.preconditioner import adam_scales
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.stages import sketches as sketches_stage
 from megatron_direct.stages.curvature import OPERATORS, CurvatureConfig
+from megatron_direct.stages.pilot import PilotConfig
 from megatron_direct.stages.pretrain import PretrainConfig, pretrain
 from megatron_direct.stages.select import SelectConfig, select
 from megatron_direct.stages.selection import SelectionConfig
@@ -55,8 +56,9 @@ def _select(folder, layout, name, settings, num_select=10):
     select(SelectConfig(load=str(folder / "theta"), data_path=(str(folder / "pool"),),
                         valid_data_path=(str(folder / "valid"),), run_dir=str(folder / name),
                         sketch_size=SIZE, micro_batch_size=4, **settings),
-           {}, layout.config(), CurvatureConfig(num_eigenpairs=4, lanczos_tol=1e-5),
-           SelectionConfig(num_select=num_select))
+           {}, layout.config(),
+           CurvatureConfig(curvature="fisher", num_eigenpairs=4, lanczos_tol=1e-5),
+           SelectionConfig(num_select=num_select), PilotConfig(pilot_iters=0))
 
 
 @pytest.mark.parametrize("layout", [
