@@ -3,9 +3,9 @@
     python benchmarks/data_preprocessing.py --megatron-path ../Megatron-LM
 
 Runs take turns, and of each the fastest round counts, since other work on the machine only ever
-adds time. Ratios are what to read. Times are of whole commands, their start included; only
-Megatron-LM's is taken off (the time of a run on one line), since it imports torch. Without --input
-the text is the source of the Python packages that are installed.
+adds time. Ratios are what to read. Times are those of whole commands, less the time of a run on one
+line: what is imported is no matter of speed. Without --input the text is the source of the Python
+packages that are installed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ def _measure(flags: argparse.Namespace, folder: Path) -> None:
     lines = _lines(flags.input, flags.megabytes << 20)
     inputs[8].write_bytes(b"".join(lines))
     inputs[1].write_bytes(b"".join(lines[: len(lines) // 8]))
-    (folder / "line.jsonl").write_bytes(lines[0])
     model = flags.tokenizer_model or _trained(folder, lines)
 
     def ours(input_path: Path, workers: int) -> list:
@@ -71,12 +70,15 @@ def _measure(flags: argparse.Namespace, folder: Path) -> None:
                 "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model,
                 "--append-eod", "--output-prefix", folder / "theirs", "--workers", workers]
 
+    line = folder / "line.jsonl"
+    line.write_bytes(lines[0])
     calls = {("megatron-direct", workers): ours(inputs[8], workers) for workers in WORKERS}
+    calls |= {("megatron-direct", "start"): ours(line, 1)}
     if flags.megatron_path:
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [str(flags.megatron_path.resolve()), os.environ.get("PYTHONPATH", "")])
         calls |= {("Megatron-LM", workers): theirs(inputs[8], workers) for workers in WORKERS}
-        calls |= {("start", 1): theirs(folder / "line.jsonl", 1)}
+        calls |= {("Megatron-LM", "start"): theirs(line, 1)}
     seconds: dict[tuple, list[float]] = {name: [] for name in calls}
     for _ in range(flags.rounds):
         for name, call in calls.items():
@@ -95,17 +97,19 @@ def _measure(flags: argparse.Namespace, folder: Path) -> None:
 
 def _print(best: dict[tuple, float], tokens: int, size: int) -> None:
     print(f"{size / 2**20:.0f} MiB of JSONL, {tokens / 1e6:.1f} M tokens")
+    rate: dict[str, dict[int, float]] = {}
     for tool in ("megatron-direct", "Megatron-LM"):
         if (tool, 1) not in best:
             continue
-        start = best["start", 1] if tool == "Megatron-LM" else 0.0
-        rate = {workers: tokens / (best[tool, workers] - start) for workers in WORKERS}
-        print(f"{tool:16}" + "".join(f"{rate[w] / 1e6:7.2f} M tokens/s with {w}" for w in WORKERS)
-              + f"{rate[2] / rate[1]:8.2f} times")
-        if tool == "Megatron-LM":
-            for workers in WORKERS:
-                ratio = tokens / best["megatron-direct", workers] / rate[workers]
-                print(f"megatron-direct / Megatron-LM with {workers}: {ratio:.2f}")
+        rate[tool] = {workers: tokens / (best[tool, workers] - best[tool, "start"])
+                      for workers in WORKERS}
+        print(f"{tool:16}" + "".join(f"{rate[tool][w] / 1e6:7.2f} M tokens/s with {w}"
+                                     for w in WORKERS)
+              + f"{rate[tool][2] / rate[tool][1]:8.2f} times")
+    if "Megatron-LM" in rate:
+        for workers in WORKERS:
+            ratio = rate["megatron-direct"][workers] / rate["Megatron-LM"][workers]
+            print(f"megatron-direct / Megatron-LM with {workers}: {ratio:.2f}")
 
 
 def _lines(path: Path | None, size: int) -> list[bytes]:

@@ -148,18 +148,17 @@ def _setting(config, select, curvature, selection, pilot, given_architecture, la
 
 
 def _identity(setting: _Setting) -> dict:
-    """What the figures depend on. Arms and seeds are not: more of them may be added later."""
+    """What the figures depend on (rank 0). Arms and seeds are not: more may be added later."""
     select, config = setting.select, setting.config
+    pilot = identity_of_pilot(setting.pilot, setting.optimizer, setting.batch)
     return {
-        **parallel.on_rank_zero(lambda: identity_of(
-            select, setting.architecture, setting.curvature, setting.selection,
-            setting.checkpoint, identity_of_pilot(setting.pilot, setting.optimizer,
-                                                  setting.batch))),
+        **identity_of(select, setting.architecture, setting.curvature, setting.selection,
+                      setting.checkpoint, pilot),
         **vars(setting.optimizer), **vars(setting.batch), "seed": select.seed,
         "num_select": setting.num_select, "lr_wsd_decay_iters": config.lr_wsd_decay_iters,
         "test_data_path": list(config.test_data_path),
-        "test_digests": parallel.on_rank_zero(lambda: {
-            prefix: indexed.dataset_digest(prefix) for prefix in config.test_data_path}),
+        "test_digests": {prefix: indexed.dataset_digest(prefix)
+                         for prefix in config.test_data_path},
     }
 
 
@@ -321,9 +320,9 @@ def _report(setting: _Setting, arms: list[str]) -> None:
         "iterations": setting.config.lr_wsd_decay_iters, "tokens": tokens,
         "seeds": setting.seeds, **names, "reference": "random", "default_arm": "direct",
         "arms": {name: ARMS[name].description for name in done},
-        "shared_seconds": seconds, "annealing_seconds": float(np.mean(annealing)),
+        "shared_seconds": seconds, "annealing_seconds": float(np.median(annealing)),
         "passes_of_selection": {
-            name: _passes(setting, ARMS[name].needs, seconds, np.mean(annealing) / tokens)
+            name: _passes(setting, ARMS[name].needs, seconds, np.median(annealing) / tokens)
             for name in done},
     })
     if setting.config.tokenizer_model:
