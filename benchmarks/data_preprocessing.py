@@ -11,6 +11,7 @@ packages that are installed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 TOOL = Path(__file__).parents[1] / "tools" / "preprocess_selection.py"
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--input", type=Path, help="JSONL with the key text")
     parser.add_argument("--tokenizer-model", type=Path, help="SentencePiece model")
     parser.add_argument("--megatron-path", type=Path, help="a checkout of Megatron-LM")
-    parser.add_argument("--megabytes", type=int, default=48, help="of text (default %(default)s)")
+    parser.add_argument("--megabytes", type=int, default=128, help="of text (default %(default)s)")
     parser.add_argument("--shard-size", default="1", help="MiB, so that the text is many shards")
     parser.add_argument("--rounds", type=int, default=3)
     flags = parser.parse_args()
@@ -54,10 +55,11 @@ def main() -> None:
 
 def _measure(flags: argparse.Namespace, folder: Path) -> None:
     inputs = {1: folder / "text1.jsonl", 8: folder / "text8.jsonl"}  # in eighths
-    lines = _lines(flags.input, flags.megabytes << 20)
-    inputs[8].write_bytes(b"".join(lines))
-    inputs[1].write_bytes(b"".join(lines[: len(lines) // 8]))
-    model = flags.tokenizer_model or _trained(folder, lines)
+    # Line by line: the memory that this process takes counts as its children's.
+    _write(inputs[8], _lines_of(flags.input) if flags.input else _installed_source(),
+           flags.megabytes << 20)
+    _write(inputs[1], _lines_of(inputs[8]), inputs[8].stat().st_size // 8)
+    model = flags.tokenizer_model or _trained(folder, inputs[8])
 
     def ours(input_path: Path, workers: int) -> list:
         return [sys.executable, TOOL, "--input", input_path, "--tokenizer-model", model,
@@ -71,7 +73,7 @@ def _measure(flags: argparse.Namespace, folder: Path) -> None:
                 "--append-eod", "--output-prefix", folder / "theirs", "--workers", workers]
 
     line = folder / "line.jsonl"
-    line.write_bytes(lines[0])
+    _write(line, _lines_of(inputs[8]), 1)
     calls = {("megatron-direct", workers): ours(inputs[8], workers) for workers in WORKERS}
     calls |= {("megatron-direct", "start"): ours(line, 1)}
     if flags.megatron_path:
@@ -112,15 +114,13 @@ def _print(best: dict[tuple, float], tokens: int, size: int) -> None:
             print(f"megatron-direct / Megatron-LM with {workers}: {ratio:.2f}")
 
 
-def _lines(path: Path | None, size: int) -> list[bytes]:
-    """Lines of JSONL, ``size`` bytes in all or what there is."""
-    lines, left = [], size
-    for line in _lines_of(path) if path else _installed_source():
-        lines.append(line)
-        left -= len(line)
-        if left <= 0:
-            break
-    return lines
+def _write(path: Path, lines: Iterable[bytes], size: int) -> None:
+    """As many of the lines as ``size`` bytes take, or what there is."""
+    with open(path, "wb") as file:
+        for line in lines:
+            file.write(line)
+            if file.tell() >= size:
+                break
 
 
 def _lines_of(path: Path) -> Iterator[bytes]:
@@ -136,10 +136,10 @@ def _installed_source() -> Iterator[bytes]:
                 yield json.dumps({"text": text[start: start + 4000]}).encode() + b"\n"
 
 
-def _trained(folder: Path, lines: list[bytes]) -> Path:
+def _trained(folder: Path, text: Path) -> Path:
     """A tokenizer from every so many lines, 4 MB in all."""
-    step = max(1, sum(map(len, lines)) // (4 << 20))
-    (folder / "sample.jsonl").write_bytes(b"".join(lines[::step]))
+    step = max(1, text.stat().st_size // (4 << 20))
+    _write(folder / "sample.jsonl", itertools.islice(_lines_of(text), 0, None, step), 4 << 20)
     model = folder / "tokenizer.model"
     _run([sys.executable, TOOL, "--input", folder / "sample.jsonl", "--tokenizer-model", model,
           "--train-tokenizer", "--output-prefix", folder / "sample"])

@@ -124,12 +124,19 @@ def setting_sentence(summary: dict) -> str:
     setting = summary["setting"]
     return (f"{setting['num_select']} of {setting['num_candidates']} samples; "
             f"{setting['parameters'] / 1e6:.3g} M parameters; {setting['iterations']} iterations "
-            f"of annealing over {setting['tokens'] / 1e3:,.0f} thousand tokens; seeds "
-            f"{listed(map(str, setting['seeds']))}.")
+            f"of annealing over {setting['tokens'] / 1e3:,.0f} thousand tokens; "
+            f"{_seeds(setting['seeds'])}.")
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    """seeds 1 to 12, or each by number."""
+    if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+        return f"seeds {seeds[0]} to {seeds[-1]}"
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {listed(map(str, seeds))}"
 
 
 def missing_sentence(summary: dict) -> str:
     """Which runs are not there; empty if none is missing."""
-    missing = [f"{arm['name']} ({'seed' if len(arm['missing']) == 1 else 'seeds'} "
-               f"{listed(map(str, arm['missing']))})" for arm in summary["arms"] if arm["missing"]]
+    missing = [f"{arm['name']} ({_seeds(arm['missing'])})"
+               for arm in summary["arms"] if arm["missing"]]
     return f"Without a result: {listed(missing)}." if missing else ""

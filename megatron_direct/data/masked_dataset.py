@@ -49,7 +49,7 @@ class MaskedGPTDataset(GPTDataset):
                     self.indices = np.flatnonzero(kept_sequences(self.dataset, mask))
             else:
                 kept = kept_sequences(self.dataset, mask)
-                # Megatron hands in a stretch of the dataset, which is many times as fast to thin out.
+                # Megatron hands in a stretch of the dataset: many times as fast to thin out.
                 if len(self.indices) and (np.diff(self.indices) == 1).all():
                     first, last = self.indices[[0, -1]]
                     left = np.flatnonzero(kept[first: last + 1])
