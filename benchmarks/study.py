@@ -45,6 +45,14 @@ SIZES = {
     "medium": ["--num-layers", "3", "--hidden-size", "96"],
 }
 PRETRAIN = ["--train-iters", "500", "--lr", "3e-3", "--micro-batch-size", "16"]
+# How often, and of the larger model, which takes more time, only the arms that the default of
+# `select` has to stand beside.
+SEEDS_AND_ARMS = {
+    "small": ["--num-seeds", "12"],
+    "medium": ["--num-seeds", "5", "--arms", "random", "whole-pool", "oracle", "domain",
+               "perplexity-low", "perplexity-middle", "perplexity-high", "gradient-norm",
+               "gradient-dot", "gradient-cosine", "gradient-dot-adam", "direct", "flat-energy"],
+}
 COMPARE = ["--num-select", str(NUM_SELECT), "--lr-wsd-decay-iters", "30", "--sketch-size", "1024",
            "--micro-batch-size", "16", "--seed", "1"]
 
@@ -116,7 +124,7 @@ class Study:
                  "--data-path", *(data / setting / f"{domain}_pool" for domain in DOMAINS),
                  "--valid-data-path", *(data / f"{domain}_valid" for domain in domains),
                  "--test-data-path", *(data / f"{domain}_test" for domain in domains),
-                 *COMPARE, *flags, ranks=self.ranks)
+                 *COMPARE, *SEEDS_AND_ARMS[size], *flags, ranks=self.ranks)
         return run
 
 
