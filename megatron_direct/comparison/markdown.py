@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_direct.comparison import wording
 from megatron_direct.comparison.statistics import BETTER, UNCLEAR, WORSE, compare_by_seed
-from megatron_direct.comparison.summary import PAPER_ARM
+from megatron_direct.comparison.summary import PAPER_ARM, YARDSTICKS, difference
 from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig, flag_name
 
 _WIDTH = 108
@@ -172,7 +172,21 @@ def _of_setting(summary: dict) -> list[str]:
     return [f"## {summary['setting']['name']}",
             _paragraph(" ".join(sentence for sentence in sentences if sentence)),
             _table(["arm", "mean test loss", f"to `{summary['reference']}`", "interval",
-                    "p (Holm)", "verdict"], rows)]
+                    "p (Holm)", "verdict"], rows), _yardsticks(summary)]
+
+
+def _yardsticks(summary: dict) -> str:
+    """The default less arms that are no rivals: what cannot be had, and its own parts."""
+    losses = {arm["name"]: arm["losses"] for arm in summary["arms"]
+              if arm["mean_loss"] is not None}
+    default = summary["default_arm"]
+    found = {name: difference(losses[default], losses[name])
+             for name in YARDSTICKS if name in losses and default in losses}
+    if not found:
+        return ""
+    parts = [f"{wording.with_numbers(f'`{name}`', d)}, {wording.verdict(d)}"
+             for name, d in found.items()]
+    return _paragraph(f"`{default}` less other arms: {'; '.join(parts)}.")
 
 
 def _cost(summary: dict) -> str:

@@ -27,6 +27,9 @@ PAPER_ARM = "flat-energy"  # DiReCT's own objective
 # What the arm that `select` uses by default has to beat, beside the reference.
 RIVALS = ("perplexity-low", "perplexity-middle", "perplexity-high", "gradient-norm",
           "gradient-dot", "gradient-cosine", "gradient-dot-adam")
+# What the default is read against beside its rivals: what could be had, and what it is made of.
+YARDSTICKS = ("oracle", "domain", "whole-pool", "random-matched", "direct-onset",
+              "direct-unshrunk")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _CURVE_POINTS = 40  # of a loss curve: means over as many stretches of it
 

@@ -108,3 +108,14 @@ def test_arms_that_were_not_run_are_named_as_such(summaries):
 
 def test_nothing_to_compare(summaries):
     assert "Nothing has been compared yet" in results([])
+
+
+def test_the_default_is_read_against_what_could_be_had(summaries):
+    summary = copy.deepcopy(summaries[0])
+    arms = {arm["name"]: arm for arm in summary["arms"]}
+    arms["perplexity-low"]["name"] = "oracle"
+    of_default, of_oracle = arms["descent"]["losses"], arms["perplexity-low"]["losses"]
+    mean = sum(of_default[seed] - of_oracle[seed] for seed in of_oracle) / len(of_oracle)
+    text = _prose(results([summary]))
+    assert f"`descent` less other arms: `oracle` ({mean:+.4f} [" in text
+    assert "less other arms" not in results(summaries[:1])  # it has none of them
