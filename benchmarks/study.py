@@ -44,7 +44,8 @@ SIZES = {
     "small": ["--num-layers", "2", "--hidden-size", "64"],
     "medium": ["--num-layers", "3", "--hidden-size", "96"],
 }
-PRETRAIN = ["--train-iters", "500", "--lr", "3e-3", "--micro-batch-size", "16"]
+PRETRAIN = ["--train-iters", "500", "--lr", "3e-3"]
+GLOBAL_BATCH = 16
 # How often, and of the larger model, which takes more time, only the arms that the default of
 # `select` has to stand beside.
 SEEDS_AND_ARMS = {
@@ -54,7 +55,7 @@ SEEDS_AND_ARMS = {
                "gradient-dot", "gradient-cosine", "gradient-dot-adam", "direct", "flat-energy"],
 }
 COMPARE = ["--num-select", str(NUM_SELECT), "--lr-wsd-decay-iters", "30", "--sketch-size", "1024",
-           "--micro-batch-size", "16", "--seed", "1"]
+           "--seed", "1"]
 
 
 class Study:
@@ -63,6 +64,8 @@ class Study:
     def __init__(self, folder: Path, ranks: int):
         self.folder, self.ranks = folder, ranks
         self.tokenizer = folder / "data" / "tokenizer.model"
+        self.batch = ["--global-batch-size", str(GLOBAL_BATCH),
+                      "--micro-batch-size", str(GLOBAL_BATCH // ranks)]
 
     def run(self, *command: str | Path, ranks: int = 1) -> None:
         launcher = [sys.executable] if ranks == 1 else [
@@ -112,19 +115,20 @@ class Study:
         data, theta = self.folder / "data", self.folder / f"theta_{size}"
         self.run("-m", "megatron_direct", "pretrain", "--data-path",
                  "0.4", data / "pretrain_docstrings_pool", "0.6", data / "pretrain_source_pool",
-                 "--save", theta, *SIZES[size], *PRETRAIN, ranks=self.ranks)
+                 "--save", theta, *SIZES[size], *PRETRAIN, *self.batch,
+                 ranks=self.ranks)
         return theta
 
     def compare(self, setting: str, size: str, flags: list[str]) -> Path:
         data, run = self.folder / "data", self.folder / f"{setting}-{size}"
         domains = SETTINGS[setting][2]
         self.run("-m", "megatron_direct", "compare", "--load", self.folder / f"theta_{size}",
-                 "--run-dir", run, "--name", f"{setting}, {size} model", "--tokenizer-model",
+                 "--run-dir", run, "--name", f"{setting} ({size} model)", "--tokenizer-model",
                  self.tokenizer,
                  "--data-path", *(data / setting / f"{domain}_pool" for domain in DOMAINS),
                  "--valid-data-path", *(data / f"{domain}_valid" for domain in domains),
                  "--test-data-path", *(data / f"{domain}_test" for domain in domains),
-                 *COMPARE, *SEEDS_AND_ARMS[size], *flags, ranks=self.ranks)
+                 *COMPARE, *self.batch, *SEEDS_AND_ARMS[size], *flags, ranks=self.ranks)
         return run
 
 

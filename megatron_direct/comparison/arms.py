@@ -1,8 +1,9 @@
 """Ways of selecting that are compared: an *arm* is a function from a case to candidates.
 
 A new arm is a function of a :class:`Case` with the decorator ``arm``; it returns the positions of
-the samples it takes among the N candidates. What arms know are sketches of pool and validation set,
-the losses that come with them, and the curvature's leading directions.
+the samples it takes among the N candidates, or what the solver of the selection problem found. What
+arms know are sketches of pool and validation set, the losses that come with them, and the
+curvature's leading directions.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from megatron_direct.selection import sketched
 from megatron_direct.selection.baselines import random_selection
+from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.sketched import Evidence, SelectionConfig
 
 
@@ -37,16 +39,16 @@ class Case:
     num_select: int
     seed: int
     config: SelectionConfig
+    limits: Mapping = field(default_factory=dict)
 
     @property
     def rng(self) -> np.random.Generator:
         return np.random.default_rng(self.seed)
 
-    def solve(self, evidence: Evidence, **settings) -> np.ndarray:
-        """[K] by the selection problem, with some of its flags changed."""
+    def solve(self, evidence: Evidence, **settings) -> Selection:
+        """By the selection problem, with some of its flags changed."""
         config = dataclasses.replace(self.config, **settings)
-        found, _ = sketched.solve(config, evidence, self.num_select, self.seed)
-        return found.indices
+        return sketched.solve(config, evidence, self.num_select, self.seed, **self.limits)[0]
 
     def largest(self, scores: np.ndarray) -> np.ndarray:
         """[K] of the largest scores; ties go to the lower number."""
@@ -59,8 +61,13 @@ class Arm:
 
     name: str
     description: str
-    choose: Callable[[Case], np.ndarray]
+    choose: Callable[[Case], np.ndarray | Selection]
     needs: tuple[str, ...] = ()
+
+    def take(self, case: Case) -> tuple[np.ndarray, Selection | None]:
+        """([K] positions, ascending; what the solver said, if a selection problem was solved)."""
+        found = self.choose(case)
+        return (found.indices, found) if isinstance(found, Selection) else (found, None)
 
 
 # losses: of the pool at the checkpoint, a forward pass; onset: sketches at the checkpoint, and
@@ -68,10 +75,12 @@ class Arm:
 # measures with the flags given, behind a pilot if they say so.
 NEEDS = ("losses", "onset", "adam-sketches", "select")
 ARMS: dict[str, Arm] = {}
+# Arms that mean nothing where pools and validation sets have no domain in common.
+BY_DOMAIN = ("domain", "oracle")
 
 
 def arm(name: str, description: str, needs: tuple[str, ...] = ()):
-    def register(choose: Callable[[Case], np.ndarray]):
+    def register(choose: Callable[[Case], np.ndarray | Selection]):
         ARMS[name] = Arm(name, description, choose, needs)
         return choose
 
@@ -137,17 +146,17 @@ def _gradient_dot_adam(case: Case) -> np.ndarray:
 
 
 @arm("direct", "what `megatron-direct select` takes, with these flags", ("select",))
-def _direct(case: Case) -> np.ndarray:
+def _direct(case: Case) -> Selection:
     return case.solve(case.evidence["select"])
 
 
 @arm("direct-onset", "the same with gradients at the checkpoint, without a pilot", ("onset",))
-def _direct_onset(case: Case) -> np.ndarray:
+def _direct_onset(case: Case) -> Selection:
     return case.solve(case.evidence["onset"])
 
 
 @arm("direct-unshrunk", "direct without shrinkage towards clusters", ("select",))
-def _direct_unshrunk(case: Case) -> np.ndarray:
+def _direct_unshrunk(case: Case) -> Selection:
     return case.solve(case.evidence["select"], shrinkage_clusters=0)
 
 
@@ -159,22 +168,22 @@ def _pilot_dot(case: Case) -> np.ndarray:
 
 @arm("random-matched", "at random, with the losses and lengths of what direct takes", ("select",))
 def _random_matched(case: Case) -> np.ndarray:
-    return matched(case, _direct(case))
+    return matched(case, _direct(case).indices)
 
 
 @arm("flat-energy", "DiReCT as published: flat energy within a stiff budget", ("onset",))
-def _flat_energy(case: Case) -> np.ndarray:
+def _flat_energy(case: Case) -> Selection:
     return case.solve(case.evidence["onset"], objective="flat-energy")
 
 
 @arm("flat-energy-no-budget", "flat energy without a budget", ("onset",))
-def _flat_energy_no_budget(case: Case) -> np.ndarray:
+def _flat_energy_no_budget(case: Case) -> Selection:
     return case.solve(case.evidence["onset"], objective="flat-energy", stiff_budget=math.inf)
 
 
 @arm("flat-energy-random-subspace", "flat energy with random directions in the place of the stiff "
      "ones, as many", ("onset",))
-def _flat_energy_random_subspace(case: Case) -> np.ndarray:
+def _flat_energy_random_subspace(case: Case) -> Selection:
     evidence = case.evidence["onset"]
     directions = evidence.directions
     drawn = case.rng.standard_normal(directions.sketches.shape)
@@ -198,31 +207,31 @@ def _stiff_alignment(case: Case) -> np.ndarray:
 
 @arm("alignment", "inner product with the validation gradient in flat directions, within a stiff "
      "budget", ("onset",))
-def _alignment(case: Case) -> np.ndarray:
+def _alignment(case: Case) -> Selection:
     return case.solve(case.evidence["onset"], objective="alignment")
 
 
 @arm("descent", "quadratic model of the validation loss, of gradients as they are at the "
      "checkpoint", ("onset",))
-def _descent(case: Case) -> np.ndarray:
+def _descent(case: Case) -> Selection:
     return case.solve(case.evidence["onset"], objective="descent", normalize_gradients=False,
                       weight_by_tokens=False, shrinkage_clusters=0)
 
 
 def in_proportions(case: Case, allowed: np.ndarray) -> np.ndarray:
     """[K] of the allowed [N], at random, with as many of each domain as the validation set has
-    tokens of it. Where a domain has too few, the others fill up.
+    tokens of it. Where a domain has too few, the others fill up; what is not allowed comes last.
     """
     names = np.unique(case.valid_domains)
     tokens = np.array([case.valid_labels[case.valid_domains == name].sum() for name in names])
     order = case.rng.permutation(len(case.domains))
-    order = np.concatenate([order[allowed[order]], order[~allowed[order]]])
+    sound = order[allowed[order]]
     wanted = np.floor(case.num_select * tokens / tokens.sum()).astype(int)
-    chosen = np.concatenate([order[case.domains[order] == name][:count]
+    chosen = np.concatenate([sound[case.domains[sound] == name][:count]
                              for name, count in zip(names, wanted, strict=True)])
     rest = order[~np.isin(order, chosen)]
-    # The validation's own domains first, then any.
-    rest = rest[np.argsort(~np.isin(case.domains[rest], names), kind="stable")]
+    # What is allowed first, and of that the validation's own domains.
+    rest = rest[np.lexsort((~np.isin(case.domains[rest], names), ~allowed[rest]))]
     return np.sort(np.concatenate([chosen, rest[: case.num_select - len(chosen)]]))
 
 

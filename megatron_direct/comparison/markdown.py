@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_direct.comparison import wording
 from megatron_direct.comparison.statistics import BETTER, UNCLEAR, WORSE, compare_by_seed
 from megatron_direct.comparison.summary import PAPER_ARM, YARDSTICKS, difference
-from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig, flag_name
+from megatron_direct.config import ModelConfig, flag_name
 
 _WIDTH = 108
 
@@ -68,10 +68,10 @@ def _over_settings(summaries: list[dict]) -> list[str]:
         "## What wins where",
         _paragraph("Difference to the reference in mean test loss. Bold: better; italic: worse; "
                    "plain: no clear difference."), table,
-        _bullets([*lowest, *_by_settings("Better than the reference", wins, found)]),
+        _bullets([*lowest, _in_every_setting("Better than the reference", wins, found)]),
         "## What does not",
-        _bullets([*_by_settings("Worse than the reference", losses, found),
-                  *_by_settings("No clear difference", unclear, found)[:1],
+        _bullets([_in_every_setting("Worse than the reference", losses, found),
+                  _in_every_setting("No clear difference", unclear, found),
                   *(_paper(summary) for summary in summaries)])]
 
 
@@ -100,15 +100,10 @@ def _lowest(summary: dict) -> str:
     return sentence
 
 
-def _by_settings(words: str, by_arm: dict[str, list[str]], found: dict) -> list[str]:
-    """Arms of which something holds in every setting that they were run in, and those of some."""
-    in_all = [arm for arm, names in by_arm.items() if names and len(names) == len(found[arm])]
-    in_some = {arm: names for arm, names in by_arm.items() if names and arm not in in_all}
-    sentences = [f"{words} in every setting: {wording.listed(_quoted(in_all))}."]
-    if in_some:
-        sentences.append(f"{words} in some: " + "; ".join(
-            f"`{arm}` ({wording.listed(names)})" for arm, names in in_some.items()) + ".")
-    return sentences
+def _in_every_setting(words: str, by_arm: dict[str, list[str]], found: dict) -> str:
+    """Arms of which something holds in every setting that they were run in."""
+    arms = [arm for arm, names in by_arm.items() if names and len(names) == len(found[arm])]
+    return f"{words} wherever it was run: {wording.listed(_quoted(arms))}."
 
 
 def _paper(summary: dict) -> str:
@@ -211,26 +206,26 @@ def _cost(summary: dict) -> str:
 
 def _again(summaries: list[dict], again: str) -> list[str]:
     """Commands; optimizer and model are as the checkpoint says where they are left out."""
-    parts = []
-    if again:
-        parts += ["All of it:", f"```bash\n{again}\n```"]
     commands = [f"# {summary['setting']['name']}\n{_command(summary)}" for summary in summaries]
-    if again:
-        parts.append("One setting, once checkpoint and datasets are there:")
-    return [*parts, "```bash\n" + "\n\n".join(commands) + "\n```"]
+    if not again:
+        return ["```bash\n" + "\n\n".join(commands) + "\n```"]
+    return ["All of it:", f"```bash\n{again}\n```",
+            "The first setting alone, once checkpoint and datasets are there:",
+            f"```bash\n{commands[0]}\n```"]
 
 
 def _command(summary: dict) -> str:
-    """``megatron-direct compare`` with the flags that the run had, as far as they say anything."""
+    """``megatron-direct compare`` with the flags that the run had.
+
+    Those of the architecture are the checkpoint's.
+    """
     setting, identity = summary["setting"], summary["identity"]
-    defaults = {key: getattr(kind(), key) for kind in (OptimizerConfig, BatchConfig)
-                for key in kind.__dataclass_fields__}
     flags = {"run_dir": "RUN_DIR", "name": setting["name"], "num_seeds": len(setting["seeds"]),
              "arms": list(setting["arms"])}
+    flags["pilot_iters"] = (identity.get("pilot") or {}).get("pilot_iters", 0)
     flags |= {key: value for key, value in identity.items()
               if key not in ModelConfig.__dataclass_fields__ and not isinstance(value, dict)
-              and not key.endswith("digest") and value not in (None, "", [])
-              and (key not in defaults or value != defaults[key])}
+              and key != "pilot" and not key.endswith("digest") and value not in (None, "", [])}
     words = ["megatron-direct compare"]
     for key, value in flags.items():
         if isinstance(value, bool):

@@ -85,7 +85,7 @@ def summarise(run_dir: str | Path) -> dict:
     texts = run.path / "texts.json"
     return {
         "setting": setting, "identity": record.get("identity", {}),
-        "finished": bool(record.get("finished", False)),
+        "finished": not any(arm["missing"] for arm in arms),
         "reference": setting["reference"], "default_arm": setting["default_arm"],
         "confidence": statistics.CONFIDENCE, "before": before, "pool": pool, "arms": arms,
         "default_against": _default_against(setting, results),
@@ -215,7 +215,7 @@ def _problem(result: Result, candidates: Candidates) -> dict:
     Budget and objective are there for arms that solve a selection problem, the cost for all.
     """
     unit = len(result.chosen) * float(candidates.stiff_cost.mean())
-    found = result.losses.get("objective") or {}
+    found = result.losses.get("problem") or {}
     return {"stiff_cost": _over(float(candidates.stiff_cost[result.chosen].sum()), unit),
             "stiff_budget": _over(found.get("stiff_budget"), unit),
             "objective_value": found.get("objective_value"),
@@ -272,8 +272,12 @@ def _curve(losses: Sequence[np.ndarray]) -> dict | None:
 def _spectra(run_path: Path, seeds: Sequence[int]) -> dict[str, dict]:
     found = {}
     for seed in seeds:
-        path = run_path / "seeds" / str(seed) / "curvature" / "spectrum.json"
-        if path.is_file():
+        folder = run_path / "seeds" / str(seed)
+        # At the checkpoint, as the stiff costs are; without a pilot there is no folder of its own.
+        path = next((path for path in (folder / "onset", folder)
+                     if (path / "curvature" / "spectrum.json").is_file()), None)
+        if path is not None:
+            path = path / "curvature" / "spectrum.json"
             spectrum = files.read_json(path)
             found[str(seed)] = {"eigenvalues": spectrum["eigenvalues"],
                                 "num_stiff": spectrum["elbow"]["num_stiff"],

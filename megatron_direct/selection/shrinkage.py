@@ -15,31 +15,34 @@ Samples may be spread over ranks: every sum over samples goes through ``all_redu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 Reduce = Callable[[np.ndarray], np.ndarray]
 
+BLOCK = 4096  # rows that are worked on at once: no copy of all of them in float64
 _KMEANS_ROUNDS = 30
 
 
 def shrink(rows: np.ndarray, weights: np.ndarray, clusters: np.ndarray, num_clusters: int,
-           kept: float, all_reduce_sum: Reduce) -> np.ndarray:
-    """[n, k] float32 shrunk rows. weights: [n] of the samples in their cluster's mean."""
+           kept: float, all_reduce_sum: Reduce) -> None:
+    """Shrinks float32 rows [n, k] in place. weights: [n] of the samples in their cluster's mean."""
     sums = np.zeros((num_clusters, rows.shape[1] + 1))
-    for cluster in np.unique(clusters):
-        here = clusters == cluster
-        sums[cluster, :-1] = weights[here] @ rows[here]
-        sums[cluster, -1] = weights[here].sum()
+    for block in _blocks(len(rows)):
+        present, of_row = np.unique(clusters[block], return_inverse=True)
+        shares = np.where(np.arange(len(present))[:, None] == of_row, weights[block], 0.0)
+        sums[present, :-1] += shares @ rows[block].astype(np.float64)
+        sums[present, -1] += shares.sum(1)
     sums = all_reduce_sum(sums)
     means = sums[:, :-1] / np.maximum(sums[:, -1:], np.finfo(np.float64).tiny)
-    result = np.empty(rows.shape, np.float32)
-    for start in range(0, len(rows), 4096):  # in blocks: no copy of all rows in float64
-        block = slice(start, start + 4096)
+    for block in _blocks(len(rows)):
         mean = means[clusters[block]]
-        result[block] = mean + kept * (rows[block] - mean)
-    return result
+        rows[block] = mean + kept * (rows[block] - mean)
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    return (slice(start, start + BLOCK) for start in range(0, count, BLOCK))
 
 
 def find_clusters(rows: np.ndarray, datasets: np.ndarray, num_datasets: int, num_clusters: int,
@@ -61,13 +64,17 @@ def find_clusters(rows: np.ndarray, datasets: np.ndarray, num_datasets: int, num
     return clusters, first
 
 
-def _kmeans(rows: np.ndarray, count: int, ids: np.ndarray, total: int, all_reduce_sum: Reduce,
+def _kmeans(unit: np.ndarray, count: int, ids: np.ndarray, total: int, all_reduce_sum: Reduce,
             rng: np.random.Generator) -> np.ndarray:
-    """[n] by spherical k-means (Dhillon and Modha 2001), begun as k-means++ begins."""
+    """[n] by spherical k-means (Dhillon and Modha 2001), begun as k-means++ begins.
+
+    unit: [n, k] rows, which are brought to length 1 in place.
+    """
     if count == 1:
-        return np.zeros(len(rows), dtype=np.int64)
-    lengths = np.linalg.norm(rows, axis=1)
-    unit = rows / np.maximum(lengths, np.finfo(np.float32).tiny)[:, None]
+        return np.zeros(len(unit), dtype=np.int64)
+    lengths = np.sqrt(np.einsum("nk,nk->n", unit, unit, dtype=np.float64))
+    for block in _blocks(len(unit)):
+        unit[block] /= np.where(lengths[block] > 0, lengths[block], 1.0)[:, None]
 
     def drawn(weights: np.ndarray) -> np.ndarray:
         """[k] a row, drawn with probabilities proportional to weights [n]."""
@@ -79,11 +86,11 @@ def _kmeans(rows: np.ndarray, count: int, ids: np.ndarray, total: int, all_reduc
 
     centers = drawn((lengths > 0).astype(np.float64))[None]
     while len(centers) < count:
-        far = np.clip(1.0 - (unit @ centers.T).max(1, initial=-1.0), 0.0, None)
+        far = np.clip(1.0 - _nearest(unit, centers)[1], 0.0, None)
         centers = np.concatenate([centers, drawn(far)[None]])
     clusters = None
     for _ in range(_KMEANS_ROUNDS):
-        nearest = (unit @ centers.T).argmax(1)
+        nearest = _nearest(unit, centers)[0]
         moved = 1.0 if clusters is None else float((nearest != clusters).sum())
         clusters = nearest
         if all_reduce_sum(np.array([moved]))[0] == 0:
@@ -95,3 +102,11 @@ def _kmeans(rows: np.ndarray, count: int, ids: np.ndarray, total: int, all_reduc
         centers = np.where(norms > 0, sums / np.where(norms > 0, norms, 1.0), centers)
     return clusters
 
+
+def _nearest(unit: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[n] number of the center of greatest inner product, and [n] that product."""
+    nearest, product = np.zeros(len(unit), dtype=np.int64), np.zeros(len(unit))
+    for block in _blocks(len(unit)):
+        products = unit[block].astype(np.float64) @ centers.T
+        nearest[block], product[block] = products.argmax(1), products.max(1)
+    return nearest, product

@@ -25,6 +25,7 @@ from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.errors import UserError
 from megatron_direct.selection import shrinkage
 from megatron_direct.selection.problem import Selection, stiff_budget
+from megatron_direct.selection.shrinkage import BLOCK
 from megatron_direct.selection.solver import solve_selection
 
 
@@ -62,7 +63,8 @@ class SelectionConfig:
         "left empty at will; NAME is the last part of its prefix", nargs="+")
     sketch_rows: str = flag(
         "auto", "where the problem is solved: with all rows on rank 0, or with the rows spread "
-        "over the ranks; auto: spread if they take more than half of rank 0's free memory",
+        "over the ranks; auto: spread if they take more than a quarter of rank 0's free "
+        "memory",
         choices=("auto", "gathered", "spread"))
 
     def __post_init__(self):
@@ -121,22 +123,32 @@ def summed_rows(config: SelectionConfig, evidence: Evidence, seed: int) -> np.nd
     """[n, k] the rows that the objective sums up: treated sketches for descent, else flat parts."""
     if config.objective != "descent":
         return flat_rows(evidence.rows, evidence.directions, config.flat_subspace)
-    rows, labels = evidence.rows, evidence.labels.astype(np.float64)
-    reduce = evidence.all_reduce_sum
-    lengths = np.sqrt(np.einsum("nk,nk->n", rows, rows, dtype=np.float64))
+    labels, reduce = evidence.labels.astype(np.float64), evidence.all_reduce_sum
+    lengths = np.sqrt(np.einsum("nk,nk->n", evidence.rows, evidence.rows, dtype=np.float64))
     count, total_length, total_labels = reduce(
-        np.array([float(len(rows)), lengths.sum(), labels.sum()]))
-    if config.normalize_gradients:
-        scale = total_length / count / np.maximum(lengths, np.finfo(np.float32).tiny)
-        rows = rows * scale[:, None].astype(np.float32)
-    weights = labels / (total_labels / count) if config.weight_by_tokens else np.ones(len(rows))
+        np.array([float(len(lengths)), lengths.sum(), labels.sum()]))
+    scale = np.ones(len(lengths))
+    if config.normalize_gradients:  # a row of zeros stays one
+        scale = np.divide(total_length / count, lengths, out=np.zeros_like(lengths),
+                          where=lengths > 0)
+    weights = labels / (total_labels / count) if config.weight_by_tokens else np.ones(len(labels))
+    # The one copy of the rows; what follows changes it in place.
+    rows = np.array(evidence.rows, dtype=np.float32)
+    _scale(rows, scale)
     if config.shrinkage_clusters:
         clusters, num_clusters = shrinkage.find_clusters(
             rows, evidence.datasets, evidence.num_datasets, config.shrinkage_clusters,
             evidence.ids, reduce, seed)
-        rows = shrinkage.shrink(rows, weights, clusters, num_clusters, config.kept_deviation,
-                                reduce)
-    return rows * weights[:, None].astype(np.float32)
+        shrinkage.shrink(rows, weights, clusters, num_clusters, config.kept_deviation, reduce)
+    _scale(rows, weights)
+    return rows
+
+
+def _scale(rows: np.ndarray, factors: np.ndarray) -> None:
+    """Multiplies each of the rows [n, k] in place, in float64 arithmetic."""
+    for start in range(0, len(rows), BLOCK):
+        block = slice(start, start + BLOCK)
+        rows[block] = rows[block] * factors[block, None]
 
 
 def flat_rows(rows: np.ndarray, directions: Directions, subspace: str) -> np.ndarray:
@@ -160,8 +172,8 @@ def flat_rows(rows: np.ndarray, directions: Directions, subspace: str) -> np.nda
 def _in_blocks(project: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> np.ndarray:
     """float32 rows out of float64 arithmetic, without a float64 copy of all rows."""
     result = np.empty_like(rows, dtype=np.float32)
-    for start in range(0, len(rows), 4096):
-        result[start: start + 4096] = project(rows[start: start + 4096].astype(np.float64))
+    for start in range(0, len(rows), BLOCK):
+        result[start: start + BLOCK] = project(rows[start: start + BLOCK].astype(np.float64))
     return result
 
 

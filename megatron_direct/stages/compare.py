@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_direct import checkpoint, datasets, files, model, parallel
 from megatron_direct.comparison import markdown, page, summary
-from megatron_direct.comparison.arms import ARMS, NEEDS, Case
+from megatron_direct.comparison.arms import ARMS, BY_DOMAIN, Case
 from megatron_direct.config import (
     BatchConfig,
     ModelConfig,
@@ -45,6 +45,7 @@ from megatron_direct.stages.curvature import CurvatureConfig
 from megatron_direct.stages.pilot import PilotConfig, measured_at
 from megatron_direct.stages.select import (
     SelectConfig,
+    clock,
     draw,
     identity_of,
     identity_of_pilot,
@@ -104,13 +105,13 @@ def compare(config: CompareConfig, select: SelectConfig, curvature: CurvatureCon
     given: the optimizer and batch flags that were given, by dataclass; the rest is as the
     checkpoint was trained.
     """
-    arms = list(config.arms) or list(ARMS)
-    unknown = [name for name in arms if name not in ARMS]
+    unknown = [name for name in config.arms if name not in ARMS]
     if unknown:
         raise UserError(f"--arms {' '.join(unknown)}: there is no such arm. There are "
                         f"{', '.join(ARMS)}.")
     setting = _setting(config, select, curvature, selection, pilot, given_architecture, layout,
                        given)
+    arms = _arms(setting)
     run = RunDirectory(select.run_dir)
     parallel.on_rank_zero(lambda: run.begin("compare", _identity(setting), vars(layout)))
     before = _before(setting)
@@ -145,6 +146,24 @@ def _setting(config, select, curvature, selection, pilot, given_architecture, la
         found, str(carried.get("tokenizer_digest")), samples,
         Samples(valid, architecture.seq_length, architecture.vocab_size),
         selection_stage.num_to_select(selection, len(samples.usable)))
+
+
+def _arms(setting: _Setting) -> list[str]:
+    """Those asked for, or all that mean something here."""
+    pools, valid = (set(_domain_names(samples))
+                    for samples in (setting.samples, setting.valid_samples))
+    if pools & valid:
+        return list(setting.config.arms) or list(ARMS)
+    without = [name for name in setting.config.arms or ARMS if name in BY_DOMAIN]
+    why = (f"no domain of the validation sets ({', '.join(sorted(valid))}) is one of the pools' "
+           f"({', '.join(sorted(pools))})")
+    if setting.config.arms and without:
+        raise UserError(f"--arms {' '.join(without)}: {why}. Domains are named by the cards that "
+                        "tools/preprocess_selection.py writes, or else by the last part of a "
+                        "prefix: name the datasets alike, or leave these arms out.")
+    if without:
+        parallel.say(f"{', '.join(without)}: left out, since {why}.")
+    return [name for name in setting.config.arms or ARMS if name not in without]
 
 
 def _identity(setting: _Setting) -> dict:
@@ -200,12 +219,29 @@ def _measured(setting: _Setting, seed: int, needs: set[str]) -> Case | None:
     if "adam-sketches" in needs:
         directions["adam-sketches"] = _measure(setting, seed, folders["adam-sketches"],
                                                precondition="adam")
-    if not parallel.is_rank_zero():
-        return None
+    cases = []  # it is not sent to the other ranks, which only hear of an error
+    parallel.on_rank_zero(lambda: cases.append(_case(setting, seed, folders, directions)))
+    return cases[0] if cases else None
+
+
+def _case(setting: _Setting, seed: int, folders: dict[str, Path],
+          directions: dict[str, Directions]) -> Case:
+    """Out of what was measured (rank 0). The candidates of a seed are settled the first time."""
     stored = {name: [store.load(folders[name] / "sketches" / some) for some in ("pool", "valid")]
               for name in directions}
     finite = np.logical_and.reduce([pool.finite for pool, _ in stored.values()])
     pool, valid = stored["onset"]
+    path = setting.folder / "seeds" / str(seed) / "samples.npz"
+    if path.is_file():
+        with np.load(path) as arrays:
+            settled = np.isin(pool.samples, arrays["candidates"])
+        lost = pool.samples[settled & ~finite]
+        if len(lost):
+            raise UserError(
+                f"seed {seed}: samples {', '.join(map(str, lost[:5]))} have no finite gradient "
+                f"for {', '.join(directions)}, and were candidates of arms that are there already. "
+                "Begin anew in another --run-dir, with all arms at once.")
+        finite = settled
     here = pool.samples[finite]
     samples = setting.samples
     evidence = {name: Evidence(rows.rows[finite], samples.num_labels[here],
@@ -215,8 +251,8 @@ def _measured(setting: _Setting, seed: int, needs: set[str]) -> Case | None:
     case = Case(evidence, pool.losses[finite], _domains(setting.samples, here),
                 setting.samples.corrupted[here], _domains(setting.valid_samples, valid.samples),
                 setting.valid_samples.num_labels[valid.samples], setting.num_select, seed,
-                setting.selection)
-    with files.written_whole(folder / "samples.npz") as file:
+                setting.selection, selection_stage.limits(setting.selection, samples, here))
+    with files.written_whole(path) as file:
         np.savez(file, candidates=here, loss=case.losses,
                  labels=evidence["onset"].labels, domain=setting.samples.dataset_of(here),
                  corrupted=case.corrupted,
@@ -231,7 +267,7 @@ def _measure(setting: _Setting, seed: int, folder: Path, *, as_select: bool = Fa
     as_select: as the flags say. Otherwise at the checkpoint itself, with the directions that the
     sketches alone yield: as the authors of the paper compute them.
     """
-    begun = time.perf_counter()
+    begun = clock(folder)
     select = dataclasses.replace(
         setting.select, seed=seed, precondition=precondition or setting.select.precondition)
     pilot = setting.pilot if as_select else PilotConfig(pilot_iters=0)
@@ -250,14 +286,17 @@ def _measure(setting: _Setting, seed: int, folder: Path, *, as_select: bool = Fa
 
 def _domains(samples: Samples, numbers: np.ndarray) -> np.ndarray:
     """[n] the domain of each sample: as its dataset's card says, else the dataset's name."""
+    return np.array(_domain_names(samples))[samples.dataset_of(numbers)]
+
+
+def _domain_names(samples: Samples) -> list[str]:
     names = indexed.prefix_names(samples.prefixes)
-    return np.array([indexed.read_card(prefix).get("domain", names[prefix])
-                     for prefix in samples.prefixes])[samples.dataset_of(numbers)]
+    return [indexed.read_card(prefix).get("domain", names[prefix]) for prefix in samples.prefixes]
 
 
 def _run_arm(setting: _Setting, name: str, seed: int, case: Case | None, before: dict) -> None:
     folder = _arm_folder(setting, name, seed)
-    candidates, masks = parallel.on_rank_zero(lambda: _choose(setting, name, folder, case))
+    chosen, masks, problem = parallel.on_rank_zero(lambda: _choose(setting, name, folder, case))
     begun = time.perf_counter()
     with parallel.model_parallel(setting.layout,
                                  setting.layout.num_model_chunks(setting.architecture)):
@@ -268,21 +307,27 @@ def _run_arm(setting: _Setting, name: str, seed: int, case: Case | None, before:
                 setting.architecture.vocab_size, setting.tokenizer_digest))
         chunks = model.build(setting.architecture, setting.layout)
         anneal.decay(chunks, dataset, setting.checkpoint, setting.optimizer, setting.batch,
-                     setting.config.lr_wsd_decay_iters, folder, description=f"{name} {seed}")
+                     setting.config.lr_wsd_decay_iters, folder, description=f"{name} {seed}",
+                     load_optim=checkpoint.has_optimizer(setting.checkpoint))
         seconds = time.perf_counter() - begun
         after = _losses(setting, chunks)
     parallel.on_rank_zero(lambda: _write_result(
         setting, folder, {"arm": name, "seed": seed, "before": before, "after": after,
-                          "seconds": seconds}, candidates))
+                          "seconds": seconds, "problem": problem}, chosen))
 
 
-def _choose(setting: _Setting, name: str, folder: Path, case: Case) -> tuple[np.ndarray, dict]:
-    """(sample numbers, masks) of what the arm takes (rank 0)."""
+def _choose(setting: _Setting, name: str, folder: Path, case: Case,
+            ) -> tuple[np.ndarray, dict, dict | None]:
+    """(sample numbers, masks, what the solver said) of what the arm takes (rank 0)."""
     shutil.rmtree(folder, ignore_errors=True)  # of an annealing that was killed
-    positions = ARMS[name].choose(case)
+    with selection_stage.in_terms_of_flags(setting.selection):
+        positions, found = ARMS[name].take(case)
     with np.load(setting.folder / "seeds" / str(case.seed) / "samples.npz") as arrays:
         chosen = arrays["candidates"][positions]
-    return chosen, selection_stage.masks_of(setting.samples, chosen)
+    problem = None if found is None else {
+        "stiff_cost": found.stiff_cost, "stiff_budget": found.stiff_budget,
+        "objective_value": found.objective, "status": found.status}
+    return chosen, selection_stage.masks_of(setting.samples, chosen), problem
 
 
 def _write_result(setting: _Setting, folder: Path, result: dict, chosen: np.ndarray) -> None:
@@ -306,7 +351,8 @@ def _num_sequences(setting: _Setting) -> int:
 def _report(setting: _Setting, arms: list[str]) -> None:
     """Everything that is made of the results (rank 0)."""
     done = [name for name in ARMS if name in arms or (setting.folder / "arms" / name).is_dir()]
-    seconds = {seed: _seconds(setting.folder / "seeds" / str(seed)) for seed in setting.seeds}
+    seconds = {seed: _seconds(setting, setting.folder / "seeds" / str(seed))
+               for seed in setting.seeds}
     annealing = [files.read_json(path)["seconds"]
                  for path in sorted(setting.folder.glob("arms/*/*/result.json"))]
     names = {key: list(indexed.prefix_names(list(prefixes)).values()) for key, prefixes in (
@@ -336,22 +382,25 @@ def _report(setting: _Setting, arms: list[str]) -> None:
     print(f"{text}\nreport: {setting.folder / 'report.html'}", flush=True)
 
 
-def _seconds(folder: Path) -> dict[str, dict[str, float]]:
-    """What each measurement of a seed took, stage by stage."""
-    return {name: files.read_json(path) for name, path in (
-        ("onset", folder / "onset" / "seconds.json"), ("select", folder / "seconds.json"),
-        ("adam-sketches", folder / "adam" / "seconds.json")) if path.is_file()}
+def _seconds(setting: _Setting, folder: Path) -> dict[str, dict[str, float]]:
+    """What each measurement of a seed took, stage by stage; not of one that was broken off."""
+    onset = folder if setting.pilot.pilot_iters == 0 else folder / "onset"
+    return {name: files.read_json(path / "seconds.json") for name, path in (
+        ("onset", onset), ("select", folder), ("adam-sketches", folder / "adam"))
+        if (path / "seconds.json").is_file()}
 
 
 def _passes(setting: _Setting, needs: tuple[str, ...], seconds: dict[int, dict],
-            seconds_per_token: float) -> float:
-    """What an arm's choice takes, in passes of training over the pool."""
+            seconds_per_token: float) -> float | None:
+    """What an arm's choice takes, in passes of training over the pool; None if that is not known.
+    """
     pass_over_pool = seconds_per_token * setting.samples.num_labels.sum()
-    measured = {need: float(np.mean([sum(of_seed[need].values()) for of_seed in seconds.values()
-                                     if need in of_seed] or [0])) / pass_over_pool
-                for need in NEEDS if need != "losses"}
-    costs = {**measured, "losses": 1 / 3}  # a forward pass: of three passes over the layers
-    return sum(costs[need] for need in needs)
+    costs = {"losses": 1 / 3}  # a forward pass: of three passes over the layers
+    for need in needs:
+        took = [sum(of_seed[need].values()) for of_seed in seconds.values() if need in of_seed]
+        if took:
+            costs[need] = float(np.mean(took)) / pass_over_pool
+    return sum(costs[need] for need in needs) if all(need in costs for need in needs) else None
 
 
 def _texts(setting: _Setting, count: int = 6) -> dict[str, list[dict]]:

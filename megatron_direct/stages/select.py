@@ -101,7 +101,7 @@ def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfi
         parallel.say(f"{config.run_dir} already holds this selection.")
         return
 
-    begun = time.perf_counter()
+    begun = clock(run.path)
     at = measured_at(pilot, found, run.path / "pilot", architecture, layout, optimizer, batch,
                      pools, carried.get("tokenizer_digest"), config.seed)
     directions = measure(config, curvature, architecture, layout, at, run.path, identity,
@@ -111,14 +111,21 @@ def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfi
     parallel.on_rank_zero(lambda: run.finish("select"))
 
 
+def clock(folder: Path) -> float | None:
+    """When the measuring into ``folder`` begins: now, or None if a part of it is there already."""
+    parts = (folder / "sketches", folder / "pilot" / "checkpoints")
+    is_new = parallel.on_rank_zero(lambda: not any(part.exists() for part in parts))
+    return time.perf_counter() if is_new else None
+
+
 def measure(config: SelectConfig, curvature: CurvatureConfig, architecture: ModelConfig,
             layout: ParallelConfig, at: Path, folder: Path, identity: dict, samples: Samples,
-            valid_samples: Samples, numbers: np.ndarray, begun: float) -> Directions:
+            valid_samples: Samples, numbers: np.ndarray, begun: float | None) -> Directions:
     """Sketches of all samples and the leading directions, into ``folder``; all ranks call this.
 
     at: the checkpoint whose gradients these are. numbers: of the validation samples that were
-    drawn. identity: all that the selection depends on. ``seconds.json`` tells what it all took, the
-    pilot's time since ``begun`` included; a folder that holds it already keeps it as it is.
+    drawn. identity: all that the selection depends on. begun: as ``clock`` has it; ``seconds.json``
+    tells what it all took since, unless a part of it had been done before.
     """
     at_hand = time.perf_counter()
     of_sketches = {key: identity[key] for key in (
@@ -144,10 +151,10 @@ def measure(config: SelectConfig, curvature: CurvatureConfig, architecture: Mode
             folder=folder / "curvature",
             valid_rows=parallel.on_rank_zero(lambda: store.load(valid_sketches).rows),
             identity={**identity, **in_layout})
-    seconds = {"pilot": at_hand - begun, "sketch": sketched - at_hand,
-               "curvature": time.perf_counter() - sketched}
-    parallel.on_rank_zero(lambda: (folder / "seconds.json").is_file() or files.write_json(
-        folder / "seconds.json", seconds))
+    if begun is not None:
+        seconds = {"pilot": at_hand - begun, "sketch": sketched - at_hand,
+                   "curvature": time.perf_counter() - sketched}
+        parallel.on_rank_zero(lambda: files.write_json(folder / "seconds.json", seconds))
     return directions
 
 

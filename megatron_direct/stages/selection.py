@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,31 @@ def parse_quotas(texts: Sequence[str], names: Sequence[str]) -> dict[str, tuple[
     return quotas
 
 
+def limits(config: SelectionConfig, samples: Samples, numbers: np.ndarray) -> dict:
+    """``--quotas`` as the solver takes them, for these samples; empty if there are none."""
+    if not config.quotas:
+        return {}
+    names = list(indexed.prefix_names(samples.prefixes).values())
+    return {"groups": np.array(names)[samples.dataset_of(numbers)],
+            "quotas": parse_quotas(config.quotas, names)}
+
+
+@contextlib.contextmanager
+def in_terms_of_flags(config: SelectionConfig) -> Iterator[None]:
+    """A UserError that names the flags in the place of the solver's errors."""
+    try:
+        yield
+    except InfeasibleSelection as error:
+        raise UserError(f"{error} Give --stiff-budget of at least {error.min_stiff_budget:.6g}, "
+                        "or --stiff-budget-fraction in its place.") from error
+    except UserError:
+        raise
+    except ValueError as error:
+        if not config.quotas:
+            raise
+        raise UserError(f"--quotas: {error}") from error
+
+
 def solve(config: SelectionConfig, samples: Samples, folder: Path, directions: Directions, *,
           seed: int) -> None:
     """Writes ``selection.json`` and ``masks/``; all ranks call this.
@@ -66,7 +92,8 @@ def solve(config: SelectionConfig, samples: Samples, folder: Path, directions: D
 def _is_spread(config: SelectionConfig, pool: Path) -> bool:
     if config.sketch_rows != "auto":
         return config.sketch_rows == "spread"
-    return store.num_bytes(pool) > psutil.virtual_memory().available // 2
+    # The rows, those that are finite, and two copies for the solver's and the clusters' sake.
+    return store.num_bytes(pool) > psutil.virtual_memory().available // 4
 
 
 def _solve(config: SelectionConfig, samples: Samples, folder: Path, directions: Directions,
@@ -91,19 +118,9 @@ def _solve(config: SelectionConfig, samples: Samples, folder: Path, directions: 
                         samples.dataset_of(here), len(samples.prefixes),
                         np.searchsorted(candidates, here),
                         store.load(folder / "sketches" / "valid").rows, directions, all_reduce_sum)
-    names = list(indexed.prefix_names(samples.prefixes).values())
-    quotas = parse_quotas(config.quotas, names)
-    limits = {"groups": np.array(names)[samples.dataset_of(here)],
-              "quotas": quotas} if quotas else {}
-    try:
-        found, cost = sketched.solve(config, evidence, count, seed, **limits)
-    except InfeasibleSelection as error:
-        raise UserError(f"{error} Give --stiff-budget of at least {error.min_stiff_budget:.6g}, "
-                        "or --stiff-budget-fraction in its place.") from error
-    except ValueError as error:
-        if not quotas:
-            raise
-        raise UserError(f"--quotas: {error}") from error
+    with in_terms_of_flags(config):
+        found, cost = sketched.solve(config, evidence, count, seed,
+                                     **limits(config, samples, here))
     chosen = candidates[found.indices]
     losses = everywhere(np.where(part.finite, part.losses, 0.0))
     counts = {"in_pools": len(samples), "too_short": samples.num_unusable, "cut": samples.num_cut,

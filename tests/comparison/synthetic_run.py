@@ -108,8 +108,8 @@ def _write_arm(folder: Path, arm: str, seed: int, samples, chosen, after, pools,
     files.write_json(folder / "result.json", {
         "arm": arm, "seed": seed, "before": losses(np.full(len(tests), 4.8)),
         "after": losses(after), "composition": composition,
-        "objective": {"stiff_cost": cost, "stiff_budget": cost * 1.02 if constrained else None,
-                      "objective_value": cost**2 if constrained else None},
+        "problem": {"stiff_cost": cost, "stiff_budget": cost * 1.02 if constrained else None,
+                    "objective_value": cost**2 if constrained else None},
         "seconds": 95.0})
     np.save(folder / "chosen.npy", samples["candidates"][chosen])
     start, end = samples["loss"][chosen].mean(), samples["loss"][chosen].mean() - 0.5

@@ -6,6 +6,7 @@ Ranks are threads that meet at a barrier (test_spread_selection.py).
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -67,7 +68,8 @@ def test_shrunk_rows_are_mean_and_share_of_the_deviation():
     rng = np.random.default_rng(3)
     rows = rng.standard_normal((30, SIZE)).astype(np.float32)
     weights, clusters = rng.uniform(1, 9, 30), rng.integers(0, 3, 30)
-    found = shrinkage.shrink(rows, weights, clusters, 4, 0.3, alone)  # the fourth is empty
+    found = rows.copy()
+    shrinkage.shrink(found, weights, clusters, 4, 0.3, alone)  # the fourth is empty
     for i in range(30):
         like = clusters == clusters[i]
         mean = np.average(rows[like].astype(np.float64), axis=0, weights=weights[like])
@@ -90,6 +92,43 @@ def test_treated_rows_written_out(evidence):
     plain = SelectionConfig(shrinkage_clusters=0, normalize_gradients=False,
                             weight_by_tokens=False)
     np.testing.assert_array_equal(sketched.summed_rows(plain, evidence, 1), evidence.rows)
+
+
+def test_a_row_of_zeros_stays_one_and_harms_no_other(evidence):
+    rows = evidence.rows * 1e3
+    rows[7] = 0.0
+    found = sketched.summed_rows(SelectionConfig(shrinkage_clusters=0),
+                                 dataclasses.replace(evidence, rows=rows), 1)
+    assert not found[7].any()
+    kept = np.arange(240) != 7
+    weights = (evidence.labels / evidence.labels.mean())[kept]
+    lengths = np.linalg.norm(rows, axis=1).mean() * weights
+    np.testing.assert_allclose(np.linalg.norm(found[kept], axis=1), lengths, rtol=1e-5)
+    shrunk = sketched.summed_rows(SelectionConfig(), dataclasses.replace(evidence, rows=rows), 1)
+    assert np.isfinite(shrunk).all()
+
+
+def test_the_evidence_is_left_as_it_was(evidence):
+    before = evidence.rows.copy()
+    sketched.summed_rows(SelectionConfig(), evidence, 1)
+    np.testing.assert_array_equal(evidence.rows, before)
+
+
+def test_memory_beside_the_rows_is_two_copies():
+    """The scaled rows and, within one pool, those that are clustered."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((40_000, 128)).astype(np.float32)
+    evidence = Evidence(rows, np.full(40_000, 9), np.zeros(40_000, np.int64), 1,
+                        np.arange(40_000), rows[:8],
+                        Directions(np.ones(1), np.eye(1, 128), 1))
+    tracemalloc.start()
+    try:
+        sketched.summed_rows(SelectionConfig(shrinkage_clusters=3), evidence, 1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # Blocks of 4096 rows in float64, some at once, and vectors of the samples come on top.
+    assert peak < 2 * rows.nbytes + 6 * 4096 * 128 * 8 + 20 * 40_000 * 8
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

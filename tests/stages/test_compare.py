@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -13,14 +14,15 @@ from indexed_files import random_documents, write_dataset
 from ranks import Layout, RankError, run_on_ranks
 
 from megatron_direct import checkpoint
-from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig
+from megatron_direct.cli import make_parser
+from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig, from_flags
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.stages.anneal import AnnealConfig, anneal, arm_folder
 from megatron_direct.stages.compare import CompareConfig, compare
 from megatron_direct.stages.curvature import CurvatureConfig
 from megatron_direct.stages.pilot import PilotConfig
 from megatron_direct.stages.pretrain import PretrainConfig, pretrain
-from megatron_direct.stages.select import SelectConfig, select
+from megatron_direct.stages.select import SelectConfig, identity_of_pilot, select
 from megatron_direct.stages.selection import SelectionConfig
 
 VOCAB_SIZE, ITERATIONS = 90, 4
@@ -104,7 +106,7 @@ def test_every_arm_has_a_result_for_every_seed(run):
 
 def test_summary_and_page_tell_the_differences(run):
     found = json.loads((run / "comparison.json").read_text())
-    assert found["finished"] is False  # it is written before the run is called finished
+    assert found["finished"] is True
     by_name = {arm["name"]: arm for arm in found["arms"]}
 
     def means(arm):
@@ -119,6 +121,23 @@ def test_summary_and_page_tell_the_differences(run):
     page = (run / "report.html").read_text()
     assert not re.search(r'(src|href)="http', page)
     assert "| `direct`" in (run / "results.md").read_text()
+
+
+def test_the_command_that_it_writes_is_the_one_that_was_run(run):
+    """Its flags, parsed as the command line is, give the identity of the run again."""
+    command = (run / "results.md").read_text().split("```bash\n")[1].split("```")[0]
+    words = shlex.split(command.split("\n", 1)[1].replace("\\\n", " "))
+    flags = make_parser().parse_args(words[1:])
+    assert flags.arms == list(ARMS) and flags.num_seeds == 2
+    assert flags.lr_wsd_decay_iters == ITERATIONS
+    identity = json.loads((run / "run.json").read_text())["stages"]["compare"]["identity"]
+    for key, value in {**identity, **PILOT.__dict__}.items():
+        if key not in ModelConfig.__dataclass_fields__ and hasattr(flags, key) and key != "pilot":
+            found = getattr(flags, key)
+            assert (found or None) == (value or None), key
+    pilot = identity_of_pilot(from_flags(PilotConfig, flags), from_flags(OptimizerConfig, flags),
+                              from_flags(BatchConfig, flags))
+    assert pilot == identity["pilot"]
 
 
 def test_direct_is_what_select_and_anneal_make(folder, run):
