@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -148,7 +149,8 @@ def main() -> None:
         for setting in flags.settings:
             summaries.append(summarise(study.compare(setting, size, others)))
     if flags.results is not None:
-        flags.results.write_text(markdown.results(summaries, again="make study"))
+        flags.results.write_text(markdown.results(summaries, again=shlex.join(
+            ["python", "benchmarks/study.py", *sys.argv[1:]])))
 
 
 if __name__ == "__main__":

@@ -166,6 +166,9 @@ class ParallelConfig:
         "it is needed (alltoall: less memory, needs a GPU)", choices=("allgather", "alltoall"))
     context_parallel_size: int = flag(1, "ranks that share each sequence; only 1 is supported")
 
+    def data_parallel_size(self, world_size: int) -> int:
+        return world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
+
     def check(self, model: ModelConfig, world_size: int) -> None:
         """Raises UserError where the layout divides neither the ranks nor the model."""
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from megatron_direct.data import indexed
@@ -41,9 +42,14 @@ def require_one_vocabulary(prefixes: Sequence[str], vocab_size: int | None,
     return vocab_size, tokenizer_digest
 
 
-def require_disjoint(pools: Sequence[str], others: Sequence[str]) -> None:
-    """Raises UserError where a dataset is listed both as a pool and as validation or test."""
-    both = sorted(set(pools) & set(others))
-    if both:
-        raise UserError(f"{', '.join(both)} is listed as a pool and as a validation or test set. "
-                        "Selecting on the data one is judged by is no selection: keep them apart.")
+def require_disjoint(**lists: Sequence[str]) -> None:
+    """Raises UserError where a dataset is listed as two things; keywords say what they are."""
+    seen: dict[str, str] = {}
+    for what, prefixes in lists.items():
+        files = {os.path.realpath(f"{prefix}.bin"): prefix for prefix in prefixes}
+        for file, prefix in files.items():
+            if file in seen:
+                raise UserError(
+                    f"{prefix} is listed as a {seen[file]} set and as a {what} set. Selecting on "
+                    "the data one is judged by is no selection: keep them apart.")
+        seen |= dict.fromkeys(files, what)

@@ -41,6 +41,6 @@ def test_another_tokenizer_is_named(prefixes):
 
 
 def test_pools_are_kept_apart_from_what_judges_them():
-    require_disjoint(["a"], ["b"])
-    with pytest.raises(UserError, match="b is listed as a pool and as a validation or test set"):
-        require_disjoint(["a", "b"], ["b"])
+    require_disjoint(pool=["a"], validation=["b"])
+    with pytest.raises(UserError, match="b is listed as a pool set and as a validation set"):
+        require_disjoint(pool=["a", "b"], validation=["b"])

@@ -89,9 +89,9 @@ def main() -> None:
     parser.add_argument("--output-dir", required=True, type=Path)
     parser.add_argument("--part", default="1/1", metavar="I/N",
                         help="every N-th file and license passage, from the I-th on: parts share "
-                             "no text (default %(default)s)")
+                             "no file (default %(default)s)")
     parser.add_argument("--max-files", type=int, default=250,
-                        help="Python files that are read, spread evenly over all of them "
+                        help="Python files that are read at most, every so many-th of them "
                              "(default %(default)s)")
     parser.add_argument("--passage-characters", type=int, default=600,
                         help="length of a passage, to the next line end (default %(default)s: "

@@ -150,7 +150,8 @@ def _direct(case: Case) -> Selection:
     return case.solve(case.evidence["select"])
 
 
-@arm("direct-onset", "the same with gradients at the checkpoint, without a pilot", ("onset",))
+@arm("direct-onset", "the same objective with gradients and directions at the checkpoint, without "
+     "a pilot", ("onset",))
 def _direct_onset(case: Case) -> Selection:
     return case.solve(case.evidence["onset"])
 

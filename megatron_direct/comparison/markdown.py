@@ -61,7 +61,8 @@ def _over_settings(summaries: list[dict]) -> list[str]:
     table = _table(["arm", *names], [
         [f"`{arm}`", *(_marked(found[arm].get(name)) for name in names)] for arm in arms])
     wins, losses, unclear = (
-        {arm: [n for n, d in found[arm].items() if d["verdict"] == which] for arm in arms}
+        {arm: [n for n, d in found[arm].items()
+               if d["interval"] is not None and d["verdict"] == which] for arm in arms}
         for which in (BETTER, WORSE, UNCLEAR))
     lowest = [_lowest(summary) for summary in summaries]
     return [
@@ -162,7 +163,8 @@ def _of_setting(summary: dict) -> list[str]:
         rows.append(row)
     rows.append(["(before annealing)", wording.loss(summary["before"]["mean_loss"]),
                  "", "", "", ""])
-    sentences = [wording.setting_sentence(summary), wording.missing_sentence(summary),
+    sentences = [wording.setting_sentence(summary), wording.repetition_sentence(summary),
+                 wording.missing_sentence(summary),
                  wording.chance_sentence(summary), _cost(summary)]
     return [f"## {summary['setting']['name']}",
             _paragraph(" ".join(sentence for sentence in sentences if sentence)),
@@ -198,8 +200,11 @@ def _cost(summary: dict) -> str:
                 "it.")
     sentence += (": it pays if the arm reaches the reference's loss on "
                  f"{wording.percent(cost['annealing_left'])} of the annealing's tokens")
-    if cost["needed_at_most"] is None:
+    gain = arms[0]["difference"]["mean"]
+    if gain is not None and gain >= 0:
         return sentence + ", and it does not reach it on all of them."
+    if cost["needed_at_most"] is None:
+        return sentence + ", which was not measured."
     return (sentence + ". That was not measured; if each further token brings less than the one "
             f"before, it needs at most {wording.percent(cost['needed_at_most'])}.")
 
@@ -221,19 +226,19 @@ def _command(summary: dict) -> str:
     """
     setting, identity = summary["setting"], summary["identity"]
     flags = {"run_dir": "RUN_DIR", "name": setting["name"], "num_seeds": len(setting["seeds"]),
-             "arms": list(setting["arms"])}
-    flags["pilot_iters"] = (identity.get("pilot") or {}).get("pilot_iters", 0)
+             "arms": list(setting["arms"]), "tokenizer_model": setting.get("tokenizer_model"),
+             "pilot_iters": (identity.get("pilot") or {}).get("pilot_iters", 0)}
     flags |= {key: value for key, value in identity.items()
               if key not in ModelConfig.__dataclass_fields__ and not isinstance(value, dict)
               and key != "pilot" and not key.endswith("digest") and value not in (None, "", [])}
-    words = ["megatron-direct compare"]
+    lines = ["megatron-direct compare"]
     for key, value in flags.items():
         if isinstance(value, bool):
-            words.append(flag_name(key) if value else flag_name("no_" + key))
-        else:
+            lines.append(flag_name(key) if value else flag_name("no_" + key))
+        elif value not in (None, ""):
             values = value if isinstance(value, list) else [value]
-            words.append(" ".join([flag_name(key), *(shlex.quote(_shown(v)) for v in values)]))
-    return " \\\n    ".join("\n        ".join(_fold(word)) for word in words)
+            lines.append(_folded([flag_name(key), *(shlex.quote(_shown(v)) for v in values)]))
+    return " \\\n    ".join(lines)
 
 
 def _shown(value) -> str:
@@ -243,9 +248,15 @@ def _shown(value) -> str:
     return text[len(here):] if text.startswith(here) else text
 
 
-def _fold(flag: str) -> list[str]:
-    lines = textwrap.wrap(flag, _WIDTH - 12, break_long_words=False, break_on_hyphens=False)
-    return [*(f"{line} \\" for line in lines[:-1]), lines[-1]]
+def _folded(words: list[str]) -> str:
+    """Over several lines where they are long; a word stays whole, whatever is in it."""
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + 1 + len(word) > _WIDTH - 12:
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}"
+    return " \\\n        ".join(lines)
 
 
 def _quoted(names: Iterable[str]) -> list[str]:

@@ -204,11 +204,12 @@ def _picked(summary: dict) -> list[tuple[str, str, str]]:
 
 def _picked_numbers(summary: dict) -> Markup:
     short = wording.short_names(summary["setting"]["pools"])
-    rows = [["arm", "samples", "tokens", *short.values(), "corrupted", "mean loss"]]
+    rows = [["arm", "samples", "tokens", "times seen", *short.values(), "corrupted", "mean loss"]]
 
     def row(name, picked, counts):
         total = sum(counts.values())
         return [name, f"{picked['samples']:.0f}", f"{picked['tokens']:.0f}",
+                f"{summary['setting']['tokens'] / picked['tokens']:.2f}",
                 *(wording.percent(counts.get(pool, 0) / total if total else None)
                   for pool in short),
                 wording.percent(picked["corrupted"]), f"{picked['loss_mean']:.3f}"]
@@ -229,7 +230,7 @@ def _cost_text(summary: dict) -> str:
                       ("adam-sketches", "sketches under Adam's scaling")):
         totals = [sum(of_seed[key].values()) for of_seed in shared if key in of_seed]
         if totals:
-            measured.append(f"{np.mean(totals):.0f} s for {what}")
+            measured.append(f"{np.median(totals):.0f} s for {what}")
     if setting["annealing_seconds"] is not None:
         measured.append(f"{setting['annealing_seconds']:.0f} s for an annealing")
     return ("In passes forward and back over the whole pool, and as a share of the annealing's own "

@@ -135,6 +135,18 @@ def _seeds(seeds: Sequence[int]) -> str:
     return f"{'seed' if len(seeds) == 1 else 'seeds'} {listed(map(str, seeds))}"
 
 
+def repetition_sentence(summary: dict) -> str:
+    """How often the annealing sees what an arm picked, from the arm of most tokens to the least."""
+    tokens = {arm["name"]: arm["picks"]["tokens"] for arm in summary["arms"]
+              if arm["picks"]["tokens"]}
+    if not tokens:
+        return ""
+    most, least = max(tokens, key=tokens.get), min(tokens, key=tokens.get)
+    times = [f"{summary['setting']['tokens'] / tokens[name]:.2g} times ({name})"
+             for name in (most, least)]
+    return f"An annealing sees what was picked {times[0]} to {times[1]}."
+
+
 def missing_sentence(summary: dict) -> str:
     """Which runs are not there; empty if none is missing."""
     missing = [f"{arm['name']} ({_seeds(arm['missing'])})"

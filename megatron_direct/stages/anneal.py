@@ -80,6 +80,7 @@ def anneal(config: AnnealConfig, given: dict[type, dict], layout: ParallelConfig
     batch = BatchConfig(**carried_over(BatchConfig, carried, given))
     _require_same_optimizer(config, optimizer, carried)
     layout.check(architecture, parallel.world_size())
+    batch.num_microbatches(layout.data_parallel_size(parallel.world_size()))
     pools = selected["data_path"]
     (prefixes, weights), test_data_path = _blend(config, selected)
     _require_unchanged(selected, start_from, pools)
@@ -97,7 +98,6 @@ def anneal(config: AnnealConfig, given: dict[type, dict], layout: ParallelConfig
         parallel.say(f"{folder} is already annealed.")
         return
     with parallel.model_parallel(layout, layout.num_model_chunks(architecture)):
-        batch.num_microbatches(parallel.data_size())
         masks = _masks(config, pools, architecture, batch, run.path, folder)
         num_sequences = config.lr_wsd_decay_iters * batch.global_batch_size
         dataset, parts = blend.build_blend(

@@ -35,13 +35,13 @@ from megatron_direct.data import blend, indexed
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients import store
-from megatron_direct.preprocessing import tokenizer
 from megatron_direct.run import RunDirectory
 from megatron_direct.selection import sketched
 from megatron_direct.selection.sketched import Evidence, SelectionConfig
 from megatron_direct.stages import anneal
 from megatron_direct.stages import selection as selection_stage
 from megatron_direct.stages.curvature import CurvatureConfig
+from megatron_direct.stages.evaluate import tokenizer_of
 from megatron_direct.stages.pilot import PilotConfig, measured_at
 from megatron_direct.stages.select import (
     SelectConfig,
@@ -51,7 +51,10 @@ from megatron_direct.stages.select import (
     identity_of_pilot,
     measure,
     model_of,
+    require_validation_samples,
 )
+
+REFERENCE = "random"
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,9 @@ def compare(config: CompareConfig, select: SelectConfig, curvature: CurvatureCon
     before = _before(setting)
     for seed in setting.seeds:
         missing = parallel.on_rank_zero(
-            lambda seed=seed: [name for name in arms if not (
-                _arm_folder(setting, name, seed) / "result.json").is_file()])
+            lambda seed=seed: [name for name in arms if not any(
+                (_arm_folder(setting, name, seed) / file).is_file()
+                for file in ("result.json", "failed.json"))])
         if missing:
             case = _measured(setting, seed, {need for name in missing
                                              for need in ARMS[name].needs})
@@ -131,39 +135,59 @@ def compare(config: CompareConfig, select: SelectConfig, curvature: CurvatureCon
 def _setting(config, select, curvature, selection, pilot, given_architecture, layout, given,
              ) -> _Setting:
     pools, valid = list(select.data_path), list(select.valid_data_path)
-    datasets.require_disjoint(pools, valid)
-    datasets.require_disjoint(pools, list(config.test_data_path))
-    datasets.require_disjoint(valid, list(config.test_data_path))
+    datasets.require_disjoint(pool=pools, validation=valid, test=list(config.test_data_path))
     found = checkpoint.require(select.load)
     carried = checkpoint.read_args(found)
     architecture = model_of(found, given_architecture, [*pools, *valid, *config.test_data_path])
+    if config.tokenizer_model:
+        parallel.on_rank_zero(
+            lambda: tokenizer_of(config.tokenizer_model, found, architecture) and None)
+    if selection.sketch_rows == "spread":
+        raise UserError("--sketch-rows spread: compare solves with all rows on rank 0. Leave the "
+                        "flag out, and compare on a smaller pool.")
     layout.check(architecture, parallel.world_size())
-    samples = Samples(pools, architecture.seq_length, architecture.vocab_size)
+    samples, valid_samples = (Samples(prefixes, architecture.seq_length, architecture.vocab_size)
+                              for prefixes in (pools, valid))
+    require_validation_samples(valid_samples)
+    selection_stage.parse_quotas(selection.quotas, list(indexed.prefix_names(pools).values()))
+    batch = BatchConfig(**anneal.carried_over(BatchConfig, carried, given))
+    batch.num_microbatches(layout.data_parallel_size(parallel.world_size()))
     return _Setting(
         config, select, curvature, selection, pilot, architecture, layout,
-        OptimizerConfig(**anneal.carried_over(OptimizerConfig, carried, given)),
-        BatchConfig(**anneal.carried_over(BatchConfig, carried, given)),
-        found, str(carried.get("tokenizer_digest")), samples,
-        Samples(valid, architecture.seq_length, architecture.vocab_size),
+        OptimizerConfig(**anneal.carried_over(OptimizerConfig, carried, given)), batch,
+        found, str(carried.get("tokenizer_digest")), samples, valid_samples,
         selection_stage.num_to_select(selection, len(samples.usable)))
 
 
 def _arms(setting: _Setting) -> list[str]:
-    """Those asked for, or all that mean something here."""
+    """Those asked for and the reference, or all that can be had here."""
+    asked = list(setting.config.arms)
+    arms = asked or list(ARMS)
     pools, valid = (set(_domain_names(samples))
                     for samples in (setting.samples, setting.valid_samples))
-    if pools & valid:
-        return list(setting.config.arms) or list(ARMS)
-    without = [name for name in setting.config.arms or ARMS if name in BY_DOMAIN]
-    why = (f"no domain of the validation sets ({', '.join(sorted(valid))}) is one of the pools' "
-           f"({', '.join(sorted(pools))})")
-    if setting.config.arms and without:
-        raise UserError(f"--arms {' '.join(without)}: {why}. Domains are named by the cards that "
-                        "tools/preprocess_selection.py writes, or else by the last part of a "
-                        "prefix: name the datasets alike, or leave these arms out.")
-    if without:
-        parallel.say(f"{', '.join(without)}: left out, since {why}.")
-    return [name for name in setting.config.arms or ARMS if name not in without]
+    obstacles = []  # (arms that cannot be had, why, remedy)
+    if not pools & valid:
+        obstacles.append((
+            [name for name in arms if name in BY_DOMAIN],
+            f"no domain of the validation sets ({', '.join(sorted(valid))}) is one of the pools' "
+            f"({', '.join(sorted(pools))})",
+            "Domains are named by the cards that tools/preprocess_selection.py writes, or else by "
+            "the last part of a prefix: name the datasets alike, or leave these arms out."))
+    if not checkpoint.has_optimizer(setting.checkpoint):
+        obstacles.append((
+            [name for name in arms if "adam-sketches" in ARMS[name].needs],
+            f"{setting.checkpoint} holds no second moments of Adam",
+            "Save it with its optimizer, or leave these arms out."))
+    for names, why, remedy in obstacles:
+        if names and asked:
+            raise UserError(f"--arms {' '.join(names)}: {why}. {remedy}")
+        if names:
+            parallel.say(f"{', '.join(names)}: left out, since {why}.")
+        arms = [name for name in arms if name not in names]
+    if REFERENCE not in arms:
+        parallel.say(f"{REFERENCE} is added: the others are compared with it.")
+        arms.insert(0, REFERENCE)
+    return arms
 
 
 def _identity(setting: _Setting) -> dict:
@@ -207,13 +231,13 @@ def _measured(setting: _Setting, seed: int, needs: set[str]) -> Case | None:
     ``select`` takes with these flags may be measured behind a pilot.
     """
     folder = setting.folder / "seeds" / str(seed)
-    folders = {"onset": folder / "onset", "adam-sketches": folder / "adam", "select": folder}
-    directions = {}
-    if setting.pilot.pilot_iters == 0:  # gradients at the checkpoint are those of select, too
-        folders["onset"] = folder
-        directions["onset"] = directions["select"] = _measure(setting, seed, folder, as_select=True)
+    folders = {"onset": _onset_folder(setting, folder), "adam-sketches": folder / "adam",
+               "select": folder}
+    directions = {"onset": _measure(setting, seed, folders["onset"],
+                                    as_select=folders["onset"] == folder)}
+    if folders["onset"] == folder:
+        directions["select"] = directions["onset"]
     else:
-        directions["onset"] = _measure(setting, seed, folders["onset"])
         if "select" in needs:
             directions["select"] = _measure(setting, seed, folder, as_select=True)
     if "adam-sketches" in needs:
@@ -260,8 +284,15 @@ def _case(setting: _Setting, seed: int, folders: dict[str, Path],
     return case
 
 
+def _onset_folder(setting: _Setting, folder: Path) -> Path:
+    """Where a seed's sketches at the checkpoint lie: those of select, if they are just these."""
+    same = (setting.pilot.pilot_iters == 0 and setting.select.precondition == "none"
+            and setting.curvature.curvature == "sketched-fisher")
+    return folder if same else folder / "onset"
+
+
 def _measure(setting: _Setting, seed: int, folder: Path, *, as_select: bool = False,
-             precondition: str | None = None) -> Directions:
+             precondition: str = "none") -> Directions:
     """Sketches and directions of a seed; all ranks call this.
 
     as_select: as the flags say. Otherwise at the checkpoint itself, with the directions that the
@@ -269,7 +300,8 @@ def _measure(setting: _Setting, seed: int, folder: Path, *, as_select: bool = Fa
     """
     begun = clock(folder)
     select = dataclasses.replace(
-        setting.select, seed=seed, precondition=precondition or setting.select.precondition)
+        setting.select, seed=seed,
+        precondition=setting.select.precondition if as_select else precondition)
     pilot = setting.pilot if as_select else PilotConfig(pilot_iters=0)
     curvature = setting.curvature if as_select else dataclasses.replace(
         setting.curvature, curvature="sketched-fisher")
@@ -306,11 +338,19 @@ def _run_arm(setting: _Setting, name: str, seed: int, case: Case | None, before:
             seed=seed, cache=folder / "cache", vocabulary=blend.Vocabulary(
                 setting.architecture.vocab_size, setting.tokenizer_digest))
         chunks = model.build(setting.architecture, setting.layout)
-        anneal.decay(chunks, dataset, setting.checkpoint, setting.optimizer, setting.batch,
-                     setting.config.lr_wsd_decay_iters, folder, description=f"{name} {seed}",
-                     load_optim=checkpoint.has_optimizer(setting.checkpoint))
-        seconds = time.perf_counter() - begun
-        after = _losses(setting, chunks)
+        try:
+            anneal.decay(chunks, dataset, setting.checkpoint, setting.optimizer, setting.batch,
+                         setting.config.lr_wsd_decay_iters, folder, description=f"{name} {seed}",
+                         load_optim=checkpoint.has_optimizer(setting.checkpoint))
+            seconds = time.perf_counter() - begun
+            after = _losses(setting, chunks)
+            if not np.isfinite(list(after["test"].values())).all():
+                raise FloatingPointError("the losses after annealing are not finite")
+        except FloatingPointError as error:  # the other arms and seeds go on; it is not tried again
+            why = str(error)
+            parallel.on_rank_zero(lambda: files.write_json(folder / "failed.json", {"error": why}))
+            parallel.say(f"{name}, seed {seed}: {why}")
+            return
     parallel.on_rank_zero(lambda: _write_result(
         setting, folder, {"arm": name, "seed": seed, "before": before, "after": after,
                           "seconds": seconds, "problem": problem}, chosen))
@@ -364,8 +404,9 @@ def _report(setting: _Setting, arms: list[str]) -> None:
         "num_candidates": len(setting.samples.usable),
         "parameters": files.read_json(setting.folder / "before.json")["parameters"],
         "iterations": setting.config.lr_wsd_decay_iters, "tokens": tokens,
-        "seeds": setting.seeds, **names, "reference": "random", "default_arm": "direct",
+        "seeds": setting.seeds, **names, "reference": REFERENCE, "default_arm": "direct",
         "arms": {name: ARMS[name].description for name in done},
+        "tokenizer_model": setting.config.tokenizer_model,
         "shared_seconds": seconds, "annealing_seconds": float(np.median(annealing)),
         "passes_of_selection": {
             name: _passes(setting, ARMS[name].needs, seconds, np.median(annealing) / tokens)
@@ -384,9 +425,9 @@ def _report(setting: _Setting, arms: list[str]) -> None:
 
 def _seconds(setting: _Setting, folder: Path) -> dict[str, dict[str, float]]:
     """What each measurement of a seed took, stage by stage; not of one that was broken off."""
-    onset = folder if setting.pilot.pilot_iters == 0 else folder / "onset"
     return {name: files.read_json(path / "seconds.json") for name, path in (
-        ("onset", onset), ("select", folder), ("adam-sketches", folder / "adam"))
+        ("onset", _onset_folder(setting, folder)), ("select", folder),
+        ("adam-sketches", folder / "adam"))
         if (path / "seconds.json").is_file()}
 
 
@@ -399,13 +440,14 @@ def _passes(setting: _Setting, needs: tuple[str, ...], seconds: dict[int, dict],
     for need in needs:
         took = [sum(of_seed[need].values()) for of_seed in seconds.values() if need in of_seed]
         if took:
-            costs[need] = float(np.mean(took)) / pass_over_pool
+            costs[need] = float(np.median(took)) / pass_over_pool
     return sum(costs[need] for need in needs) if all(need in costs for need in needs) else None
 
 
 def _texts(setting: _Setting, count: int = 6) -> dict[str, list[dict]]:
     """Some samples that the first seed's direct takes, and some that it leaves, drawn at random."""
-    decode = tokenizer.load(Path(setting.config.tokenizer_model), None, False).decode
+    decode = tokenizer_of(setting.config.tokenizer_model, setting.checkpoint,
+                          setting.architecture).decode
     seed = setting.seeds[0]
     path = _arm_folder(setting, "direct", seed) / "chosen.npy"
     if not path.is_file():

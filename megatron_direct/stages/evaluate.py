@@ -136,7 +136,7 @@ def _read(config: EvaluateConfig, found: Path, architecture: ModelConfig) -> dic
     if twice:
         raise UserError(f"two files of --tasks are called {', '.join(twice)}, and so would be one "
                         "task. Rename one, or list each once.")
-    tokens = _tokenizer(config, found, architecture)
+    tokens = tokenizer_of(config.tokenizer_model, found, architecture)
     tasks = {}
     for name, file in zip(names, config.tasks, strict=True):
         questions = multiple_choice.read(file)
@@ -145,11 +145,14 @@ def _read(config: EvaluateConfig, found: Path, architecture: ModelConfig) -> dic
     return tasks
 
 
-def _tokenizer(config: EvaluateConfig, found: Path, architecture: ModelConfig):
-    """The tokenizer. Raises UserError if it is not the one that the model was trained with."""
-    if not Path(config.tokenizer_model).exists():
-        raise UserError(f"{config.tokenizer_model} does not exist. Correct --tokenizer-model.")
-    file = tokenizer.model_file(Path(config.tokenizer_model))
+def tokenizer_of(path: str, found: Path, architecture: ModelConfig):
+    """The tokenizer of ``--tokenizer-model``, on rank 0.
+
+    Raises UserError if it is not the one that the model was trained with.
+    """
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist. Correct --tokenizer-model.")
+    file = tokenizer.model_file(Path(path))
     wanted, digest = _trained_with(found), files.file_digest(file)
     if wanted is not None and digest != wanted:
         raise UserError(f"{file} (digest {digest}) is not the tokenizer that {found} was trained "

@@ -47,7 +47,6 @@ def measured_at(config: PilotConfig, found: Path, folder: Path, architecture: Mo
     done = parallel.on_rank_zero(lambda: checkpoint.latest(folder / "checkpoints"))
     if done is None:
         with parallel.model_parallel(layout, layout.num_model_chunks(architecture)):
-            batch.num_microbatches(parallel.data_size())
             dataset, _ = blend.build_blend(
                 pools, None, {}, seq_length=architecture.seq_length,
                 num_sequences=config.pilot_iters * batch.global_batch_size, seed=seed,

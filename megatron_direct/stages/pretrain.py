@@ -41,6 +41,7 @@ def pretrain(config: PretrainConfig, architecture: ModelConfig, layout: Parallel
         prefixes, architecture.vocab_size, None)
     architecture = dataclasses.replace(architecture, vocab_size=vocab_size)
     layout.check(architecture, parallel.world_size())
+    batch.num_microbatches(layout.data_parallel_size(parallel.world_size()))
     identity = {**vars(architecture), **vars(optimizer), **vars(batch), "data_path":
                 list(config.data_path), "train_iters": config.train_iters,
                 "tokenizer_digest": tokenizer_digest}
@@ -49,7 +50,6 @@ def pretrain(config: PretrainConfig, architecture: ModelConfig, layout: Parallel
         parallel.say(f"{config.save} is already trained for {config.train_iters} iterations.")
         return
     with parallel.model_parallel(layout, layout.num_model_chunks(architecture)):
-        batch.num_microbatches(parallel.data_size())
         dataset, _ = blend.build_blend(
             prefixes, weights, {}, seq_length=architecture.seq_length,
             num_sequences=config.train_iters * batch.global_batch_size, seed=batch.seed,

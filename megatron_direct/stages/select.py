@@ -78,19 +78,19 @@ def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfi
     batches (by dataclass), that were given; the rest is the checkpoint's.
     """
     pools, valid = list(config.data_path), list(config.valid_data_path)
-    datasets.require_disjoint(pools, valid)
+    datasets.require_disjoint(pool=pools, validation=valid)
     found = checkpoint.require(config.load)
     architecture = model_of(found, given_architecture, [*pools, *valid])
     carried, pilot = checkpoint.read_args(found), pilot or PilotConfig()
     optimizer, batch = (kind(**carried_over(kind, carried, given or {}))
                         for kind in (OptimizerConfig, BatchConfig))
     layout.check(architecture, parallel.world_size())
+    if pilot.pilot_iters:
+        batch.num_microbatches(layout.data_parallel_size(parallel.world_size()))
     samples = Samples(pools, architecture.seq_length, architecture.vocab_size)
     valid_samples = Samples(valid, architecture.seq_length, architecture.vocab_size)
     numbers = draw(valid_samples.usable, config.num_valid_samples, config.seed)
-    if len(numbers) == 0:
-        raise UserError(f"{', '.join(valid)}: no document of two tokens or more. Curvature needs "
-                        "at least one validation sample; correct --valid-data-path.")
+    require_validation_samples(valid_samples)
     selection_stage.num_to_select(selection, len(samples.usable))
 
     run = RunDirectory(config.run_dir)
@@ -109,6 +109,13 @@ def select(config: SelectConfig, given_architecture: dict, layout: ParallelConfi
     selection_stage.solve(selection, samples, run.path, directions, seed=config.seed)
     selection_stage.load_masks(run.path, pools)
     parallel.on_rank_zero(lambda: run.finish("select"))
+
+
+def require_validation_samples(valid_samples: Samples) -> None:
+    if len(valid_samples.usable) == 0:
+        raise UserError(f"{', '.join(valid_samples.prefixes)}: no document of two tokens or more. "
+                        "Curvature needs at least one validation sample; correct "
+                        "--valid-data-path.")
 
 
 def clock(folder: Path) -> float | None:
@@ -177,10 +184,12 @@ def draw(usable: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 def identity_of(config: SelectConfig, architecture: ModelConfig, curvature: CurvatureConfig,
                 selection: SelectionConfig, found: Path, pilot: dict | None) -> dict:
-    """All that the selection depends on. Paths and micro-batch sizes are not: digests are."""
+    """All that the selection depends on. How many samples are computed at once is not, nor where
+    the rows lie when the problem is solved."""
     prefixes = [*config.data_path, *config.valid_data_path]
     return {
-        **vars(architecture), **vars(curvature), **vars(selection),
+        **vars(architecture), **vars(curvature),
+        **{key: value for key, value in vars(selection).items() if key != "sketch_rows"},
         "pilot": pilot, "sketch_size": config.sketch_size,
         "num_valid_samples": config.num_valid_samples,
         "seed": config.seed, "load": str(config.load),

@@ -62,6 +62,10 @@ def test_equal_rows_and_zero_rows_make_no_trouble():
     found, _ = shrinkage.find_clusters(rows, np.zeros(20, np.int64), 1, 4, np.arange(20), alone,
                                        seed=1)
     assert len(set(found[10:])) == 1
+    rows[15:, : SIZE // 2] = -1.0  # two directions, and rows of zeros
+    found, _ = shrinkage.find_clusters(rows, np.zeros(20, np.int64), 1, 4, np.arange(20), alone,
+                                       seed=1)
+    assert len(set(found[10:15])) == len(set(found[15:])) == 1 and found[10] != found[15]
 
 
 def test_shrunk_rows_are_mean_and_share_of_the_deviation():

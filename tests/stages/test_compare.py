@@ -17,6 +17,7 @@ from megatron_direct import checkpoint
 from megatron_direct.cli import make_parser
 from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig, from_flags
 from megatron_direct.data.mask import SampleMask
+from megatron_direct.stages import anneal as anneal_stage
 from megatron_direct.stages.anneal import AnnealConfig, anneal, arm_folder
 from megatron_direct.stages.compare import CompareConfig, compare
 from megatron_direct.stages.curvature import CurvatureConfig
@@ -79,8 +80,41 @@ def _select_and_anneal(folder, name, seed):
            {BatchConfig: {"seed": seed}}, Layout().config())
 
 
+def _compare_with_odd_batches(folder, name):
+    compare(CompareConfig(test_data_path=(str(folder / "test-1"),), arms=("random",)),
+            _select_config(folder, name), CURVATURE, SELECTION, PILOT, {}, Layout().config(),
+            {BatchConfig: {"micro_batch_size": 5}})
+
+
+def _select_with_odd_batches(folder, name):
+    select(_select_config(folder, name), {}, Layout().config(), CURVATURE, SELECTION, PILOT,
+           {BatchConfig: {"micro_batch_size": 5}})
+
+
+def _pretrain_with_odd_batches(folder, name):
+    pretrain(PretrainConfig(data_path=(str(folder / "a"),), save=str(folder / name),
+                            train_iters=1), MODEL, Layout().config(), OptimizerConfig(),
+             BatchConfig(micro_batch_size=5, global_batch_size=8))
+
+
+def _compare_where_an_arm_diverges(folder, name):
+    def decay(*arguments, **keywords):
+        raise FloatingPointError("the loss of iteration 3 is not finite")
+
+    anneal_stage.decay, kept = decay, anneal_stage.decay
+    try:
+        _compare(folder, Layout(), name)
+    finally:
+        anneal_stage.decay = kept
+
+
 @pytest.fixture(scope="module")
-def run(folder) -> Path:
+def digest_of_theta(folder) -> str:
+    return checkpoint.digest(checkpoint.latest(folder / "theta"))
+
+
+@pytest.fixture(scope="module")
+def run(folder, digest_of_theta) -> Path:
     run_on_ranks(1, _compare, folder, Layout(), "run")
     return folder / "run"
 
@@ -132,9 +166,10 @@ def test_the_command_that_it_writes_is_the_one_that_was_run(run):
     assert flags.lr_wsd_decay_iters == ITERATIONS
     identity = json.loads((run / "run.json").read_text())["stages"]["compare"]["identity"]
     for key, value in {**identity, **PILOT.__dict__}.items():
-        if key not in ModelConfig.__dataclass_fields__ and hasattr(flags, key) and key != "pilot":
-            found = getattr(flags, key)
-            assert (found or None) == (value or None), key
+        if (key in ModelConfig.__dataclass_fields__ or isinstance(value, dict)
+                or key.endswith("digest") or value in (None, "", [])):
+            continue
+        assert getattr(flags, key) == value, key
     pilot = identity_of_pilot(from_flags(PilotConfig, flags), from_flags(OptimizerConfig, flags),
                               from_flags(BatchConfig, flags))
     assert pilot == identity["pilot"]
@@ -184,10 +219,51 @@ def test_an_arm_that_is_none_is_refused(folder):
     assert not (folder / "refused").exists()
 
 
+def test_batches_that_the_ranks_do_not_divide_are_refused_before_anything_is_written(folder):
+    def all_of_it(work, name):
+        with pytest.raises(RankError, match="--global-batch-size 8 is not a multiple of "
+                                            "--micro-batch-size 5 times 1 data-parallel"):
+            run_on_ranks(1, work, folder, name)
+        assert not (folder / name).exists()
+
+    all_of_it(_compare_with_odd_batches, "odd-compare")
+    all_of_it(_select_with_odd_batches, "odd-select")
+    all_of_it(_pretrain_with_odd_batches, "odd-pretrain")
+
+
+def test_domain_arms_need_a_domain_in_common(folder):
+    with pytest.raises(RankError, match=r"--arms domain: no domain of the validation sets \(valid\)"
+                                        r" is one of the pools' \(a, b\)"):
+        run_on_ranks(1, _compare, folder, Layout(), "refused", ("random", "domain"))
+
+
 def test_a_test_set_that_a_selection_saw_is_refused(folder):
     with pytest.raises(RankError, match="valid.* is listed"):
         run_on_ranks(1, _compare, folder, Layout(), "refused", ARMS, 1, ("valid",))
 
 
-def test_the_checkpoint_is_left_as_it_was(folder, run):
-    assert checkpoint.latest(folder / "theta").name == "iter_0000010"
+def test_an_annealing_that_diverges_is_told_and_the_others_go_on(folder, run):
+    """Not tried again, and not a result."""
+    shutil.copytree(run, folder / "diverged")
+    shutil.rmtree(folder / "diverged" / "arms" / "perplexity-low" / "2")
+    run_on_ranks(1, _compare_where_an_arm_diverges, folder, "diverged")
+    found = json.loads((folder / "diverged" / "comparison.json").read_text())
+    missing = {arm["name"]: arm["missing"] for arm in found["arms"]}
+    assert missing == {**dict.fromkeys(ARMS, []), "perplexity-low": [2]}
+    failed = folder / "diverged" / "arms" / "perplexity-low" / "2" / "failed.json"
+    assert "not finite" in json.loads(failed.read_text())["error"]
+    assert "perplexity-low (seed 2)" in (folder / "diverged" / "results.md").read_text()
+    run_on_ranks(1, _compare, folder, Layout(), "diverged")
+    assert failed.is_file()
+
+
+def test_the_reference_is_added_where_it_is_not_asked_for(folder, run):
+    shutil.copytree(run, folder / "without")
+    shutil.rmtree(folder / "without" / "arms")
+    run_on_ranks(1, _compare, folder, Layout(), "without", ("perplexity-low",), 1)
+    found = json.loads((folder / "without" / "comparison.json").read_text())
+    assert {arm["name"] for arm in found["arms"]} == {"random", "perplexity-low"}
+
+
+def test_the_checkpoint_is_left_as_it_was(folder, digest_of_theta, run):
+    assert checkpoint.digest(checkpoint.latest(folder / "theta")) == digest_of_theta
