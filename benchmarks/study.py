@@ -5,7 +5,8 @@
     python benchmarks/study.py --sizes small --settings clean --arms random direct
 
 Text is the Python installation's own. One half of its files trains the models up to the onset of
-annealing; the other half is divided by file into pool, validation and test sets:
+annealing; the other half is divided by file into pool, validation and test sets. Some few passages
+stand in files of both halves. Settings:
 
     clean      docstrings and source code, as many documents of each
     corrupted  the same, a quarter of the documents shuffled token by token
@@ -133,6 +134,14 @@ class Study:
         return run
 
 
+def _about() -> str:
+    """What the settings are, out of this file's own words."""
+    text = __doc__[__doc__.index("Text is"):].strip()
+    prose, table = text.split("\n\n", 1)
+    return f"{prose}\n\n" + "\n".join(
+        "- {}: {}".format(*line.split(maxsplit=1)) for line in table.splitlines())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "study")
@@ -150,7 +159,7 @@ def main() -> None:
             summaries.append(summarise(study.compare(setting, size, others)))
     if flags.results is not None:
         flags.results.write_text(markdown.results(summaries, again=shlex.join(
-            ["python", "benchmarks/study.py", *sys.argv[1:]])))
+            ["python", "benchmarks/study.py", *sys.argv[1:]]), about=_about()))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ from megatron_direct.config import ModelConfig, flag_name
 _WIDTH = 108
 
 
-def results(summaries: list[dict], again: str = "") -> str:
-    """The text. again: a command that makes all of it anew, where there is one."""
+def results(summaries: list[dict], again: str = "", about: str = "") -> str:
+    """The text. again: a command that makes all of it anew, where there is one; about: what the
+    settings are, in Markdown."""
     finished = [summary for summary in summaries if wording.compared(summary)]
     if not finished:
         return "# Results\n\nNothing has been compared yet.\n"
-    parts = ["# Results", _paragraph(_how_to_read(finished)), *_over_settings(finished),
+    parts = ["# Results", _paragraph(_how_to_read(finished)), about, *_over_settings(finished),
              "## The default against the others", *_defaults(finished)]
     for summary in finished:
         parts += _of_setting(summary)
