@@ -139,7 +139,8 @@ def _about() -> str:
     text = __doc__[__doc__.index("Text is"):].strip()
     prose, table = text.split("\n\n", 1)
     return f"{prose}\n\n" + "\n".join(
-        "- {}: {}".format(*line.split(maxsplit=1)) for line in table.splitlines())
+        "- {}: {}".format(*line.split(maxsplit=1)) for line in table.splitlines()) + (
+        "\n\nWhat was tried on the way to the default is in [selection.md](selection.md).")
 
 
 def main() -> None:

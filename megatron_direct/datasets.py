@@ -46,10 +46,11 @@ def require_disjoint(**lists: Sequence[str]) -> None:
     """Raises UserError where a dataset is listed as two things; keywords say what they are."""
     seen: dict[str, str] = {}
     for what, prefixes in lists.items():
+        kind = what if what == "pool" else f"{what} set"
         files = {os.path.realpath(f"{prefix}.bin"): prefix for prefix in prefixes}
         for file, prefix in files.items():
             if file in seen:
                 raise UserError(
-                    f"{prefix} is listed as a {seen[file]} set and as a {what} set. Selecting on "
-                    "the data one is judged by is no selection: keep them apart.")
-        seen |= dict.fromkeys(files, what)
+                    f"{prefix} is listed as a {seen[file]} and as a {kind}. Selecting on the data "
+                    "one is judged by is no selection: keep them apart.")
+        seen |= dict.fromkeys(files, kind)

@@ -42,5 +42,13 @@ def test_another_tokenizer_is_named(prefixes):
 
 def test_pools_are_kept_apart_from_what_judges_them():
     require_disjoint(pool=["a"], validation=["b"])
-    with pytest.raises(UserError, match="b is listed as a pool set and as a validation set"):
+    with pytest.raises(UserError, match="b is listed as a pool and as a validation set"):
         require_disjoint(pool=["a", "b"], validation=["b"])
+
+
+def test_a_dataset_by_another_path_is_the_same(tmp_path):
+    (tmp_path / "a.bin").touch()
+    (tmp_path / "link.bin").symlink_to(tmp_path / "a.bin")
+    with pytest.raises(UserError, match="link is listed as a validation set and as a test set"):
+        require_disjoint(pool=["b"], validation=[str(tmp_path / "a")],
+                         test=[str(tmp_path / "link")])
