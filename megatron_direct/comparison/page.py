@@ -9,7 +9,7 @@ import numpy as np
 from megatron_direct import files, html
 from megatron_direct.comparison import figures, wording
 from megatron_direct.comparison.statistics import BETTER, UNCLEAR, WORSE
-from megatron_direct.comparison.summary import PAPER_ARM
+from megatron_direct.comparison.summary import PAPER_ARM, RANDOM_SUBSPACE
 from megatron_direct.html import Markup, escape
 
 _TEXT_LENGTH = 700  # characters of a sample that are shown
@@ -179,9 +179,12 @@ def _problems(summary: dict) -> str:
                                                 for value in means.values())])
     if len(rows) == 1:
         return ""
-    return html.table(rows) + _caption("Stiff cost and budget in units of what as many average "
-                                       "samples cost. Objectives of different arms are different "
-                                       "functions, and compare only where they are the same.")
+    caption = ("Stiff cost and budget in units of what as many average samples cost. Objectives of "
+               "different arms are different functions, and compare only where they are the same.")
+    if any(arm["name"] == RANDOM_SUBSPACE for arm in summary["arms"]):
+        caption += (f" The budget of {RANDOM_SUBSPACE} is one of costs along its own directions, "
+                    "drawn at random, not of the costs shown.")
+    return html.table(rows) + _caption(caption)
 
 
 def _picked(summary: dict) -> list[tuple[str, str, str]]:

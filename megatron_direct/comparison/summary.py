@@ -24,6 +24,7 @@ from megatron_direct.run import RunDirectory
 from megatron_direct.training import read_metrics
 
 PAPER_ARM = "flat-energy"  # DiReCT's own objective
+RANDOM_SUBSPACE = "flat-energy-random-subspace"  # its stiff directions are others than all arms'
 # What the arm that `select` uses by default has to beat, beside the reference.
 RIVALS = ("perplexity-low", "perplexity-middle", "perplexity-high", "gradient-norm",
           "gradient-dot", "gradient-cosine", "gradient-dot-adam")
