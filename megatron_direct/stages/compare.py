@@ -12,10 +12,8 @@ that count are of test sets that no selection saw.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,79 +23,35 @@ from megatron_direct.comparison import markdown, page, summary
 from megatron_direct.comparison.arms import ARMS, BY_DOMAIN, Case
 from megatron_direct.config import (
     BatchConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    flag,
 )
-from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.data import blend, indexed
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
-from megatron_direct.gradients import store
 from megatron_direct.run import RunDirectory
-from megatron_direct.selection import sketched
-from megatron_direct.selection.sketched import Evidence, SelectionConfig
+from megatron_direct.selection.sketched import SelectionConfig
 from megatron_direct.stages import anneal
 from megatron_direct.stages import selection as selection_stage
+from megatron_direct.stages.comparison_case import (
+    CompareConfig,
+    Setting,
+    domain_names,
+    measured,
+    onset_folder,
+)
 from megatron_direct.stages.curvature import CurvatureConfig
 from megatron_direct.stages.evaluate import tokenizer_of
-from megatron_direct.stages.pilot import PilotConfig, measured_at
+from megatron_direct.stages.pilot import PilotConfig
 from megatron_direct.stages.select import (
     SelectConfig,
-    clock,
-    draw,
     identity_of,
     identity_of_pilot,
-    measure,
     model_of,
     require_validation_samples,
 )
 
 REFERENCE = "random"
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """Comparison."""
-
-    test_data_path: tuple = flag(
-        (), "indexed datasets whose losses are compared; no selection sees them", nargs="+",
-        required=True)
-    arms: tuple = flag((), f"arms to compare, left out: all ({', '.join(ARMS)})", nargs="+")
-    num_seeds: int = flag(5, "replicates of each arm")
-    lr_wsd_decay_iters: int = flag(100, "iterations of each annealing")
-    name: str = flag("", "what the report calls this comparison; left out: the run directory's")
-    tokenizer_model: str = flag("", "tokenizer that turns samples back into text for the report; "
-                                    "left out: no samples are shown")
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """All that the seeds and arms of one comparison share."""
-
-    config: CompareConfig
-    select: SelectConfig
-    curvature: CurvatureConfig
-    selection: SelectionConfig
-    pilot: PilotConfig
-    architecture: ModelConfig
-    layout: ParallelConfig
-    optimizer: OptimizerConfig
-    batch: BatchConfig
-    checkpoint: Path
-    tokenizer_digest: str
-    samples: Samples
-    valid_samples: Samples
-    num_select: int
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.select.run_dir)
-
-    @property
-    def seeds(self) -> list[int]:
-        return [self.select.seed + number for number in range(self.config.num_seeds)]
 
 
 def compare(config: CompareConfig, select: SelectConfig, curvature: CurvatureConfig,
@@ -124,7 +78,7 @@ def compare(config: CompareConfig, select: SelectConfig, curvature: CurvatureCon
                 (_arm_folder(setting, name, seed) / file).is_file()
                 for file in ("result.json", "failed.json"))])
         if missing:
-            case = _measured(setting, seed, {need for name in missing
+            case = measured(setting, seed, {need for name in missing
                                              for need in ARMS[name].needs})
             for name in missing:
                 _run_arm(setting, name, seed, case, {key: before[key] for key in ("valid", "test")})
@@ -133,7 +87,7 @@ def compare(config: CompareConfig, select: SelectConfig, curvature: CurvatureCon
 
 
 def _setting(config, select, curvature, selection, pilot, given_architecture, layout, given,
-             ) -> _Setting:
+             ) -> Setting:
     pools, valid = list(select.data_path), list(select.valid_data_path)
     datasets.require_disjoint(pool=pools, validation=valid, test=list(config.test_data_path))
     found = checkpoint.require(select.load)
@@ -152,18 +106,18 @@ def _setting(config, select, curvature, selection, pilot, given_architecture, la
     selection_stage.parse_quotas(selection.quotas, list(indexed.prefix_names(pools).values()))
     batch = BatchConfig(**anneal.carried_over(BatchConfig, carried, given))
     batch.num_microbatches(layout.data_parallel_size(parallel.world_size()))
-    return _Setting(
+    return Setting(
         config, select, curvature, selection, pilot, architecture, layout,
         OptimizerConfig(**anneal.carried_over(OptimizerConfig, carried, given)), batch,
         found, str(carried.get("tokenizer_digest")), samples, valid_samples,
         selection_stage.num_to_select(selection, len(samples.usable)))
 
 
-def _arms(setting: _Setting) -> list[str]:
+def _arms(setting: Setting) -> list[str]:
     """Those asked for and the reference, or all that can be had here."""
     asked = list(setting.config.arms)
     arms = asked or list(ARMS)
-    pools, valid = (set(_domain_names(samples))
+    pools, valid = (set(domain_names(samples))
                     for samples in (setting.samples, setting.valid_samples))
     obstacles = []  # (arms that cannot be had, why, remedy)
     if not pools & valid:
@@ -190,7 +144,7 @@ def _arms(setting: _Setting) -> list[str]:
     return arms
 
 
-def _identity(setting: _Setting) -> dict:
+def _identity(setting: Setting) -> dict:
     """What the figures depend on (rank 0). Arms and seeds are not: more may be added later."""
     select, config = setting.select, setting.config
     pilot = identity_of_pilot(setting.pilot, setting.optimizer, setting.batch)
@@ -205,7 +159,7 @@ def _identity(setting: _Setting) -> dict:
     }
 
 
-def _before(setting: _Setting) -> dict:
+def _before(setting: Setting) -> dict:
     """Losses of the checkpoint itself, and its size."""
     path = setting.folder / "before.json"
     if not parallel.on_rank_zero(path.is_file):
@@ -218,115 +172,13 @@ def _before(setting: _Setting) -> dict:
     return parallel.on_rank_zero(lambda: files.read_json(path))
 
 
-def _losses(setting: _Setting, chunks) -> dict:
+def _losses(setting: Setting, chunks) -> dict:
     # Of the validation sets no loss is asked for: the selections were made for them.
     return anneal.losses([], list(setting.config.test_data_path), chunks, setting.architecture,
                          setting.batch)
 
 
-def _measured(setting: _Setting, seed: int, needs: set[str]) -> Case | None:
-    """What the arms may know at a seed, computed or read; on rank 0, None elsewhere.
-
-    Arms that others have proposed take gradients where they propose it, at the checkpoint; what
-    ``select`` takes with these flags may be measured behind a pilot.
-    """
-    folder = setting.folder / "seeds" / str(seed)
-    folders = {"onset": _onset_folder(setting, folder), "adam-sketches": folder / "adam",
-               "select": folder}
-    directions = {"onset": _measure(setting, seed, folders["onset"],
-                                    as_select=folders["onset"] == folder)}
-    if folders["onset"] == folder:
-        directions["select"] = directions["onset"]
-    else:
-        if "select" in needs:
-            directions["select"] = _measure(setting, seed, folder, as_select=True)
-    if "adam-sketches" in needs:
-        directions["adam-sketches"] = _measure(setting, seed, folders["adam-sketches"],
-                                               precondition="adam")
-    cases = []  # it is not sent to the other ranks, which only hear of an error
-    parallel.on_rank_zero(lambda: cases.append(_case(setting, seed, folders, directions)))
-    return cases[0] if cases else None
-
-
-def _case(setting: _Setting, seed: int, folders: dict[str, Path],
-          directions: dict[str, Directions]) -> Case:
-    """Out of what was measured (rank 0). The candidates of a seed are settled the first time."""
-    stored = {name: [store.load(folders[name] / "sketches" / some) for some in ("pool", "valid")]
-              for name in directions}
-    finite = np.logical_and.reduce([pool.finite for pool, _ in stored.values()])
-    pool, valid = stored["onset"]
-    path = setting.folder / "seeds" / str(seed) / "samples.npz"
-    if path.is_file():
-        with np.load(path) as arrays:
-            settled = np.isin(pool.samples, arrays["candidates"])
-        lost = pool.samples[settled & ~finite]
-        if len(lost):
-            raise UserError(
-                f"seed {seed}: samples {', '.join(map(str, lost[:5]))} have no finite gradient "
-                f"for {', '.join(directions)}, and were candidates of arms that are there already. "
-                "Begin anew in another --run-dir, with all arms at once.")
-        finite = settled
-    here = pool.samples[finite]
-    samples = setting.samples
-    evidence = {name: Evidence(rows.rows[finite], samples.num_labels[here],
-                               samples.dataset_of(here), len(samples.prefixes),
-                               np.arange(len(here)), valid.rows, directions[name])
-                for name, (rows, valid) in stored.items()}
-    case = Case(evidence, pool.losses[finite], _domains(setting.samples, here),
-                setting.samples.corrupted[here], _domains(setting.valid_samples, valid.samples),
-                setting.valid_samples.num_labels[valid.samples], setting.num_select, seed,
-                setting.selection, selection_stage.limits(setting.selection, samples, here))
-    with files.written_whole(path) as file:
-        np.savez(file, candidates=here, loss=case.losses,
-                 labels=evidence["onset"].labels, domain=setting.samples.dataset_of(here),
-                 corrupted=case.corrupted,
-                 stiff_cost=sketched.stiff_costs(evidence["onset"].rows, directions["onset"]))
-    return case
-
-
-def _onset_folder(setting: _Setting, folder: Path) -> Path:
-    """Where a seed's sketches at the checkpoint lie: those of select, if they are just these."""
-    same = (setting.pilot.pilot_iters == 0 and setting.select.precondition == "none"
-            and setting.curvature.curvature == "sketched-fisher")
-    return folder if same else folder / "onset"
-
-
-def _measure(setting: _Setting, seed: int, folder: Path, *, as_select: bool = False,
-             precondition: str = "none") -> Directions:
-    """Sketches and directions of a seed; all ranks call this.
-
-    as_select: as the flags say. Otherwise at the checkpoint itself, with the directions that the
-    sketches alone yield: as the authors of the paper compute them.
-    """
-    begun = clock(folder)
-    select = dataclasses.replace(
-        setting.select, seed=seed,
-        precondition=setting.select.precondition if as_select else precondition)
-    pilot = setting.pilot if as_select else PilotConfig(pilot_iters=0)
-    curvature = setting.curvature if as_select else dataclasses.replace(
-        setting.curvature, curvature="sketched-fisher")
-    identity = parallel.on_rank_zero(lambda: identity_of(
-        select, setting.architecture, curvature, setting.selection, setting.checkpoint,
-        identity_of_pilot(pilot, setting.optimizer, setting.batch)))
-    at = measured_at(pilot, setting.checkpoint, folder / "pilot", setting.architecture,
-                     setting.layout, setting.optimizer, setting.batch,
-                     list(select.data_path), setting.tokenizer_digest, seed)
-    return measure(select, curvature, setting.architecture, setting.layout, at, folder,
-                   identity, setting.samples, setting.valid_samples,
-                   draw(setting.valid_samples.usable, select.num_valid_samples, seed), begun)
-
-
-def _domains(samples: Samples, numbers: np.ndarray) -> np.ndarray:
-    """[n] the domain of each sample: as its dataset's card says, else the dataset's name."""
-    return np.array(_domain_names(samples))[samples.dataset_of(numbers)]
-
-
-def _domain_names(samples: Samples) -> list[str]:
-    names = indexed.prefix_names(samples.prefixes)
-    return [indexed.read_card(prefix).get("domain", names[prefix]) for prefix in samples.prefixes]
-
-
-def _run_arm(setting: _Setting, name: str, seed: int, case: Case | None, before: dict) -> None:
+def _run_arm(setting: Setting, name: str, seed: int, case: Case | None, before: dict) -> None:
     folder = _arm_folder(setting, name, seed)
     chosen, masks, problem = parallel.on_rank_zero(lambda: _choose(setting, name, folder, case))
     begun = time.perf_counter()
@@ -356,7 +208,7 @@ def _run_arm(setting: _Setting, name: str, seed: int, case: Case | None, before:
                           "seconds": seconds, "problem": problem}, chosen))
 
 
-def _choose(setting: _Setting, name: str, folder: Path, case: Case,
+def _choose(setting: Setting, name: str, folder: Path, case: Case,
             ) -> tuple[np.ndarray, dict, dict | None]:
     """(sample numbers, masks, what the solver said) of what the arm takes (rank 0)."""
     shutil.rmtree(folder, ignore_errors=True)  # of an annealing that was killed
@@ -370,7 +222,7 @@ def _choose(setting: _Setting, name: str, folder: Path, case: Case,
     return chosen, selection_stage.masks_of(setting.samples, chosen), problem
 
 
-def _write_result(setting: _Setting, folder: Path, result: dict, chosen: np.ndarray) -> None:
+def _write_result(setting: Setting, folder: Path, result: dict, chosen: np.ndarray) -> None:
     composition = selection_stage.composition(setting.samples, chosen)
     with files.written_whole(folder / "chosen.npy") as file:
         np.save(file, chosen)
@@ -380,15 +232,15 @@ def _write_result(setting: _Setting, folder: Path, result: dict, chosen: np.ndar
     print(f"{result['arm']}, seed {result['seed']}: mean test loss {mean:.4f}", flush=True)
 
 
-def _arm_folder(setting: _Setting, name: str, seed: int) -> Path:
+def _arm_folder(setting: Setting, name: str, seed: int) -> Path:
     return setting.folder / "arms" / name / str(seed)
 
 
-def _num_sequences(setting: _Setting) -> int:
+def _num_sequences(setting: Setting) -> int:
     return setting.config.lr_wsd_decay_iters * setting.batch.global_batch_size
 
 
-def _report(setting: _Setting, arms: list[str]) -> None:
+def _report(setting: Setting, arms: list[str]) -> None:
     """Everything that is made of the results (rank 0)."""
     done = [name for name in ARMS if name in arms or (setting.folder / "arms" / name).is_dir()]
     seconds = {seed: _seconds(setting, setting.folder / "seeds" / str(seed))
@@ -423,15 +275,15 @@ def _report(setting: _Setting, arms: list[str]) -> None:
     print(f"{text}\nreport: {setting.folder / 'report.html'}", flush=True)
 
 
-def _seconds(setting: _Setting, folder: Path) -> dict[str, dict[str, float]]:
+def _seconds(setting: Setting, folder: Path) -> dict[str, dict[str, float]]:
     """What each measurement of a seed took, stage by stage; not of one that was broken off."""
     return {name: files.read_json(path / "seconds.json") for name, path in (
-        ("onset", _onset_folder(setting, folder)), ("select", folder),
+        ("onset", onset_folder(setting, folder)), ("select", folder),
         ("adam-sketches", folder / "adam"))
         if (path / "seconds.json").is_file()}
 
 
-def _passes(setting: _Setting, needs: tuple[str, ...], seconds: dict[int, dict],
+def _passes(setting: Setting, needs: tuple[str, ...], seconds: dict[int, dict],
             seconds_per_token: float) -> float | None:
     """What an arm's choice takes, in passes of training over the pool; None if that is not known.
     """
@@ -444,7 +296,7 @@ def _passes(setting: _Setting, needs: tuple[str, ...], seconds: dict[int, dict],
     return sum(costs[need] for need in needs) if all(need in costs for need in needs) else None
 
 
-def _texts(setting: _Setting, count: int = 6) -> dict[str, list[dict]]:
+def _texts(setting: Setting, count: int = 6) -> dict[str, list[dict]]:
     """Some samples that the first seed's direct takes, and some that it leaves, drawn at random."""
     decode = tokenizer_of(setting.config.tokenizer_model, setting.checkpoint,
                           setting.architecture).decode
