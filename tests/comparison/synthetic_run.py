@@ -36,9 +36,9 @@ def write_run(folder: Path, arms: dict, *, seeds=(1, 2, 3, 4, 5), domains=("docs
     tests = [f"embedded_{domain}_test" for domain in domains]
     valid = [f"embedded_{domain}_valid" for domain in domains]
     files.write_json(folder / "run.json", {"stages": {"compare": {"finished": not missing,
-        "identity": {"name": name, "load": "build/theta", "seeds": list(seeds),
-                     "num_select": num_select, "data_path": pools, "arms": list(arms),
-                     "load_optim": True, "stiff_budget": None, "checkpoint_digest": "00ff"}}}})
+        "identity": {"load": "build/theta", "seed": seeds[0], "num_select": num_select,
+                     "data_path": pools, "stiff_budget": None, "normalize_gradients": True,
+                     "pilot": {"pilot_iters": 20}, "checkpoint_digest": "00ff"}}}})
     files.write_json(folder / "setting.json", {
         "name": name, "num_select": num_select, "num_candidates": num_candidates,
         "parameters": 1_312_000, "iterations": iterations,

@@ -88,6 +88,7 @@ def test_it_says_how_to_run_it_again(summaries):
     text = results(summaries, "make study")
     assert "```bash\nmake study\n```" in text
     assert "--num-select 15" in text and "--name clean" in text and "--num-seeds 4" in text
+    assert "--pilot-iters 20" in text and "--normalize-gradients" in text
     assert "digest" not in text and "None" not in text
 
 
