@@ -215,7 +215,7 @@ class ParallelConfig:
 
     def _check_experts(self, model: ModelConfig, world_size: int) -> None:
         size = self.expert_model_parallel_size
-        copies = world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
+        copies = self.data_parallel_size(world_size)
         if size < 1 or copies % size:
             raise UserError(
                 f"--expert-model-parallel-size {size} does not divide the {copies} data-parallel "

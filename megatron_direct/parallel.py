@@ -201,6 +201,16 @@ def on_rank_zero(work: Callable):
     return outcome[0]
 
 
+def kept_on_rank_zero(work: Callable):
+    """What ``work()`` returns on rank 0, None elsewhere; what it raises there is raised everywhere.
+
+    For what is too large to be sent, or of no use on the other ranks.
+    """
+    kept = []
+    on_rank_zero(lambda: kept.append(work()))
+    return kept[0] if kept else None
+
+
 def first_to_speak(patience_seconds: float = 3.0) -> bool:
     """True on one rank of those that met an error: rank 0 if it is among them.
 

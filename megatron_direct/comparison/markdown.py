@@ -231,12 +231,14 @@ def _command(summary: dict) -> str:
              "pilot_iters": (identity.get("pilot") or {}).get("pilot_iters", 0)}
     flags |= {key: value for key, value in identity.items()
               if key not in ModelConfig.__dataclass_fields__ and not isinstance(value, dict)
-              and key != "pilot" and not key.endswith("digest") and value not in (None, "", [])}
+              and key != "pilot" and not key.endswith("digest")}
     lines = ["megatron-direct compare"]
     for key, value in flags.items():
+        if value in (None, "", []):
+            continue
         if isinstance(value, bool):
             lines.append(flag_name(key) if value else flag_name("no_" + key))
-        elif value not in (None, ""):
+        else:
             values = value if isinstance(value, list) else [value]
             lines.append(_folded([flag_name(key), *(shlex.quote(_shown(v)) for v in values)]))
     return " \\\n    ".join(lines)

@@ -273,12 +273,11 @@ def _curve(losses: Sequence[np.ndarray]) -> dict | None:
 def _spectra(run_path: Path, seeds: Sequence[int]) -> dict[str, dict]:
     found = {}
     for seed in seeds:
-        folder = run_path / "seeds" / str(seed)
         # At the checkpoint, as the stiff costs are; without a pilot there is no folder of its own.
-        path = next((path for path in (folder / "onset", folder)
-                     if (path / "curvature" / "spectrum.json").is_file()), None)
+        paths = (run_path / "seeds" / str(seed) / part / "curvature" / "spectrum.json"
+                 for part in ("onset", "."))
+        path = next(filter(Path.is_file, paths), None)
         if path is not None:
-            path = path / "curvature" / "spectrum.json"
             spectrum = files.read_json(path)
             found[str(seed)] = {"eigenvalues": spectrum["eigenvalues"],
                                 "num_stiff": spectrum["elbow"]["num_stiff"],

@@ -21,28 +21,29 @@ import numpy as np
 
 Reduce = Callable[[np.ndarray], np.ndarray]
 
-BLOCK = 4096  # rows that are worked on at once: no copy of all of them in float64
+_BLOCK = 4096
 _KMEANS_ROUNDS = 30
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """Rows that are worked on at once, so that no copy of all of them in float64 is made."""
+    return (slice(start, start + _BLOCK) for start in range(0, count, _BLOCK))
 
 
 def shrink(rows: np.ndarray, weights: np.ndarray, clusters: np.ndarray, num_clusters: int,
            kept: float, all_reduce_sum: Reduce) -> None:
     """Shrinks float32 rows [n, k] in place. weights: [n] of the samples in their cluster's mean."""
     sums = np.zeros((num_clusters, rows.shape[1] + 1))
-    for block in _blocks(len(rows)):
+    for block in blocks(len(rows)):
         present, of_row = np.unique(clusters[block], return_inverse=True)
         shares = np.where(np.arange(len(present))[:, None] == of_row, weights[block], 0.0)
         sums[present, :-1] += shares @ rows[block].astype(np.float64)
         sums[present, -1] += shares.sum(1)
     sums = all_reduce_sum(sums)
     means = sums[:, :-1] / np.maximum(sums[:, -1:], np.finfo(np.float64).tiny)
-    for block in _blocks(len(rows)):
+    for block in blocks(len(rows)):
         mean = means[clusters[block]]
         rows[block] = mean + kept * (rows[block] - mean)
-
-
-def _blocks(count: int) -> Iterator[slice]:
-    return (slice(start, start + BLOCK) for start in range(0, count, BLOCK))
 
 
 def find_clusters(rows: np.ndarray, datasets: np.ndarray, num_datasets: int, num_clusters: int,
@@ -73,7 +74,7 @@ def _kmeans(unit: np.ndarray, count: int, ids: np.ndarray, total: int, all_reduc
     if count == 1:
         return np.zeros(len(unit), dtype=np.int64)
     lengths = np.sqrt(np.einsum("nk,nk->n", unit, unit, dtype=np.float64))
-    for block in _blocks(len(unit)):
+    for block in blocks(len(unit)):
         unit[block] /= np.where(lengths[block] > 0, lengths[block], 1.0)[:, None]
 
     def drawn(weights: np.ndarray) -> np.ndarray:
@@ -106,7 +107,7 @@ def _kmeans(unit: np.ndarray, count: int, ids: np.ndarray, total: int, all_reduc
 def _nearest(unit: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[n] number of the center of greatest inner product, and [n] that product."""
     nearest, product = np.zeros(len(unit), dtype=np.int64), np.zeros(len(unit))
-    for block in _blocks(len(unit)):
+    for block in blocks(len(unit)):
         products = unit[block].astype(np.float64) @ centers.T
         nearest[block], product[block] = products.argmax(1), products.max(1)
     return nearest, product

@@ -25,7 +25,6 @@ from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.errors import UserError
 from megatron_direct.selection import shrinkage
 from megatron_direct.selection.problem import Selection, stiff_budget
-from megatron_direct.selection.shrinkage import BLOCK
 from megatron_direct.selection.solver import solve_selection
 
 
@@ -127,14 +126,12 @@ def summed_rows(config: SelectionConfig, evidence: Evidence, seed: int) -> np.nd
     lengths = np.sqrt(np.einsum("nk,nk->n", evidence.rows, evidence.rows, dtype=np.float64))
     count, total_length, total_labels = reduce(
         np.array([float(len(lengths)), lengths.sum(), labels.sum()]))
-    scale = np.ones(len(lengths))
-    if config.normalize_gradients:  # a row of zeros stays one
-        scale = np.divide(total_length / count, lengths, out=np.zeros_like(lengths),
-                          where=lengths > 0)
     weights = labels / (total_labels / count) if config.weight_by_tokens else np.ones(len(labels))
     # The one copy of the rows; what follows changes it in place.
     rows = np.array(evidence.rows, dtype=np.float32)
-    _scale(rows, scale)
+    if config.normalize_gradients:  # a row of zeros stays one
+        _scale(rows, np.divide(total_length / count, lengths, out=np.zeros_like(lengths),
+                               where=lengths > 0))
     if config.shrinkage_clusters:
         clusters, num_clusters = shrinkage.find_clusters(
             rows, evidence.datasets, evidence.num_datasets, config.shrinkage_clusters,
@@ -146,8 +143,7 @@ def summed_rows(config: SelectionConfig, evidence: Evidence, seed: int) -> np.nd
 
 def _scale(rows: np.ndarray, factors: np.ndarray) -> None:
     """Multiplies each of the rows [n, k] in place, in float64 arithmetic."""
-    for start in range(0, len(rows), BLOCK):
-        block = slice(start, start + BLOCK)
+    for block in shrinkage.blocks(len(rows)):
         rows[block] = rows[block] * factors[block, None]
 
 
@@ -172,8 +168,8 @@ def flat_rows(rows: np.ndarray, directions: Directions, subspace: str) -> np.nda
 def _in_blocks(project: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> np.ndarray:
     """float32 rows out of float64 arithmetic, without a float64 copy of all rows."""
     result = np.empty_like(rows, dtype=np.float32)
-    for start in range(0, len(rows), BLOCK):
-        result[start: start + BLOCK] = project(rows[start: start + BLOCK].astype(np.float64))
+    for block in shrinkage.blocks(len(rows)):
+        result[block] = project(rows[block].astype(np.float64))
     return result
 
 

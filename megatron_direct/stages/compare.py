@@ -94,8 +94,8 @@ def _setting(config, select, curvature, selection, pilot, given_architecture, la
     carried = checkpoint.read_args(found)
     architecture = model_of(found, given_architecture, [*pools, *valid, *config.test_data_path])
     if config.tokenizer_model:
-        parallel.on_rank_zero(
-            lambda: tokenizer_of(config.tokenizer_model, found, architecture) and None)
+        parallel.kept_on_rank_zero(
+            lambda: tokenizer_of(config.tokenizer_model, found, architecture))
     if selection.sketch_rows == "spread":
         raise UserError("--sketch-rows spread: compare solves with all rows on rank 0. Leave the "
                         "flag out, and compare on a smaller pool.")
@@ -109,7 +109,8 @@ def _setting(config, select, curvature, selection, pilot, given_architecture, la
     return Setting(
         config, select, curvature, selection, pilot, architecture, layout,
         OptimizerConfig(**anneal.carried_over(OptimizerConfig, carried, given)), batch,
-        found, str(carried.get("tokenizer_digest")), samples, valid_samples,
+        found, checkpoint.has_optimizer(found), str(carried.get("tokenizer_digest")), samples,
+        valid_samples,
         selection_stage.num_to_select(selection, len(samples.usable)))
 
 
@@ -127,7 +128,7 @@ def _arms(setting: Setting) -> list[str]:
             f"({', '.join(sorted(pools))})",
             "Domains are named by the cards that tools/preprocess_selection.py writes, or else by "
             "the last part of a prefix: name the datasets alike, or leave these arms out."))
-    if not checkpoint.has_optimizer(setting.checkpoint):
+    if not setting.has_optimizer:
         obstacles.append((
             [name for name in arms if "adam-sketches" in ARMS[name].needs],
             f"{setting.checkpoint} holds no second moments of Adam",
@@ -193,7 +194,7 @@ def _run_arm(setting: Setting, name: str, seed: int, case: Case | None, before: 
         try:
             anneal.decay(chunks, dataset, setting.checkpoint, setting.optimizer, setting.batch,
                          setting.config.lr_wsd_decay_iters, folder, description=f"{name} {seed}",
-                         load_optim=checkpoint.has_optimizer(setting.checkpoint))
+                         load_optim=setting.has_optimizer)
             seconds = time.perf_counter() - begun
             after = _losses(setting, chunks)
             if not np.isfinite(list(after["test"].values())).all():
@@ -228,7 +229,7 @@ def _write_result(setting: Setting, folder: Path, result: dict, chosen: np.ndarr
         np.save(file, chosen)
     shutil.rmtree(folder / "cache", ignore_errors=True)
     files.write_json(folder / "result.json", {**result, "composition": composition})
-    mean = np.mean([loss for name, loss in result["after"]["test"].items() if name != "all"])
+    mean = summary.mean_test_loss(result["after"]["test"])
     print(f"{result['arm']}, seed {result['seed']}: mean test loss {mean:.4f}", flush=True)
 
 

@@ -66,6 +66,7 @@ class Setting:
     optimizer: OptimizerConfig
     batch: BatchConfig
     checkpoint: Path
+    has_optimizer: bool
     tokenizer_digest: str
     samples: Samples
     valid_samples: Samples
@@ -89,19 +90,16 @@ def measured(setting: Setting, seed: int, needs: set[str]) -> Case | None:
     folder = setting.folder / "seeds" / str(seed)
     folders = {"onset": onset_folder(setting, folder), "adam-sketches": folder / "adam",
                "select": folder}
-    directions = {"onset": _measure(setting, seed, folders["onset"],
-                                    as_select=folders["onset"] == folder)}
-    if folders["onset"] == folder:
+    shared = folders["onset"] == folder
+    directions = {"onset": _measure(setting, seed, folders["onset"], as_select=shared)}
+    if shared:
         directions["select"] = directions["onset"]
-    else:
-        if "select" in needs:
-            directions["select"] = _measure(setting, seed, folder, as_select=True)
+    elif "select" in needs:
+        directions["select"] = _measure(setting, seed, folder, as_select=True)
     if "adam-sketches" in needs:
         directions["adam-sketches"] = _measure(setting, seed, folders["adam-sketches"],
                                                precondition="adam")
-    cases = []  # it is not sent to the other ranks, which only hear of an error
-    parallel.on_rank_zero(lambda: cases.append(_case(setting, seed, folders, directions)))
-    return cases[0] if cases else None
+    return parallel.kept_on_rank_zero(lambda: _case(setting, seed, folders, directions))
 
 
 def _case(setting: Setting, seed: int, folders: dict[str, Path],
