@@ -37,5 +37,5 @@ setup(
         # mpich brings mpirun, which no Python package needs on a cluster that has its own.
         "dev": ["pytest", "scipy", "hypothesis", "ruff", "mpi4py", "mpich", *DATA],
     },
-    entry_points={"console_scripts": ["megatron-direct = megatron_direct.cli:main"]},
+    entry_points={"console_scripts": ["megatron-direct = megatron_direct.cli.main:main"]},
 )

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from measuring import fastest_in_turns, peak_bytes, random_documents
 
-from megatron_direct import cli, config, host, model, parallel, schedule
+from megatron_direct import config
+from megatron_direct.cli import main as cli
 from megatron_direct.config import ModelConfig, ParallelConfig
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
@@ -26,6 +27,9 @@ from megatron_direct.curvature.hessian import HessianOperator
 from megatron_direct.curvature.lanczos import lanczos
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import Samples
+from megatron_direct.mcore import grid, model, passes
+from megatron_direct.mcore.without_gpu import megatron_runtime
+from megatron_direct.runtime import parallel
 
 OPERATORS = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator,
              "fisher": FisherOperator}
@@ -45,8 +49,8 @@ def main() -> None:
     cli.quiet_imports()
     layout = config.from_flags(ParallelConfig, arguments)
     layout.check(MODEL, parallel.world_size())
-    with host.host(), parallel.process_group(), \
-            parallel.model_parallel(layout, layout.num_model_chunks(MODEL)), \
+    with megatron_runtime(), parallel.process_group(), \
+            grid.model_parallel(layout, layout.num_model_chunks(MODEL)), \
             tempfile.TemporaryDirectory() as folder:
         prefix = parallel.on_rank_zero(lambda: random_documents(
             folder, arguments.num_samples, MODEL.seq_length + 1, MODEL.vocab_size))
@@ -59,9 +63,10 @@ def _measure(layout: ParallelConfig, samples: Samples, arguments) -> None:
     space = ParameterSpace(model.parameter_shards(chunks))
     operators = {name: operator(chunks, space, samples, samples.usable, arguments.micro_batch_size)
                  for name, operator in OPERATORS.items()}
-    passes = list(schedule.passes(chunks, samples, samples.usable, arguments.micro_batch_size))
+    all_passes = list(passes.of_samples(chunks, samples, samples.usable,
+                                        arguments.micro_batch_size))
     vector = space.random_signs(0)
-    calls = {"gradient": lambda: _gradient(chunks, space, passes)}
+    calls = {"gradient": lambda: _gradient(chunks, space, all_passes)}
     for name, operator in operators.items():
         calls[name] = lambda operator=operator: operator.matvec(vector)
 
@@ -80,17 +85,17 @@ def _measure(layout: ParallelConfig, samples: Samples, arguments) -> None:
         print("all-reduces: of a Lanczos step, besides those within the passes over the model")
 
 
-def _gradient(chunks, space, passes) -> torch.Tensor:
+def _gradient(chunks, space, all_passes) -> torch.Tensor:
     """The gradient of the summed sample losses: what a product is measured against."""
     gradient = torch.zeros(sum(s.parameter.numel() for s in space.shards), device=space.device)
     for shard, part in zip(space.shards, space.split(gradient), strict=True):
         shard.parameter.grad = part
     for micro_batches in passes:
-        schedule.run_pass(chunks, micro_batches, backward=True)
+        passes.run_pass(chunks, micro_batches, backward=True)
     for shard in space.shards:
         shard.parameter.grad = None
     space.add_partial_sums(gradient)
-    return parallel.sum_over_data(gradient)
+    return grid.sum_over_data(gradient)
 
 
 def _all_reduces_per_step(operator) -> int:

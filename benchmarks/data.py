@@ -26,11 +26,14 @@ warnings.filterwarnings("ignore")
 
 import numpy as np
 
-from megatron_direct import SampleMask, host, parallel
+from megatron_direct import SampleMask
 from megatron_direct.config import ParallelConfig
 from megatron_direct.data import indexed
-from megatron_direct.data.blend import Vocabulary
 from megatron_direct.data.materialize import materialize
+from megatron_direct.mcore import grid
+from megatron_direct.mcore.blend import Vocabulary
+from megatron_direct.mcore.without_gpu import megatron_runtime
+from megatron_direct.runtime import parallel
 
 SEQ_LENGTH, VOCAB_SIZE = 1024, 32000
 
@@ -125,8 +128,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     flags = parser.parse_args()
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as name, host.host(), parallel.process_group(), \
-            parallel.model_parallel(ParallelConfig()):
+    with tempfile.TemporaryDirectory() as name, megatron_runtime(), parallel.process_group(), \
+            grid.model_parallel(ParallelConfig()):
         folder = Path(name)
         whole, alone = str(folder / "whole"), str(folder / "alone")
         write_pool(whole, flags.documents)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_direct import host, parallel
+from megatron_direct.runtime import host, parallel
 
 
 def random_documents(folder: str, count: int, length: int, vocab_size: int) -> str:

@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_direct.comparison import markdown
 from megatron_direct.comparison.summary import summarise
 from megatron_direct.data import indexed
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.materialize import materialize
+from megatron_direct.reports import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = ("docstrings", "source")

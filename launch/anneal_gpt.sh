@@ -37,7 +37,7 @@ fi
 exec ${TORCHRUN:-torchrun} "${DISTRIBUTED_ARGS[@]}" "$0" "$@"
 ":"""
 
-from megatron_direct.launch import main
+from megatron_direct.cli.anneal_gpt import main
 
 if __name__ == "__main__":
     main()

@@ -18,8 +18,8 @@ _PUBLIC_NAMES = {
     "lanczos": "megatron_direct.curvature.lanczos",
     "Spectrum": "megatron_direct.curvature.lanczos",
     "SampleMask": "megatron_direct.data.mask",
-    "MaskedGPTDataset": "megatron_direct.data.masked_dataset",
-    "MaskedGPTDatasetConfig": "megatron_direct.data.masked_dataset",
+    "MaskedGPTDataset": "megatron_direct.mcore.masked_dataset",
+    "MaskedGPTDatasetConfig": "megatron_direct.mcore.masked_dataset",
 }
 __all__ = sorted(_PUBLIC_NAMES)
 

@@ -75,9 +75,9 @@ def on_layout(layout: Layout, function, model: ModelConfig, *arguments):
 
 
 def _in_layout(function, model, layout, arguments):
-    from megatron_direct import parallel
+    from megatron_direct.mcore import grid
 
-    with parallel.model_parallel(layout, layout.num_model_chunks(model)):
+    with grid.model_parallel(layout, layout.num_model_chunks(model)):
         return function(model, layout, *arguments)
 
 
@@ -161,12 +161,12 @@ def _run(store, rank, world_size, function, arguments):
 
     import torch.distributed as dist
 
-    from megatron_direct import host
+    from megatron_direct.mcore.without_gpu import megatron_runtime
 
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank,
                             world_size=world_size, timeout=datetime.timedelta(seconds=120))
     try:
-        with host.host():
+        with megatron_runtime():
             return function(*arguments)
     finally:
         dist.destroy_process_group()

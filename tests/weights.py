@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tiny_models import expert_bias
 
-from megatron_direct import hashing
+from megatron_direct.gradients import hashing
 
 # Two ranks that compute the same entry may sum in another order; fp32 rounding of sums of some
 # thousand terms stays below this.

@@ -15,9 +15,11 @@ import functools
 import inspect
 from collections.abc import Callable
 
-from megatron_direct import checkpoint, host, parallel
 from megatron_direct.config import ParallelConfig
+from megatron_direct.mcore import checkpoint, grid
+from megatron_direct.mcore.without_gpu import megatron_runtime
 from megatron_direct.plugins import megatron_lm
+from megatron_direct.runtime import parallel
 
 
 def build_instead(pretrain: Callable) -> Callable:
@@ -59,7 +61,7 @@ def _continue_from(flags) -> None:
 
 
 def main() -> None:
-    with host.host(), parallel.process_group(), parallel.model_parallel(ParallelConfig()):
+    with megatron_runtime(), parallel.process_group(), grid.model_parallel(ParallelConfig()):
         megatron_lm.run("pretrain_gpt", build_instead)
 
 

@@ -18,9 +18,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_direct import files
 from megatron_direct.data import indexed
 from megatron_direct.errors import UserError
+from megatron_direct.runtime import files
 
 NUM_CHOICES = 4
 # Many docstrings are short, and longer contexts would leave too few of them.

@@ -26,14 +26,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from measuring import fastest_in_turns, peak_bytes, random_documents, seconds
 from quality import print_quality
 
-from megatron_direct import cli, host, model, parallel, schedule
+from megatron_direct.cli import main as cli
 from megatron_direct.config import ModelConfig, ParallelConfig
 from megatron_direct.data.samples import Samples
-from megatron_direct.gradients import outer_products
-from megatron_direct.gradients.compute import sketch_samples
 from megatron_direct.gradients.hooks import PieceHooks
+from megatron_direct.gradients.kernels import outer_products
+from megatron_direct.gradients.per_sample import sketch_samples
 from megatron_direct.gradients.pieces import OuterProducts
 from megatron_direct.gradients.sketch import Sketch
+from megatron_direct.mcore import grid, model, passes
+from megatron_direct.mcore.without_gpu import megatron_runtime
+from megatron_direct.runtime import parallel
 
 # 23.5 M parameters, 19.3 M of them in the layers.
 MODEL = ModelConfig(num_layers=6, hidden_size=512, num_attention_heads=8, ffn_hidden_size=1408,
@@ -51,8 +54,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     cli.quiet_imports()
-    with host.host(), parallel.process_group(), \
-            parallel.model_parallel(ParallelConfig()), tempfile.TemporaryDirectory() as folder:
+    with megatron_runtime(), parallel.process_group(), \
+            grid.model_parallel(ParallelConfig()), tempfile.TemporaryDirectory() as folder:
         for part in arguments.parts:
             {"cost": print_cost, "ways": print_ways, "ranks": print_ranks,
              "quality": lambda *_: print_quality()}[part](folder, arguments.rounds)
@@ -99,8 +102,8 @@ def _model(architecture: ModelConfig, folder: str, count: int):
 
 
 def _train(chunks, samples: Samples) -> None:
-    for micro_batches in schedule.passes(chunks, samples, samples.usable, MICRO_BATCH):
-        schedule.run_pass(chunks, micro_batches, backward=True)
+    for micro_batches in passes.of_samples(chunks, samples, samples.usable, MICRO_BATCH):
+        passes.run_pass(chunks, micro_batches, backward=True)
 
 
 def _sketch(chunks, shards, sketch: Sketch, samples: Samples) -> None:
@@ -110,9 +113,9 @@ def _sketch(chunks, shards, sketch: Sketch, samples: Samples) -> None:
 
 def _passes_alone(chunks, shards, samples: Samples) -> None:
     """What a sketch takes of the model: no weight gradients, and every piece, but no hashing."""
-    for micro_batches in schedule.passes(chunks, samples, samples.usable, MICRO_BATCH):
+    for micro_batches in passes.of_samples(chunks, samples, samples.usable, MICRO_BATCH):
         with PieceHooks(chunks, shards, lambda *_: None) as hooks:
-            schedule.run_pass(chunks, micro_batches, backward=True, before_forward=hooks.begin)
+            passes.run_pass(chunks, micro_batches, backward=True, before_forward=hooks.begin)
 
 
 def _dense_gaussian_seconds(size: int, num_parameters: int, slice_size: int = 50_000) -> float:
@@ -159,7 +162,7 @@ def print_ranks(folder: str, rounds: int) -> None:
     sketch = Sketch(shards, SIZE, seed=1)
 
     def share(of_ranks) -> None:
-        if parallel.data_rank() in of_ranks:
+        if grid.data_rank() in of_ranks:
             _sketch(chunks, shards, sketch, samples)
 
     size = parallel.world_size()

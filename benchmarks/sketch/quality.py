@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_direct import model, schedule
 from megatron_direct.config import ModelConfig, ParallelConfig
 from megatron_direct.data.samples import Samples
-from megatron_direct.gradients.compute import sketch_samples
+from megatron_direct.gradients.per_sample import sketch_samples
 from megatron_direct.gradients.sketch import Sketch
+from megatron_direct.mcore import model, passes
 
 # 6.3 M parameters.
 MODEL = ModelConfig(num_layers=8, hidden_size=256, num_attention_heads=4, vocab_size=256,
@@ -74,16 +74,16 @@ def _bytes_of_python(folder: str, count: int) -> str:
 
 def _train(chunks, samples: Samples, numbers: np.ndarray) -> None:
     optimizer = torch.optim.AdamW(chunks[0].parameters(), lr=1e-3)
-    for micro_batches in schedule.passes(chunks, samples, numbers, MICRO_BATCH):
+    for micro_batches in passes.of_samples(chunks, samples, numbers, MICRO_BATCH):
         optimizer.zero_grad()
-        schedule.run_pass(chunks, micro_batches, backward=True)
+        passes.run_pass(chunks, micro_batches, backward=True)
         optimizer.step()
     optimizer.zero_grad()
 
 
 def _gradient(chunks, samples: Samples, number: np.ndarray) -> torch.Tensor:
-    for micro_batches in schedule.passes(chunks, samples, number, 1):
-        schedule.run_pass(chunks, micro_batches, backward=True)
+    for micro_batches in passes.of_samples(chunks, samples, number, 1):
+        passes.run_pass(chunks, micro_batches, backward=True)
     gradient = torch.cat([p.grad.flatten() for p in chunks[0].parameters()])
     chunks[0].zero_grad()
     return gradient

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_direct.selection import sketched
+from megatron_direct.selection import treatment
 from megatron_direct.selection.baselines import random_selection
 from megatron_direct.selection.problem import Selection
-from megatron_direct.selection.sketched import Evidence, SelectionConfig
+from megatron_direct.selection.treatment import Evidence, SelectionConfig
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Case:
     def solve(self, evidence: Evidence, **settings) -> Selection:
         """By the selection problem, with some of its flags changed."""
         config = dataclasses.replace(self.config, **settings)
-        return sketched.solve(config, evidence, self.num_select, self.seed, **self.limits)[0]
+        return treatment.solve(config, evidence, self.num_select, self.seed, **self.limits)[0]
 
     def largest(self, scores: np.ndarray) -> np.ndarray:
         """[K] of the largest scores; ties go to the lower number."""
@@ -198,7 +198,7 @@ def _flat_energy_random_subspace(case: Case) -> Selection:
      ("onset",))
 def _stiff_alignment(case: Case) -> np.ndarray:
     evidence = case.evidence["onset"]
-    flat = sketched.flat_rows(np.concatenate([evidence.rows, evidence.valid_rows]),
+    flat = treatment.flat_rows(np.concatenate([evidence.rows, evidence.valid_rows]),
                               evidence.directions, "complement")
     count = len(evidence.rows)
     stiff = dataclasses.replace(evidence, rows=evidence.rows - flat[:count],

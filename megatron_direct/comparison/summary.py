@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_direct import files
 from megatron_direct.comparison import statistics
 from megatron_direct.comparison.statistics import compare_by_seed
-from megatron_direct.run import RunDirectory
-from megatron_direct.training import read_metrics
+from megatron_direct.mcore.training import read_metrics
+from megatron_direct.runtime import files
+from megatron_direct.runtime.run_directory import RunDirectory
 
 PAPER_ARM = "flat-energy"  # DiReCT's own objective
 RANDOM_SUBSPACE = "flat-energy-random-subspace"  # its stiff directions are others than all arms'

@@ -1,4 +1,4 @@
-"""Exact second-order products by reverse over forward differentiation, through Megatron's schedule.
+"""Exact second-order products by reverse over forward differentiation, through Megatron's passes.
 
 L(theta) is the mean loss of all label tokens, v a direction, and phi(theta) = <grad L(theta), v>
 its derivative along v. phi is one more loss: its gradient is H v. A pipeline stage computes it with
@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from megatron_direct import parallel, schedule
 from megatron_direct.curvature import tangents
 from megatron_direct.curvature.requirements import require_exact_products
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import MicroBatch, Samples
 from megatron_direct.errors import UserError
+from megatron_direct.mcore import grid, passes
 
 
 class DualChunk(torch.nn.Module):
-    """A model chunk that computes with dual parameters, in the place of a chunk in a schedule.
+    """A model chunk that computes with dual parameters, in the place of a chunk in a passes.
 
     ``with_tangents``: whether the tangents are part of the graph (see ``tangents``).
     """
@@ -88,7 +88,7 @@ class DualOperator:
         self.num_tokens = int(samples.num_labels[self.samples].sum())
         self._chunks = chunks
         # Kept: the tokens of the validation set are small beside one vector.
-        self._passes = list(schedule.passes(chunks, samples, self.samples, micro_batch_size))
+        self._passes = list(passes.of_samples(chunks, samples, self.samples, micro_batch_size))
 
     def matvec(self, vector: torch.Tensor) -> torch.Tensor:
         """The product with a flat local vector of ``space``, as another such.
@@ -109,7 +109,7 @@ class DualOperator:
                 parameter.grad = part
             with tangents.replaced(self._chunks, with_tangents=self.with_tangents):
                 for micro_batches in self._passes:
-                    slopes.append(schedule.run_pass(
+                    slopes.append(passes.run_pass(
                         duals, micro_batches, backward=True, stacked=2,
                         weights=[self._weights(batch, vector) for batch in micro_batches]))
         finally:
@@ -117,7 +117,7 @@ class DualOperator:
                 chunk.zero_grad()
         self._require_finite(slopes)
         self.space.add_partial_sums(product)
-        return parallel.sum_over_data(product)
+        return grid.sum_over_data(product)
 
     def _weights(self, batch: MicroBatch, vector: torch.Tensor) -> torch.Tensor:
         """[b] share of each sample in all label tokens; 0 for padding rows."""
@@ -125,7 +125,7 @@ class DualOperator:
 
     def _require_finite(self, slopes: Sequence[torch.Tensor]) -> None:
         for micro_batches, values in zip(self._passes, slopes, strict=True):
-            kept = schedule.sample_rows(micro_batches)
+            kept = passes.sample_rows(micro_batches)
             bad = ~torch.isfinite(values.flatten().cpu()[kept])
             if bool(bad.any()):
                 numbers = np.concatenate([batch.samples for batch in micro_batches])

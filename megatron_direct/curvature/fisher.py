@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_direct import parallel, schedule
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import MicroBatch, Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.hooks import PieceHooks
+from megatron_direct.mcore import grid, passes
 
 
 class FisherOperator:
@@ -32,7 +32,7 @@ class FisherOperator:
         self.num_samples = len(numbers)
         self._chunks = chunks
         # Kept: the tokens of the validation set are small beside one vector.
-        self._passes = list(schedule.passes(chunks, samples, numbers, micro_batch_size))
+        self._passes = list(passes.of_samples(chunks, samples, numbers, micro_batch_size))
 
     def matvec(self, vector: torch.Tensor) -> torch.Tensor:
         product = torch.zeros_like(vector)
@@ -47,9 +47,9 @@ class FisherOperator:
         parts = {shard.name: part for shard, part in
                  zip(self.space.shards, self.space.split(vector), strict=True)}
         size = micro_batches[0].tokens.shape[0]
-        own = parallel.own_rows(size)
+        own = grid.own_rows(size)
         # With expert parallelism the samples of all ranks that share the experts.
-        total = vector.new_zeros(len(micro_batches), size * parallel.expert_size())
+        total = vector.new_zeros(len(micro_batches), size * grid.expert_size())
 
         def add(micro_batch, shard, piece):
             products = piece.inner_products(parts[shard.name])
@@ -57,17 +57,17 @@ class FisherOperator:
             total[micro_batch, rows] += products
 
         with PieceHooks(self._chunks, self.space.shards, add) as hooks:
-            losses = schedule.run_pass(self._chunks, micro_batches, backward=True,
+            losses = passes.run_pass(self._chunks, micro_batches, backward=True,
                                        before_forward=hooks.begin)
         _require_finite(losses, micro_batches)
-        return parallel.sum_over_model(total)[:, own]
+        return grid.sum_over_model(total)[:, own]
 
     def _weighted_gradient(self, micro_batches: Sequence[MicroBatch], weights: torch.Tensor,
                            ) -> torch.Tensor:
         """This rank's part of the gradient of sum_i weights_i loss_i."""
         for chunk in self._chunks:
             chunk.zero_grad()
-        schedule.run_pass(self._chunks, micro_batches, backward=True, weights=list(weights))
+        passes.run_pass(self._chunks, micro_batches, backward=True, weights=list(weights))
         gradients = [torch.zeros_like(s.parameter) if s.parameter.grad is None else s.parameter.grad
                      for s in self.space.shards]
         for chunk in self._chunks:
@@ -76,7 +76,7 @@ class FisherOperator:
 
 
 def _require_finite(losses: torch.Tensor, micro_batches: Sequence[MicroBatch]) -> None:
-    kept = schedule.sample_rows(micro_batches)
+    kept = passes.sample_rows(micro_batches)
     bad = ~torch.isfinite(losses.flatten()[kept].cpu())
     if bool(bad.any()):
         numbers = np.concatenate([batch.samples for batch in micro_batches])[bad.numpy()]

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_direct import files, parallel
 from megatron_direct.curvature.krylov import KrylovState
+from megatron_direct.runtime import files, parallel
 
 _MARKER = "step.json"
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_direct import hashing
 from megatron_direct.errors import UserError
+from megatron_direct.gradients import hashing
 
 
 class SketchedFisherOperator:

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_direct import hashing, host, parallel
-from megatron_direct.model import ParameterShard
+from megatron_direct.gradients import hashing
+from megatron_direct.mcore import grid
+from megatron_direct.mcore.model import ParameterShard
+from megatron_direct.runtime import host
 
 
 class ParameterSpace:
@@ -30,7 +32,7 @@ class ParameterSpace:
             torch.tensor(self._sizes, dtype=torch.int64))
         self._owned = None if bool(owned.all()) else owned.to(self.device)
         count = torch.tensor(float(owned.sum()), dtype=torch.float64, device=self.device)
-        self.dimension = int(parallel.sum_over_model(count))
+        self.dimension = int(grid.sum_over_model(count))
 
     def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """A view for each shard, in its parameter's shape."""
@@ -46,7 +48,7 @@ class ParameterSpace:
         """[len(basis)] float64 inner products, in one all-reduce."""
         counted = vector if self._owned is None else vector * self._owned
         local = torch.stack([_dot64(b, counted) for b in basis])
-        return parallel.sum_over_model(local).cpu().numpy()
+        return grid.sum_over_model(local).cpu().numpy()
 
     def dot(self, u: torch.Tensor, v: torch.Tensor) -> float:
         return float(self.block_dot([u], v)[0])
@@ -68,9 +70,9 @@ class ParameterSpace:
         over their own stage.
         """
         self._add_up(vector, [shard.is_partial for shard in self.shards],
-                     parallel.sum_over_tensor_ranks)
+                     grid.sum_over_tensor_ranks)
         self._add_up(vector, [getattr(shard.parameter, "shared_embedding", False)
-                              for shard in self.shards], parallel.sum_over_embedding_stages)
+                              for shard in self.shards], grid.sum_over_embedding_stages)
         return vector
 
     def sum_over_data(self, vector: torch.Tensor) -> torch.Tensor:
@@ -81,9 +83,9 @@ class ParameterSpace:
         """
         local = [shard.of_local_experts for shard in self.shards]
         if not any(local):
-            return parallel.sum_over_data(vector)
-        self._add_up(vector, local, parallel.sum_over_copies_of_experts)
-        self._add_up(vector, [not it for it in local], parallel.sum_over_data)
+            return grid.sum_over_data(vector)
+        self._add_up(vector, local, grid.sum_over_copies_of_experts)
+        self._add_up(vector, [not it for it in local], grid.sum_over_data)
         return vector
 
     def _add_up(self, vector: torch.Tensor, chosen: Sequence[bool], add_up) -> None:

@@ -14,47 +14,107 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_direct import files
 from megatron_direct.errors import UserError
+from megatron_direct.runtime import files
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _REMEDY = "Copy or make the dataset again."
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
+# Megatron's codes. Those of floating-point numbers, 6 and 7, hold no tokens.
+_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_BLOCK = 1 << 22  # entries of an index that are checked at once
 
 
-def open_indexed(prefix: str):
-    """Megatron's IndexedDataset, after both files were checked against each other."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+class IndexedTokens:
+    """A dataset opened for reading; its files are mapped, not read.
 
+    sequence_lengths: [sequences] int32; sequence_pointers: [sequences] int64 byte offsets in the
+    .bin; document_indices: [documents + 1] int64, the sequence at which each document begins.
+    """
+
+    def __init__(self, prefix: str):
+        code, num_sequences, num_boundaries = _read_header(prefix)
+        self.prefix = prefix
+        self.dtype = np.dtype(_DTYPES[code])
+        index = np.memmap(prefix + ".idx", np.uint8, "r", offset=_HEADER.size)
+        ends = np.cumsum([4 * num_sequences, 8 * num_sequences, 8 * num_boundaries])
+        self.sequence_lengths, self.sequence_pointers, self.document_indices = (
+            index[begin:end].view(dtype) for begin, end, dtype in zip(
+                (0, *ends[:-1]), ends, (np.int32, np.int64, np.int64), strict=True))
+        self._tokens = np.memmap(prefix + ".bin", self.dtype, "r") \
+            if os.path.getsize(prefix + ".bin") else np.empty(0, self.dtype)
+
+    def __len__(self) -> int:
+        """Sequences."""
+        return len(self.sequence_lengths)
+
+    def get(self, sequence: int) -> np.ndarray:
+        """The tokens of a sequence, as a view of the file."""
+        first = int(self.sequence_pointers[sequence]) // self.dtype.itemsize
+        return self._tokens[first: first + int(self.sequence_lengths[sequence])]
+
+
+def open_indexed(prefix: str) -> IndexedTokens:
+    """The dataset, after both files were checked against each other."""
     check_files(prefix)
-    return IndexedDataset(prefix)
+    return IndexedTokens(prefix)
 
 
 def check_files(prefix: str) -> None:
-    """Raises UserError where a file is missing, truncated, or shorter than the other one says."""
+    """Raises UserError where a file is missing, or the two do not agree to the byte."""
     _require_files(prefix)
-    _check_sizes(prefix, *_stamps(prefix))
+    _check_agreement(prefix, *_stamps(prefix))
 
 
 @functools.cache
-def _check_sizes(prefix: str, *_stamps: tuple[int, int, int]) -> None:
-    """Reads all lengths, but once for files of the same size, time and place on the disk."""
-    from megatron.core.datasets.indexed_dataset import DType
-
-    dtype_code, num_sequences, num_boundaries = _read_header(prefix)
+def _check_agreement(prefix: str, *_stamps: tuple[int, int, int]) -> None:
+    """Reads the whole index, but once for files of the same size, time and place on the disk."""
+    code, num_sequences, num_boundaries = _read_header(prefix)
     size = os.path.getsize(prefix + ".idx")
     expected = _HEADER.size + 12 * num_sequences + 8 * num_boundaries
-    if size < expected:
-        raise UserError(f"{prefix}.idx is truncated: its header promises {expected} bytes, it has "
-                        f"{size}. {_REMEDY}")
-    lengths = np.fromfile(prefix + ".idx", dtype=np.int32, count=num_sequences,
-                          offset=_HEADER.size)
-    expected = int(lengths.sum(dtype=np.int64)) * DType.size(dtype_code)
-    size = os.path.getsize(prefix + ".bin")
-    if size < expected:
-        raise UserError(f"{prefix}.bin is truncated: {prefix}.idx promises {expected} bytes, it "
-                        f"has {size}. {_REMEDY}")
+    if size != expected:
+        raise UserError(f"{prefix}.idx {'is truncated' if size < expected else 'is damaged'}: its "
+                        f"header promises {expected} bytes, it has {size}. {_REMEDY}")
+    size, item = os.path.getsize(prefix + ".bin"), np.dtype(_DTYPES[code]).itemsize
+    if size % item:
+        raise UserError(f"{prefix}.bin is damaged: its {size} bytes are not a whole number of "
+                        f"{item}-byte tokens. {_REMEDY}")
+    dataset = IndexedTokens(prefix)
+    total = _check_sequences(dataset)
+    _check_documents(dataset)
+    if size != total:
+        raise UserError(f"{prefix}.bin {'is truncated' if size < total else 'is damaged'}: "
+                        f"{prefix}.idx promises {total} bytes, it has {size}. {_REMEDY}")
+
+
+def _check_sequences(dataset: IndexedTokens) -> int:
+    """Bytes of all sequences, which have to lie one after the other."""
+    total = 0
+    for start in range(0, len(dataset), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        lengths = dataset.sequence_lengths[block].astype(np.int64)
+        ends = total + np.cumsum(lengths * dataset.dtype.itemsize)
+        wrong = (lengths < 0) | (dataset.sequence_pointers[block] !=
+                                 ends - lengths * dataset.dtype.itemsize)
+        if wrong.any():
+            sequence = start + int(np.argmax(wrong))
+            raise UserError(
+                f"{dataset.prefix}.idx is damaged: sequence {sequence} has length "
+                f"{dataset.sequence_lengths[sequence]} and begins at byte "
+                f"{dataset.sequence_pointers[sequence]}, which is not where the sequence before it "
+                f"ends. {_REMEDY}")
+        total = int(ends[-1])
+    return total
+
+
+def _check_documents(dataset: IndexedTokens) -> None:
+    boundaries = dataset.document_indices
+    if len(boundaries) == 0 or boundaries[0] != 0 or boundaries[-1] != len(dataset) or any(
+            (np.diff(boundaries[start: start + _BLOCK + 1]) < 0).any()
+            for start in range(0, len(boundaries), _BLOCK)):
+        raise UserError(f"{dataset.prefix}.idx is damaged: the boundaries of its documents do not "
+                        f"rise from 0 to its {len(dataset)} sequences. {_REMEDY}")
 
 
 def _read_header(prefix: str) -> tuple[int, int, int]:
@@ -62,9 +122,12 @@ def _read_header(prefix: str) -> tuple[int, int, int]:
     with open(prefix + ".idx", "rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise UserError(f"{prefix}.idx is no Megatron index, or is truncated. {_REMEDY}")
-    _, _, *counts = _HEADER.unpack(header)
-    return tuple(counts)
+        raise UserError(f"{prefix}.idx is not a Megatron index, or is truncated. {_REMEDY}")
+    _, version, code, num_sequences, num_boundaries = _HEADER.unpack(header)
+    if version != _VERSION or code not in _DTYPES:
+        raise UserError(f"{prefix}.idx is damaged, or does not hold tokens: it has version "
+                        f"{version} and number type {code}. {_REMEDY}")
+    return code, num_sequences, num_boundaries
 
 
 def _stamps(prefix: str) -> list[tuple[int, int, int]]:
@@ -87,15 +150,15 @@ def require_tokens_below(prefix: str, vocab_size: int) -> None:
 
     A cheap check for datasets without a card; what it lets pass may still hold one.
     """
-    from megatron.core.datasets.indexed_dataset import DType
-
-    dtype = DType.dtype_from_code(_read_header(prefix)[0])
-    largest = max(int(np.frombuffer(part, dtype, len(part) // DType.size(dtype)).max(initial=0))
-                  for part in files.both_ends(prefix + ".bin"))
-    if largest >= vocab_size:
-        raise UserError(
-            f"{prefix}.bin holds token {largest}, but the tokenizer has {vocab_size} entries: the "
-            "dataset was made with another one. Train with its tokenizer, or make it again.")
+    dtype = np.dtype(_DTYPES[_read_header(prefix)[0]])
+    for part in files.both_ends(prefix + ".bin"):
+        tokens = np.frombuffer(part, dtype, len(part) // dtype.itemsize)
+        for token in (tokens.max(initial=0), tokens.min(initial=0)):
+            if not 0 <= token < vocab_size:
+                raise UserError(
+                    f"{prefix}.bin holds token {token}, but the tokenizer has {vocab_size} "
+                    "entries: the dataset was made with another one. Train with its tokenizer, or "
+                    "make it again.")
 
 
 def write_index(path: str, dtype, sequence_lengths: np.ndarray,
@@ -106,12 +169,10 @@ def write_index(path: str, dtype, sequence_lengths: np.ndarray,
     document begins, and at the end the number of sequences. Megatron's own writer keeps a Python
     list of all offsets, which takes minutes and gigabytes at the size of a pre-training set.
     """
-    from megatron.core.datasets.indexed_dataset import DType
-
-    sizes = np.asarray(sequence_lengths, dtype=np.int64) * DType.size(dtype)
+    code = next(code for code, kind in _DTYPES.items() if np.dtype(kind) == np.dtype(dtype))
+    sizes = np.asarray(sequence_lengths, dtype=np.int64) * np.dtype(dtype).itemsize
     with files.written_whole(path) as file:
-        file.write(_HEADER.pack(_MAGIC, _VERSION, DType.code_from_dtype(dtype), len(sizes),
-                                len(document_indices)))
+        file.write(_HEADER.pack(_MAGIC, _VERSION, code, len(sizes), len(document_indices)))
         file.write(np.asarray(sequence_lengths, dtype=np.int32).data)
         file.write((np.cumsum(sizes) - sizes).data)
         file.write(np.asarray(document_indices, dtype=np.int64).data)

@@ -13,9 +13,9 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_direct import files
 from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.errors import UserError
+from megatron_direct.runtime import files
 
 _FORMAT = 1
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)

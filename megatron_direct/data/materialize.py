@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_direct import files
 from megatron_direct.data import indexed
+from megatron_direct.data.blend_plan import kept_sequences
 from megatron_direct.data.mask import SampleMask
-from megatron_direct.data.plan import kept_sequences
 from megatron_direct.errors import UserError
+from megatron_direct.runtime import files
 
 _BLOCK_BYTES = 1 << 24  # copied at once
 
@@ -46,8 +46,8 @@ def materialize(prefix: str, mask: SampleMask, output_prefix: str) -> Materializ
     lengths = dataset.sequence_lengths[kept]
     sequences_of_document = np.diff(dataset.document_indices)[mask.keep]
     starts = np.concatenate([[0], np.cumsum(sequences_of_document)])
-    item_size = np.dtype(dataset.index.dtype).itemsize
-    begins = dataset.index.sequence_pointers[kept]
+    item_size = dataset.dtype.itemsize
+    begins = dataset.sequence_pointers[kept]
     with open(prefix + ".bin", "rb") as source, \
             files.written_whole(output_prefix + ".bin") as target:
         for begin, end in _runs(begins, begins + lengths.astype(np.int64) * item_size):
@@ -56,7 +56,7 @@ def materialize(prefix: str, mask: SampleMask, output_prefix: str) -> Materializ
     card = _card(prefix, mask, written)
     if card:
         files.write_json(output_prefix + ".json", card)
-    indexed.write_index(output_prefix + ".idx", dataset.index.dtype, lengths, starts)
+    indexed.write_index(output_prefix + ".idx", dataset.dtype, lengths, starts)
     return written
 
 
@@ -81,8 +81,10 @@ def _card(prefix: str, mask: SampleMask, written: Materialized) -> dict:
     card = indexed.read_card(prefix)
     if not card:
         return {}
-    new_number = np.cumsum(mask.keep) - 1
-    corrupted = [document for document in card.get("corrupted", []) if mask.keep[document]]
+    keep = mask.keep  # unpacked once: it takes a byte a document
+    new_number = np.cumsum(keep) - 1
+    corrupted = np.array(card.get("corrupted", []), dtype=np.int64)
+    corrupted = corrupted[keep[corrupted]]
     return {**card, **vars(written), "corrupted": new_number[corrupted].tolist(),
             "materialized_from": {"dataset_digest": mask.dataset_digest,
                                   "mask_digest": mask.digest, "run": mask.run}}

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_direct import host
 from megatron_direct.data import indexed
 from megatron_direct.errors import UserError
+from megatron_direct.runtime import host
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,13 @@ class Samples(SampleSource):
         number = int(self.dataset_of(np.array(sample)))
         tokens = indexed.document_tokens(
             self.datasets[number], int(sample - self.first[number]), self.seq_length + 1)
-        if self.vocab_size is not None and len(tokens) and tokens.max() >= self.vocab_size:
-            raise UserError(
-                f"{self.prefixes[number]} holds token {tokens.max()}, but the model's vocabulary "
-                f"has {self.vocab_size} entries. Was it made with another tokenizer? Make it again "
-                "with the model's.")
+        if self.vocab_size is not None and len(tokens):
+            for token in (tokens.max(), tokens.min()):
+                if not 0 <= token < self.vocab_size:
+                    raise UserError(
+                        f"{self.prefixes[number]} holds token {token}, but the model's vocabulary "
+                        f"has {self.vocab_size} entries. Was it made with another tokenizer? Make "
+                        "it again with the model's.")
         return tokens
 
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from megatron_direct import parallel
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.pieces import OuterProducts, RoutedOuterProducts
+from megatron_direct.mcore import grid
 
 # (field of TransformerConfig, the values it may have, the flag that gives it)
 _REQUIRED = (
@@ -30,23 +30,19 @@ _REQUIRED = (
 )
 
 
-def watched(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Callable]]:
-    """Raises UserError under settings that tie the samples of a batch to one another."""
-    from megatron.core.transformer.moe.experts import SequentialMLP
-    from megatron.core.transformer.moe.moe_layer import MoELayer
+def watched(moe: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Callable]]:
+    """(layer, watch) of router, experts one by one, and the gate of the shared experts.
 
-    for moe in chunk.modules():
-        if not isinstance(moe, MoELayer):
-            continue
-        _require_independent_samples(moe.config)
-        routing = _Routing(moe.token_dispatcher)
-        yield moe.router, routing.watch_router
-        if isinstance(moe.experts, SequentialMLP):
-            for number, expert in enumerate(moe.experts.local_experts):
-                for linear in (expert.linear_fc1, expert.linear_fc2):
-                    yield linear, functools.partial(routing.watch_linear, number)
-        if moe.shared_experts is not None:
-            yield moe.shared_experts, _shared_experts_gate
+    Raises UserError under settings that tie the samples of a batch to one another.
+    """
+    _require_independent_samples(moe.config)
+    routing = _Routing(moe.token_dispatcher)
+    yield moe.router, routing.watch_router
+    for number, expert in enumerate(getattr(moe.experts, "local_experts", ())):
+        for linear in (expert.linear_fc1, expert.linear_fc2):
+            yield linear, functools.partial(routing.watch_linear, number)
+    if moe.shared_experts is not None:
+        yield moe.shared_experts, _shared_experts_gate
 
 
 def _require_independent_samples(config) -> None:
@@ -80,8 +76,8 @@ class _Routing:
     def _follow(self, shape: torch.Size, probabilities, routing_map) -> None:
         """Sends the sample numbers of [s, b] tokens where the tokens will go."""
         length, size = shape
-        self._num_samples = size * parallel.expert_size()
-        own = parallel.own_rows(size)
+        self._num_samples = size * grid.expert_size()
+        own = grid.own_rows(size)
         numbers = torch.arange(own.start, own.stop, dtype=torch.float32,
                                device=probabilities.device)
         dispatcher = self._dispatcher

@@ -5,22 +5,43 @@ input; when the gradient with respect to the layer's output comes by in the back
 together make a piece (see ``pieces``), which is handed to ``consume`` at once and dropped. The
 parameters themselves are frozen meanwhile, so that no weight gradient is computed.
 
-What is noted of each kind of layer, and what pieces it makes, is said in ``layers``, ``experts``
-and ``transformer_engine`` by pairs (layer, watch): ``watch(layer, arguments, keywords, output)``
-is called behind the layer's forward pass, and returns a function that turns the gradient of the
-output into (parameter, piece) pairs.
+The model's spec says of which kind each layer is; ``_WATCHES`` says what is noted of each kind.
+``watch(layer, arguments, keywords, output)`` is called after the layer's forward pass, and returns
+a function that turns the gradient of the output into (parameter, piece) pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from megatron_direct.errors import UserError
 from megatron_direct.gradients import experts, layers, transformer_engine
 from megatron_direct.gradients.pieces import Piece
-from megatron_direct.model import ParameterShard
+from megatron_direct.mcore.model import ParameterShard
+from megatron_direct.mcore.specs import watched_layers
+from megatron_direct.mcore.specs.kinds import LayerKind
+
+_WATCHES = {
+    LayerKind.COLUMN_PARALLEL: layers.column_parallel,
+    LayerKind.ROW_PARALLEL: layers.row_parallel,
+    LayerKind.VOCAB_PARALLEL_EMBEDDING: layers.vocab_parallel_embedding,
+    LayerKind.EMBEDDING: layers.embedding,
+    LayerKind.LAYER_NORM: functools.partial(layers.norm, True),
+    LayerKind.RMS_NORM: functools.partial(layers.norm, False),
+    LayerKind.NORM_AND_COLUMN_PARALLEL: transformer_engine.norm_and_column_parallel,
+}
+
+
+def _watched(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Callable]]:
+    """(layer, watch) for each layer with parameters of its own."""
+    for layer, kind in watched_layers(chunk):
+        if kind is LayerKind.EXPERTS:
+            yield from experts.watched(layer)
+        else:
+            yield layer, _WATCHES[kind]
 
 
 class PieceHooks:
@@ -46,8 +67,7 @@ class PieceHooks:
         self._micro_batch = micro_batch
 
     def __enter__(self) -> PieceHooks:
-        watched = [pair for chunk in self._chunks for kinds in (layers, experts, transformer_engine)
-                   for pair in kinds.watched(chunk)]
+        watched = [pair for chunk in self._chunks for pair in _watched(chunk)]
         self._require_covered([layer for layer, _ in watched])
         self._frozen = [parameter for chunk in self._chunks for parameter in chunk.parameters()
                         if parameter.requires_grad]

@@ -7,39 +7,10 @@ pass. A norm's gradient stays a partial sum, since every sum over the model's ra
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-
 import torch
 
-from megatron_direct import parallel
 from megatron_direct.gradients.pieces import Entries, OuterProducts, RowSums
-
-
-def watched(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Callable]]:
-    from megatron.core.tensor_parallel.layers import (
-        ColumnParallelLinear,
-        RowParallelLinear,
-        VocabParallelEmbedding,
-    )
-
-    kinds = (
-        (ColumnParallelLinear, column_parallel),
-        (RowParallelLinear, row_parallel),
-        (VocabParallelEmbedding, _vocab_parallel),
-        (torch.nn.Embedding, _embedding),
-        (torch.nn.LayerNorm, functools.partial(norm, True)),
-        (torch.nn.RMSNorm, functools.partial(norm, False)),
-    )
-    yield from of_kinds(chunk, kinds)
-
-
-def of_kinds(chunk: torch.nn.Module, kinds) -> Iterator[tuple[torch.nn.Module, Callable]]:
-    """(layer, watch) by the first kind that a layer is of; not of what is inside of experts."""
-    for name, layer in chunk.named_modules():
-        watch = next((watch for kind, watch in kinds if isinstance(layer, kind)), None)
-        if watch is not None and ".local_experts." not in name:
-            yield layer, watch
+from megatron_direct.mcore import grid
 
 
 def column_parallel(layer, arguments, keywords, _output):
@@ -49,7 +20,7 @@ def column_parallel(layer, arguments, keywords, _output):
     weight = layer.weight if weight is None else weight
 
     def pieces(output_grads):
-        whole = parallel.gather_over_tensor_ranks(inputs, 0) if layer.sequence_parallel else inputs
+        whole = grid.gather_over_tensor_ranks(inputs, 0) if layer.sequence_parallel else inputs
         yield weight, OuterProducts(whole, output_grads)
         if layer.bias is not None:
             yield layer.bias, Entries(output_grads.sum(0))
@@ -66,18 +37,18 @@ def row_parallel(layer, arguments, _keywords, _output):
             # Added after the sum over ranks: spread by position it is a partial sum, and marked so.
             yield layer.bias, Entries(output_grads.sum(0))
         if layer.sequence_parallel:
-            output_grads = parallel.gather_over_tensor_ranks(output_grads, 0)
+            output_grads = grid.gather_over_tensor_ranks(output_grads, 0)
         yield layer.weight, OuterProducts(inputs, output_grads)
 
     return pieces
 
 
-def _vocab_parallel(layer, arguments, _keywords, _output):
+def vocab_parallel_embedding(layer, arguments, _keywords, _output):
     tokens = arguments[0]  # [b, s]
 
     def pieces(output_grads):
         if layer.reduce_scatter_embeddings:  # [s / tp, b, h]
-            output_grads = parallel.gather_over_tensor_ranks(output_grads, 0)
+            output_grads = grid.gather_over_tensor_ranks(output_grads, 0)
         else:  # [b, s, h]
             output_grads = output_grads.transpose(0, 1)
         rows = tokens.t() - layer.vocab_start_index
@@ -87,7 +58,7 @@ def _vocab_parallel(layer, arguments, _keywords, _output):
     return pieces
 
 
-def _embedding(layer, arguments, _keywords, _output):
+def embedding(layer, arguments, _keywords, _output):
     """An embedding held whole by every tensor-parallel rank (learned positions): [b, s] in."""
     rows = arguments[0].t()
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_direct import hashing
-from megatron_direct.gradients import outer_products
+from megatron_direct.gradients import hashing
+from megatron_direct.gradients.kernels import outer_products
 from megatron_direct.gradients.pieces import OuterProducts, Piece, RoutedOuterProducts, RowSums
-from megatron_direct.model import ParameterShard
+from megatron_direct.mcore.model import ParameterShard
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_direct import files
 from megatron_direct.errors import UserError
+from megatron_direct.runtime import files
 
 DTYPES = ("fp32", "bf16")
 _MANIFEST, _PLAN = "manifest.json", "plan.json"

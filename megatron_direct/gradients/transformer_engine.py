@@ -1,4 +1,4 @@
-"""What the hooks note of Transformer Engine's layers (see ``hooks``), where it is installed.
+"""What the hooks note of Transformer Engine's fused layers (see ``hooks``).
 
 A fused norm-and-linear layer is given the raw activation; the linear part's true input is the
 normalised one, which is computed here again.
@@ -6,31 +6,9 @@ normalised one, which is computed here again.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-
-import torch
-
-from megatron_direct import parallel
 from megatron_direct.gradients import layers
 from megatron_direct.gradients.pieces import Entries, OuterProducts
-
-
-def watched(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Callable]]:
-    from megatron.core.extensions import transformer_engine as megatron_te
-
-    if not megatron_te.HAVE_TE:
-        return
-    import transformer_engine.pytorch as te
-
-    kinds = (
-        (megatron_te.TELayerNormColumnParallelLinear, norm_and_column_parallel),
-        (megatron_te.TERowParallelLinear, layers.row_parallel),
-        (megatron_te.TELinear, layers.column_parallel),  # TEColumnParallelLinear, and undivided
-        (te.LayerNorm, functools.partial(layers.norm, True)),
-        (te.RMSNorm, functools.partial(layers.norm, False)),
-    )
-    yield from layers.of_kinds(chunk, kinds)
+from megatron_direct.mcore import grid
 
 
 def norm_and_column_parallel(layer, arguments, _keywords, _output):
@@ -45,7 +23,7 @@ def norm_and_column_parallel(layer, arguments, _keywords, _output):
     def pieces(output_grads):
         x_hat = layers.normalised(inputs, layer.eps, centred)
         if layer.sequence_parallel:
-            x_hat = parallel.gather_over_tensor_ranks(x_hat, 0)
+            x_hat = grid.gather_over_tensor_ranks(x_hat, 0)
         z = x_hat * (layer.layer_norm_weight + (1 if layer.zero_centered_gamma else 0))
         yield layer.weight, OuterProducts(
             z + layer.layer_norm_bias if centred else z, output_grads)
@@ -53,7 +31,7 @@ def norm_and_column_parallel(layer, arguments, _keywords, _output):
             yield layer.bias, Entries(output_grads.sum(0))
         z_grads = output_grads @ layer.weight
         if not layer.sequence_parallel:
-            z_grads = parallel.sum_over_tensor_ranks(z_grads)
+            z_grads = grid.sum_over_tensor_ranks(z_grads)
         yield layer.layer_norm_weight, Entries(layers.over_tokens(z_grads * x_hat))
         if centred:
             yield layer.layer_norm_bias, Entries(layers.over_tokens(z_grads))

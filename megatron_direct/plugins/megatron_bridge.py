@@ -17,11 +17,11 @@ from typing import Any
 
 from megatron.bridge.training.config import DatasetProvider, GPTDatasetConfig
 
-from megatron_direct import parallel
-from megatron_direct.data.blend import masked_builder
+from megatron_direct.data.blend_plan import MAX_EPOCHS
 from megatron_direct.data.mask_files import find_mask_files, load_masks
-from megatron_direct.data.plan import MAX_EPOCHS
 from megatron_direct.errors import UserError
+from megatron_direct.mcore.blend import masked_builder
+from megatron_direct.runtime import parallel
 
 
 @dataclass(kw_only=True)

@@ -22,12 +22,13 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 
-from megatron_direct import datasets, files, parallel
-from megatron_direct.data.blend import masked_builder
+from megatron_direct.data import checks
+from megatron_direct.data.blend_plan import BLEND_WEIGHTS, MAX_EPOCHS
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.mask_files import find_mask_files, load_masks
-from megatron_direct.data.plan import BLEND_WEIGHTS, MAX_EPOCHS
 from megatron_direct.errors import UserError
+from megatron_direct.mcore.blend import is_gpt_dataset, masked_builder
+from megatron_direct.runtime import files, parallel
 
 _BUILDER = "BlendedMegatronDatasetBuilder"
 
@@ -77,9 +78,7 @@ def train_valid_test_datasets_provider(provider: Callable) -> Callable:
 
 def _builder(args, dataset_class, sizes, is_built_on_rank, config):
     """Stands in for BlendedMegatronDatasetBuilder while the provider runs."""
-    from megatron.core.datasets.gpt_dataset import GPTDataset
-
-    if dataset_class is not GPTDataset:
+    if not is_gpt_dataset(dataset_class):
         raise UserError(f"sample masks are for GPT pre-training data, but the flags ask for "
                         f"{dataset_class.__name__} (--mock-data, --sft, --fim-data). Leave out "
                         "either.")
@@ -99,7 +98,7 @@ def _load_masks(args, config) -> dict[str, SampleMask]:
         prefixes = list(dict.fromkeys(p for blend in blends if blend for p in blend[0]))
         model = getattr(args, "tokenizer_model", None)
         digest = files.file_digest(model) if model and os.path.isfile(model) else None
-        datasets.require_one_vocabulary(prefixes, config.tokenizer.vocab_size, digest)
+        checks.require_one_vocabulary(prefixes, config.tokenizer.vocab_size, digest)
         return find_mask_files(prefixes, args.sample_mask or (), args.sample_masks)
 
     masks = load_masks(parallel.on_rank_zero(find))

@@ -26,10 +26,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_direct import files
 from megatron_direct.preprocessing import duplicates, shards
 from megatron_direct.preprocessing.shards import Part
 from megatron_direct.preprocessing.splits import uniform
+from megatron_direct.runtime import files
 
 _DTYPE_CODES = {"uint16": 8, "int32": 4}  # of Megatron's DType
 _ENTRIES_AT_A_TIME = 1 << 20

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_direct import files
 from megatron_direct.errors import UserError
 from megatron_direct.preprocessing import (
     documents,
@@ -26,6 +25,7 @@ from megatron_direct.preprocessing.documents import Document, Fields
 from megatron_direct.preprocessing.excluded import ExcludedDataset
 from megatron_direct.preprocessing.processes import Ranks
 from megatron_direct.preprocessing.reading import Shard, Stream
+from megatron_direct.runtime import files
 
 # A --domain-key that names something else, such as an address, would make a file a document.
 MAX_DOMAINS = 1000

@@ -24,11 +24,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_direct import files
 from megatron_direct.errors import UserError
 from megatron_direct.preprocessing import documents, reading, splits, tokenizer
 from megatron_direct.preprocessing.documents import BadLine, Document, Fields
 from megatron_direct.preprocessing.reading import Shard, Stream
+from megatron_direct.runtime import files
 
 HASH = np.dtype([("high", "<u8"), ("low", "<u8")])
 _TEXTS_AT_A_TIME = 64

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_direct import files
 from megatron_direct.errors import UserError
 from megatron_direct.preprocessing import optional
+from megatron_direct.runtime import files
 
 # What the trainer holds in memory, about ten times over.
 TRAINING_BYTES = 256 << 20

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_direct import files
+from megatron_direct.runtime import files
 
 # arm -> (gain in loss over random, its spread over seeds, passes that choosing takes)
 ARMS = {

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_direct.comparison.arms import ARMS, NEEDS, Case, matched
 from megatron_direct.curvature.spectrum import Directions
-from megatron_direct.selection.sketched import Evidence, SelectionConfig
+from megatron_direct.selection.treatment import Evidence, SelectionConfig
 
 N, M, SIZE, K = 60, 12, 16, 15
 VECTORS = np.linalg.qr(np.random.default_rng(1).standard_normal((SIZE, 4)))[0].T

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from synthetic_run import sample_texts, write_run
 
-from megatron_direct import files
 from megatron_direct.comparison.summary import jaccard, summarise
+from megatron_direct.runtime import files
 
 ARMS = {"random": (0.0, 0.0, 0.0), "constant": (0.25, 0.0, 0.5), "worse": (-0.4, 0.02, 0.5),
         "perplexity-low": (0.05, 0.2, 0.33), "descent": (0.3, 0.02, 1.3)}

@@ -17,8 +17,6 @@ from ranks import LAYOUTS, Layout, on_layout
 from tiny_models import VOCAB_SIZE
 from weights import assemble, fill_by_hash, pieces
 
-from megatron_direct import model as models
-from megatron_direct import parallel
 from megatron_direct.config import ModelConfig, ParallelConfig
 from megatron_direct.curvature import tangents
 from megatron_direct.curvature.fisher import FisherOperator
@@ -28,6 +26,8 @@ from megatron_direct.curvature.symmetry import check_symmetry
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
+from megatron_direct.mcore import grid
+from megatron_direct.mcore import model as models
 
 OPERATORS = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator}
 ALL_OPERATORS = {**OPERATORS, "fisher": FisherOperator}
@@ -446,7 +446,7 @@ def _summed_in_parts(model, layout, prefix):
     whole = HessianOperator(chunks, space, samples, numbers, 4)
     assert whole.num_tokens == first.num_tokens + second.num_tokens
     parts = (first.num_tokens * first.matvec(vector) + second.num_tokens * second.matvec(vector))
-    return _error(parts / whole.num_tokens, whole.matvec(vector)), parallel.data_size()
+    return _error(parts / whole.num_tokens, whole.matvec(vector)), grid.data_size()
 
 
 def test_the_average_is_over_tokens_whatever_the_micro_batches(prefix):

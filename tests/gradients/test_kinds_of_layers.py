@@ -7,10 +7,10 @@ import torch
 from ranks import Layout, on_layout
 from tiny_models import MODELS
 
-from megatron_direct import model as models
 from megatron_direct.errors import UserError
 from megatron_direct.gradients import transformer_engine
 from megatron_direct.gradients.hooks import PieceHooks
+from megatron_direct.mcore import model as models
 
 
 class _NormAndLinear(torch.nn.Module):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_direct import hashing
-from megatron_direct.gradients import outer_products
+from megatron_direct.gradients import hashing
+from megatron_direct.gradients.kernels import outer_products
 from megatron_direct.gradients.pieces import Entries, OuterProducts, RoutedOuterProducts, RowSums
 from megatron_direct.gradients.sketch import Sketch
-from megatron_direct.model import ParameterShard
+from megatron_direct.mcore.model import ParameterShard
 
 
 def _shard(name, rows, columns):

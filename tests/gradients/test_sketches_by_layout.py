@@ -19,14 +19,15 @@ from ranks import LAYOUTS, Layout, RankError, on_layout
 from tiny_models import MODELS, VOCAB_SIZE
 from weights import assemble, fill_by_hash, fill_expert_bias, pieces
 
-from megatron_direct import hashing, parallel
-from megatron_direct import model as models
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import Samples
-from megatron_direct.gradients.compute import sketch_samples
+from megatron_direct.gradients import hashing
 from megatron_direct.gradients.hooks import PieceHooks
+from megatron_direct.gradients.per_sample import sketch_samples
 from megatron_direct.gradients.sketch import Sketch
+from megatron_direct.mcore import grid
+from megatron_direct.mcore import model as models
 
 SKETCH_SIZE, SEED = 64, 5
 MICRO_BATCH_SIZE = 5  # 13 micro-batches of the 64 samples, so that shares are uneven
@@ -61,7 +62,7 @@ def _on_ranks(model, layout, prefix):
     space = ParameterSpace(shards)
     operator = FisherOperator(chunks, space, samples, samples.usable, MICRO_BATCH_SIZE)
     vector = space.random_signs(3)
-    of_vector = parallel.sum_over_model(sketch.of_vector(space.split(vector), shards))
+    of_vector = grid.sum_over_model(sketch.of_vector(space.split(vector), shards))
     return {"rows": rows, "losses": losses, "sketch of vector": of_vector.numpy(),
             "weights": pieces(shards, [s.parameter for s in shards]),
             "vector": pieces(shards, space.split(vector)),

@@ -25,8 +25,9 @@ megatron_lm_on_cpu.stub_missing_packages()
 
 from megatron.core.datasets import gpt_dataset  # noqa: E402
 
-from megatron_direct import MaskedGPTDataset, SampleMask, parallel  # noqa: E402
+from megatron_direct import MaskedGPTDataset, SampleMask  # noqa: E402
 from megatron_direct.data.indexed import dataset_digest  # noqa: E402
+from megatron_direct.runtime import parallel  # noqa: E402
 
 
 class _MaskOfMock(SampleMask):

@@ -115,10 +115,11 @@ def _record_batches(folder: Path) -> None:
 
 def on_this_host() -> contextlib.ExitStack:
     """Inside it, Megatron-LM runs on a GPU if there is one, and else on the CPU."""
-    from megatron_direct import host
+    from megatron_direct.mcore.without_gpu import megatron_runtime
+    from megatron_direct.runtime import host
 
     stack = contextlib.ExitStack()
-    stack.enter_context(host.host())
+    stack.enter_context(megatron_runtime())
     if not host.has_gpu():
         _answer_for_cuda()
         _leave_out_of_megatron()

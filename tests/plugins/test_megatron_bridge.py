@@ -17,9 +17,9 @@ def test_the_provider_builds_masked_datasets(tmp_path):
     from megatron.bridge.data.utils import get_dataset_provider
     from megatron.bridge.training.config import GPTDatasetConfig
 
-    from megatron_direct import parallel
-    from megatron_direct.data.blend import Vocabulary
+    from megatron_direct.mcore.blend import Vocabulary
     from megatron_direct.plugins.megatron_bridge import MaskedDatasetProvider
+    from megatron_direct.runtime import parallel
 
     keep = np.arange(40) % 2 == 0
     documents = [document if kept else [[60] * len(sequence) for sequence in document]

@@ -179,17 +179,17 @@ def _loss_and_masks(folder, layout, batches, valid):
     """Our model's loss on a batch that Megatron-LM saw; a selection at the same checkpoint."""
     import torch
 
-    from megatron_direct import checkpoint, model, parallel
+    from megatron_direct.commands.select import SelectConfig, select
     from megatron_direct.config import ModelConfig, ParallelConfig
-    from megatron_direct.stages.curvature import CurvatureConfig
-    from megatron_direct.stages.pilot import PilotConfig
-    from megatron_direct.stages.select import SelectConfig, select
-    from megatron_direct.stages.selection import SelectionConfig
+    from megatron_direct.mcore import checkpoint, grid, model
+    from megatron_direct.steps.curvature import CurvatureConfig
+    from megatron_direct.steps.pilot import PilotConfig
+    from megatron_direct.steps.solve import SelectionConfig
 
     found = checkpoint.latest(folder / f"killed-{layout}").parent / "iter_0000004"
     architecture = ModelConfig(**checkpoint.architecture(checkpoint.read_args(found)))
     assert checkpoint.read_iteration(found) == 4
-    with parallel.model_parallel(ParallelConfig()):
+    with grid.model_parallel(ParallelConfig()):
         chunk, = chunks = model.build(architecture, ParallelConfig())
         checkpoint.load_model(found, chunks)
         tokens, labels = (torch.from_numpy(np.concatenate(batches[name][8:10]))

@@ -114,7 +114,7 @@ def test_each_window_is_one_training_sequence_of_megatron(tmp_path):
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split
 
-    from megatron_direct.data.blend import Vocabulary
+    from megatron_direct.mcore.blend import Vocabulary
 
     _write_shards(tmp_path / "shards", _documents(np.int32))
     _merge(tmp_path / "shards", tmp_path / "x", seq_length=64)

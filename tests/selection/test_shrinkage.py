@@ -14,8 +14,8 @@ from selection.test_spread_selection import ThreadRanks, uneven_shares
 
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.errors import UserError
-from megatron_direct.selection import shrinkage, sketched
-from megatron_direct.selection.sketched import Evidence, SelectionConfig
+from megatron_direct.selection import shrinkage, treatment
+from megatron_direct.selection.treatment import Evidence, SelectionConfig
 
 SIZE = 24
 
@@ -91,30 +91,30 @@ def test_treated_rows_written_out(evidence):
         mean = np.average(rows[here], axis=0, weights=evidence.labels[here])
         rows[here] = mean + 0.25 * (rows[here] - mean)
     rows *= (evidence.labels / evidence.labels.mean())[:, None]
-    np.testing.assert_allclose(sketched.summed_rows(config, evidence, 1), rows, rtol=2e-4,
+    np.testing.assert_allclose(treatment.summed_rows(config, evidence, 1), rows, rtol=2e-4,
                                atol=1e-4)
     plain = SelectionConfig(shrinkage_clusters=0, normalize_gradients=False,
                             weight_by_tokens=False)
-    np.testing.assert_array_equal(sketched.summed_rows(plain, evidence, 1), evidence.rows)
+    np.testing.assert_array_equal(treatment.summed_rows(plain, evidence, 1), evidence.rows)
 
 
 def test_a_row_of_zeros_stays_one_and_harms_no_other(evidence):
     rows = evidence.rows * 1e3
     rows[7] = 0.0
-    found = sketched.summed_rows(SelectionConfig(shrinkage_clusters=0),
+    found = treatment.summed_rows(SelectionConfig(shrinkage_clusters=0),
                                  dataclasses.replace(evidence, rows=rows), 1)
     assert not found[7].any()
     kept = np.arange(240) != 7
     weights = (evidence.labels / evidence.labels.mean())[kept]
     lengths = np.linalg.norm(rows, axis=1).mean() * weights
     np.testing.assert_allclose(np.linalg.norm(found[kept], axis=1), lengths, rtol=1e-5)
-    shrunk = sketched.summed_rows(SelectionConfig(), dataclasses.replace(evidence, rows=rows), 1)
+    shrunk = treatment.summed_rows(SelectionConfig(), dataclasses.replace(evidence, rows=rows), 1)
     assert np.isfinite(shrunk).all()
 
 
 def test_the_evidence_is_left_as_it_was(evidence):
     before = evidence.rows.copy()
-    sketched.summed_rows(SelectionConfig(), evidence, 1)
+    treatment.summed_rows(SelectionConfig(), evidence, 1)
     np.testing.assert_array_equal(evidence.rows, before)
 
 
@@ -127,7 +127,7 @@ def test_memory_beside_the_rows_is_two_copies():
                         Directions(np.ones(1), np.eye(1, 128), 1))
     tracemalloc.start()
     try:
-        sketched.summed_rows(SelectionConfig(shrinkage_clusters=3), evidence, 1)
+        treatment.summed_rows(SelectionConfig(shrinkage_clusters=3), evidence, 1)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -138,7 +138,7 @@ def test_memory_beside_the_rows_is_two_copies():
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_spread_rows_are_selected_as_gathered_ones(evidence, ranks):
     config = SelectionConfig(shrinkage_clusters=3)
-    whole, costs = sketched.solve(config, evidence, 50, seed=2)
+    whole, costs = treatment.solve(config, evidence, 50, seed=2)
     meeting = ThreadRanks(ranks)
     shares = uneven_shares(240, ranks, np.random.default_rng(ranks))
 
@@ -148,7 +148,7 @@ def test_spread_rows_are_selected_as_gathered_ones(evidence, ranks):
             evidence, rows=evidence.rows[here], labels=evidence.labels[here],
             datasets=evidence.datasets[here], ids=here,
             all_reduce_sum=lambda array: meeting.all_reduce_sum(rank, array))
-        return sketched.solve(config, part, 50, seed=2)
+        return treatment.solve(config, part, 50, seed=2)
 
     for found, costs_there in meeting.run(work):
         np.testing.assert_array_equal(found.indices, whole.indices)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from indexed_files import write_dataset
 
-from megatron_direct.data import multiple_choice
 from megatron_direct.errors import UserError
+from megatron_direct.evaluation import questions as multiple_choice
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import embedded_cloze  # noqa: E402

@@ -1,0 +1,1 @@
+"""The command line: flags, environment variables and the registry of commands."""

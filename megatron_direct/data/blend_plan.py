@@ -1,0 +1,165 @@
+"""What a blend comes to, before anything is built: what masks leave, weights, epochs.
+
+A *blend* is a list of prefixes with or without weights, as Megatron has it. Here it is checked,
+from the index files alone and on one rank; :mod:`megatron_direct.mcore.blend` builds it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_direct.data import indexed
+from megatron_direct.data.mask import SampleMask
+from megatron_direct.errors import UserError
+
+# What becomes of the weights given to the prefixes of a blend once masks have thinned them out.
+BLEND_WEIGHTS = ("keep", "tokens")
+
+# Up to four epochs of repeated data do about as much good as fresh data: Muennighoff et al.,
+# "Scaling Data-Constrained Language Models", NeurIPS 2023.
+MAX_EPOCHS = 4.0
+
+Blend = tuple[list[str], list[float] | None]
+
+
+@dataclass(frozen=True)
+class BlendPart:
+    """One prefix of a blend: what its mask leaves, and how often the training sees it."""
+
+    prefix: str
+    documents: int
+    tokens: int
+    weight: float
+    epochs: float
+    masked: bool
+
+    def __str__(self) -> str:
+        return (f"{self.prefix}: {self.documents} documents, {self.tokens} tokens"
+                f"{'' if self.masked else ' (no mask)'}, weight {self.weight:.4f}, "
+                f"{self.epochs:.2f} epochs")
+
+
+def plan_blend(prefixes: Sequence[str], weights: Sequence[float] | None,
+               masks: Mapping[str, SampleMask], *, seq_length: int, num_sequences: int,
+               blend_weights: str = "keep", max_epochs: float | None = None,
+               share: tuple[float, float] = (0.0, 1.0)) -> list[BlendPart]:
+    """The parts of a blend from which ``num_sequences`` training sequences will be drawn.
+
+    blend_weights: ``keep`` leaves the weights as they are, ``tokens`` multiplies each by the share
+    of its prefix's tokens that the mask leaves. Without weights a prefix counts by the tokens that
+    are left, under either. A prefix with nothing left is dropped with a warning, and its weight is
+    shared out among the others. share: the part of each prefix that a split takes.
+
+    Raises UserError for a prefix listed twice, a damaged dataset, a mask of another dataset, a
+    blend with nothing left, and a masked prefix that would be seen more than ``max_epochs`` times.
+    """
+    _require_distinct(prefixes)
+    sizes = {prefix: _sizes(prefix, masks.get(prefix), share) for prefix in prefixes}
+    if weights is None:
+        shares = {prefix: float(left) for prefix, (_, left, _) in sizes.items()}
+    else:
+        shares = dict(zip(prefixes, weights, strict=True))
+        if blend_weights == "tokens":
+            shares = {prefix: shares[prefix] * left / max(whole, 1)
+                      for prefix, (_, left, whole) in sizes.items()}
+    used = [prefix for prefix in prefixes if sizes[prefix][1] > 0 and shares[prefix] > 0]
+    if not used:
+        raise UserError(
+            f"the masks leave no document in any dataset of the blend ({', '.join(prefixes)}). "
+            "Select more samples, or check that the masks belong to this run.")
+    for prefix in prefixes:
+        if prefix not in used:
+            warnings.warn(f"{prefix} is left out of the blend: " + (
+                "its weight is 0." if sizes[prefix][1] else
+                "its mask leaves nothing. Its weight is shared out among the others."),
+                stacklevel=2)
+    total = sum(shares[prefix] for prefix in used)
+    parts = []
+    for prefix in used:
+        documents, left, _ = sizes[prefix]
+        weight = shares[prefix] / total
+        parts.append(BlendPart(prefix, documents, left, weight,
+                               weight * num_sequences * seq_length / left, prefix in masks))
+    _require_few_epochs(parts, max_epochs)
+    return parts
+
+
+def num_sequences_in(parts: Sequence[BlendPart], seq_length: int) -> int:
+    """Training sequences in one epoch of the parts. A sequence has one token more than its length,
+    which it shares with the next."""
+    return sum((part.tokens - 1) // seq_length for part in parts)
+
+
+def require_something_left(prefixes: Sequence[str], masks: Mapping[str, SampleMask],
+                           share: tuple[float, float], split: str) -> None:
+    """Raises UserError if a mask leaves nothing in the part of its prefix that a split takes."""
+    for prefix in prefixes:
+        if prefix in masks and _sizes(prefix, masks[prefix], share)[1] == 0:
+            raise UserError(
+                f"the mask of {prefix} leaves no document in the {split} split of --split. Give "
+                "--split 100,0,0, with --train-data-path and --valid-data-path for data of their "
+                "own, so that the pools are trained on whole.")
+
+
+def _sizes(prefix: str, mask: SampleMask | None, share: tuple[float, float],
+           ) -> tuple[int, int, int]:
+    """(documents left, tokens left, tokens without a mask) in a part of a dataset.
+
+    Megatron splits a dataset by its sequences; a document counts where its first sequence is.
+    """
+    dataset = indexed.open_indexed(prefix)
+    begin, end = (int(round(bound * len(dataset.sequence_lengths))) for bound in share)
+    lengths = dataset.sequence_lengths[begin:end]
+    whole = int(lengths.sum(dtype=np.int64))
+    first = dataset.document_indices[:-1]
+    inside = (first >= begin) & (first < end) & (np.diff(dataset.document_indices) > 0)
+    if mask is None:
+        return int(inside.sum()), whole, whole
+    mask.require_belongs_to(prefix)
+    left = int(lengths[kept_sequences(dataset, mask)[begin:end]].sum(dtype=np.int64))
+    return int((inside & mask.keep).sum()), left, whole
+
+
+# Dataset digest -> whether each document is one sequence: what costs a pass over the index.
+_ONE_SEQUENCE_EACH: dict[str, bool] = {}
+
+
+def kept_sequences(dataset, mask: SampleMask) -> np.ndarray:
+    """[sequences] bool. The indexed dataset counts sequences; a document has one or more."""
+    num_documents = len(dataset.document_indices) - 1
+    if mask.num_documents != num_documents:
+        raise UserError(f"the mask has {mask.num_documents} entries, but its dataset has "
+                        f"{num_documents} documents.")
+    if mask.dataset_digest not in _ONE_SEQUENCE_EACH:
+        _ONE_SEQUENCE_EACH[mask.dataset_digest] = bool(
+            (np.diff(dataset.document_indices) == 1).all())
+    if _ONE_SEQUENCE_EACH[mask.dataset_digest]:
+        return mask.keep
+    return np.repeat(mask.keep, np.diff(dataset.document_indices))
+
+
+def _require_distinct(prefixes: Sequence[str]) -> None:
+    """One dataset under two names counts as listed twice."""
+    seen: dict[str, str] = {}
+    for prefix in prefixes:
+        place = os.path.realpath(prefix)
+        if place in seen:
+            raise UserError(f"{prefix} is listed twice in the blend"
+                            + (f" (also as {seen[place]})" if seen[place] != prefix else "")
+                            + ". List each dataset once, with the sum of its weights.")
+        seen[place] = prefix
+
+
+def _require_few_epochs(parts: Sequence[BlendPart], max_epochs: float | None) -> None:
+    many = [part for part in parts if part.masked and max_epochs and part.epochs > max_epochs]
+    if many:
+        listed = "; ".join(f"{part.prefix} {part.epochs:.2f} times" for part in many)
+        raise UserError(
+            f"the training would see masked datasets more often than --max-epochs {max_epochs:g}: "
+            f"{listed}. Select more samples, train on fewer tokens, lower their weights or raise "
+            "--max-epochs.")

@@ -1,0 +1,1 @@
+"""Losses and multiple-choice scores of a model."""

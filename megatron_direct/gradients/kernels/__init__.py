@@ -1,0 +1,1 @@
+"""Ways of hashing a layer's gradients, one a file."""

@@ -1,0 +1,1 @@
+"""The one door to Megatron-Core: no other room imports it."""

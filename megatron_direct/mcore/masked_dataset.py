@@ -1,0 +1,74 @@
+"""A GPTDataset that shows only the documents a mask keeps.
+
+Megatron packs shuffled documents into training sequences, so a mask over documents holds for every
+seed and sequence length. The mask comes in at the one place where it governs all that follows: the
+documents are restricted, and the dataset's identity changed, before any index is built or looked
+for in a cache. So a changed mask never meets an index that was built for another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from megatron_direct.data.blend_plan import kept_sequences
+from megatron_direct.data.mask import SampleMask
+from megatron_direct.errors import UserError
+
+
+@dataclass
+class MaskedGPTDatasetConfig(GPTDatasetConfig):
+    """GPTDatasetConfig, and the masks by prefix; a prefix without one is seen whole."""
+
+    sample_masks: Mapping[str, SampleMask] = field(default_factory=dict)
+
+
+class MaskedGPTDataset(GPTDataset):
+    """For BlendedMegatronDatasetBuilder, with a MaskedGPTDatasetConfig.
+
+    A mask holds in every split of its prefix. Raises UserError for a mask of another dataset, and
+    for one that leaves no document.
+    """
+
+    def _build_document_sample_shuffle_indices(self):
+        # Tests and tools may hand in a plain GPTDatasetConfig: no masks.
+        mask = getattr(self.config, "sample_masks", {}).get(self.dataset_path)
+        if mask is not None:
+            if _comes_first():
+                mask.require_belongs_to(self.dataset_path)
+            if self.indices is None:
+                # --dataloader-fast-cache-load, which trusts a cache, leaves them out. Where the
+                # cache is not opened yet either, the length is computed from them.
+                if self.config.defer_npy_index_mmap:
+                    self.indices = np.flatnonzero(kept_sequences(self.dataset, mask))
+            else:
+                kept = kept_sequences(self.dataset, mask)
+                # Megatron hands in a stretch of the dataset: many times as fast to thin out.
+                if len(self.indices) and (np.diff(self.indices) == 1).all():
+                    first, last = self.indices[[0, -1]]
+                    left = np.flatnonzero(kept[first: last + 1])
+                    self.indices = first + left.astype(self.indices.dtype)
+                else:
+                    self.indices = self.indices[kept[self.indices]]
+                if len(self.indices) == 0:
+                    raise UserError(
+                        f"the mask of {self.dataset_path} leaves no document in the "
+                        f"{self.index_split.name} split. Leave the prefix out of the blend.")
+            self.unique_identifiers["sample_mask"] = mask.digest
+            self.unique_description = json.dumps(
+                self.unique_identifiers, indent=4, default=lambda value: value.unique_identifiers)
+            self.unique_description_hash = hashlib.md5(
+                self.unique_description.encode("utf-8"), usedforsecurity=False).hexdigest()
+        return super()._build_document_sample_shuffle_indices()
+
+
+def _comes_first() -> bool:
+    """Rank 0 builds before all others, so that its check is theirs: they need not read the whole
+    index once more."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -1,0 +1,93 @@
+"""One pass of Megatron's pipeline schedule over micro-batches of samples.
+
+The loss of a pass is sum_i weight_i * loss_i over its samples, loss_i being the mean loss of the
+labels of sample i: whoever wants a mean, a gradient of one kind or another, or nothing but the
+losses chooses the weights. The same code drives one rank, tensor parallel ranks and pipelines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from megatron_direct.data.samples import MicroBatch, Samples
+from megatron_direct.mcore import grid
+from megatron_direct.runtime import host
+
+
+def passes(chunks: Sequence[torch.nn.Module], samples: Samples, numbers: np.ndarray,
+           micro_batch_size: int, first_pass: int = 0) -> Iterator[list[MicroBatch]]:
+    """This data-parallel rank's share of the samples, in passes that suit the layout.
+
+    A pipeline of p stages is busy m / (m + p - 1) of the time with m micro-batches: 4 p of them
+    keep it busy 4/5 of the time. The interleaved schedule takes multiples of p only. Ranks that
+    share experts exchange tokens all the time, and go through equal passes in step. The passes
+    before ``first_pass`` are left out.
+    """
+    layout = chunks[0].config
+    stages = layout.pipeline_model_parallel_size
+    return samples.passes(
+        numbers, micro_batch_size, 1 if stages == 1 else 4 * stages,
+        share=grid.data_rank(), num_shares=grid.data_size(), first_pass=first_pass,
+        count_multiple=stages,
+        in_step=layout.expert_model_parallel_size > 1,
+        length_multiple=layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
+
+
+def run_pass(
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    *,
+    backward: bool,
+    weights: Sequence[torch.Tensor] | None = None,
+    before_forward: Callable[[int], None] = lambda index: None,
+    stacked: int = 1,
+) -> torch.Tensor:
+    """Forward, and backward if asked for, over one pass.
+
+    chunks: this rank's model chunks, bare (not wrapped in DistributedDataParallel).
+    weights: one [b] tensor a micro-batch; left out: all 1.
+    before_forward: called with a micro-batch's number as each chunk begins with it, so that hooks
+        know whose activations they see.
+    stacked: activations that a chunk passes on as one, stacked along the sequence.
+
+    Returns the samples' losses, [micro-batches, b], on every rank of the copy of the model.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    count, size = len(micro_batches), micro_batches[0].tokens.shape[0]
+    losses = torch.zeros(count, size, device=host.device(), dtype=chunks[0].config.params_dtype)
+
+    def forward_step(iterator, chunk):
+        index = next(iterator)
+        batch = micro_batches[index]
+        before_forward(index)
+        output = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels)
+
+        def weighted_loss(token_losses):
+            sample_losses = (token_losses * batch.loss_mask).sum(1) / batch.num_labels
+            losses[index] = sample_losses.detach()
+            total = sample_losses.sum() if weights is None else sample_losses @ weights[index]
+            return total, torch.ones((), dtype=torch.int), {}
+
+        return output, weighted_loss
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(range(count)) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=count,
+        seq_length=stacked * micro_batches[0].tokens.shape[1],
+        micro_batch_size=size,
+        forward_only=not backward,
+    )
+    return grid.share_from_last_stage(losses)
+
+
+def sample_rows(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+    """Positions, among all [micro-batches x b] rows of a pass, of those that hold a sample."""
+    size = micro_batches[0].tokens.shape[0]
+    return torch.cat([index * size + torch.arange(len(batch.samples))
+                      for index, batch in enumerate(micro_batches)])

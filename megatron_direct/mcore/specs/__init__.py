@@ -1,0 +1,47 @@
+"""Layer specs: what a model is built of, and what a model built so is able to do.
+
+A spec is a module of this folder with a :class:`LayerSpec`, and a line in :data:`SPECS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_direct.mcore.specs import local, transformer_engine
+from megatron_direct.mcore.specs.kinds import LayerKind, layers_of
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How Megatron builds the layers, and what those are able to do.
+
+    block: (TransformerConfig, virtual pipeline stage) -> Megatron's block submodules.
+    buildable: a context in which such a block can be built. finish: called with each chunk built.
+    exact_products: every function of it has a second derivative that is known to be right, so that
+    Hessian and Gauss-Newton products can be taken. fused_attention: no s x s matrix is held.
+    grouped_experts: all experts of a rank in one matrix product.
+    """
+
+    block: Callable[[Any, int | None], Any]
+    buildable: Callable[[], AbstractContextManager]
+    finish: Callable[[torch.nn.Module], None]
+    exact_products: bool = False
+    fused_attention: bool = False
+    grouped_experts: bool = False
+
+
+SPECS = {
+    "local": LayerSpec(local.block_spec, local.buildable, local.add_up_position_gradients,
+                       exact_products=True),
+}
+
+
+def watched_layers(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, LayerKind]]:
+    """The layers with parameters that a chunk of any spec has, each with its kind."""
+    yield from layers_of(chunk, (*local.kinds_of_classes(),
+                                 *transformer_engine.kinds_of_classes()))

@@ -1,0 +1,208 @@
+"""Megatron's own training step, for pre-training and annealing alike.
+
+DistributedDataParallel, the optimizer (the distributed one too), OptimizerParamScheduler and the
+pipeline schedule are Megatron-Core's. Here they are put together, fed and watched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_direct.config import BatchConfig, OptimizerConfig
+from megatron_direct.mcore import grid
+from megatron_direct.runtime import files, host, parallel
+
+
+@dataclass
+class Trainer:
+    """A model being trained. ``chunks`` are bare, ``wrapped`` in DistributedDataParallel."""
+
+    chunks: list[torch.nn.Module]
+    wrapped: list[torch.nn.Module]
+    optimizer: object
+    scheduler: object
+
+
+def make_trainer(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig,
+                 batch: BatchConfig) -> Trainer:
+    """Wraps the chunks; the schedule is the stable phase until ``anneal_over`` is called."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    transformer_config = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=optimizer.use_distributed_optimizer)
+    wrapped = [DistributedDataParallel(transformer_config, ddp_config, chunk,
+                                       disable_bucketing=index > 0)
+               for index, chunk in enumerate(chunks)]
+    megatron_optimizer = get_megatron_optimizer(MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        use_distributed_optimizer=optimizer.use_distributed_optimizer,
+    ), wrapped)
+    transformer_config.finalize_model_grads_func = finalize_model_grads
+    transformer_config.grad_scale_func = megatron_optimizer.scale_loss
+    scheduler = _scheduler(megatron_optimizer, optimizer, optimizer.lr_warmup_iters *
+                           batch.global_batch_size)
+    return Trainer(list(chunks), wrapped, megatron_optimizer, scheduler)
+
+
+def anneal_over(trainer: Trainer, optimizer: OptimizerConfig, onset: int, done: int,
+                decay_iters: int, batch: BatchConfig) -> None:
+    """Lets the learning rate decay over ``decay_iters`` iterations (the D of WSD).
+
+    onset: the schedule's steps at the beginning of the annealing; done: iterations of it that
+    are behind.
+    """
+    decay = decay_iters * batch.global_batch_size
+    trainer.scheduler = _scheduler(trainer.optimizer, optimizer, 0, decay_ends=onset + decay,
+                                   decay_steps=decay)
+    trainer.scheduler.step(onset + done * batch.global_batch_size)
+
+
+def _scheduler(megatron_optimizer, optimizer: OptimizerConfig, warmup_steps: int,
+               decay_ends: int | None = None, decay_steps: int | None = None):
+    """Megatron counts the schedule's steps in samples, not in iterations."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    return OptimizerParamScheduler(
+        megatron_optimizer,
+        init_lr=0.0,
+        max_lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=decay_ends or warmup_steps + 1,
+        lr_decay_style="constant" if decay_ends is None else "WSD",
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=decay_steps,
+        lr_wsd_decay_style=optimizer.lr_wsd_decay_style,
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one iteration reports. loss: mean over the tokens of the global batch."""
+
+    iteration: int
+    loss: float
+    lr: float
+    grad_norm: float | None
+
+
+def train(trainer: Trainer, dataset, batch: BatchConfig, iterations: range, *, first_sequence: int,
+          description: str, after_step: Callable[[Step], None]) -> None:
+    """Iterations over the dataset's sequences in order, from number ``first_sequence`` on.
+
+    iterations: the numbers that the steps are reported under. Raises FloatingPointError, on all
+    ranks, when the loss is not finite.
+    """
+    consumed = first_sequence
+    progress = tqdm(iterations, desc=description, unit="it",
+                    disable=None if parallel.is_rank_zero() else True)
+    for iteration in progress:
+        loss, grad_norm = _step(trainer, dataset, batch, consumed)
+        if not torch.isfinite(torch.tensor(loss)):
+            raise FloatingPointError(f"the loss of iteration {iteration} is {loss}. "
+                                     "Lower --lr, or check the data.")
+        lr = trainer.optimizer.param_groups[0]["lr"]
+        trainer.scheduler.step(batch.global_batch_size)
+        consumed += batch.global_batch_size
+        progress.set_postfix(loss=f"{loss:.3f}")
+        after_step(Step(iteration, loss, lr, grad_norm))
+
+
+def _step(trainer: Trainer, dataset, batch: BatchConfig, consumed: int,
+          ) -> tuple[float, float | None]:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    num_microbatches = batch.num_microbatches(grid.data_size())
+    for chunk in trainer.wrapped:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    micro_batches = list(_micro_batches(dataset, batch, consumed, num_microbatches))
+    sums = torch.zeros(2, dtype=torch.float64, device=host.device())  # loss, tokens
+
+    def forward_step(iterator, chunk):
+        tokens, labels, loss_mask, positions = next(iterator)
+        output = chunk(tokens, positions, None, labels=labels)
+
+        def loss_sum(token_losses):
+            loss, count = (token_losses * loss_mask).sum(), loss_mask.sum()
+            sums.add_(torch.stack([loss.detach(), count]).double())
+            return loss, count.int(), {}
+
+        return output, loss_sum
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micro_batches) for _ in trainer.wrapped],
+        model=trainer.wrapped,
+        num_microbatches=num_microbatches,
+        seq_length=micro_batches[0][0].shape[1],
+        micro_batch_size=batch.micro_batch_size,
+    )
+    _, grad_norm, _ = trainer.optimizer.step()
+    loss, tokens = grid.sum_over_data(grid.share_from_last_stage(sums)).tolist()
+    return loss / tokens, None if grad_norm is None else float(grad_norm)
+
+
+def _micro_batches(dataset, batch: BatchConfig, consumed: int, count: int) -> Iterator[tuple]:
+    """This rank's micro-batches, in the order of Megatron-LM's sampler: ranks side by side."""
+    size, device = batch.micro_batch_size, host.device()
+    for number in range(count):
+        start = consumed + (number * grid.data_size() + grid.data_rank()) * size
+        rows = [dataset[index] for index in range(start, start + size)]
+        yield tuple(torch.stack([row[key] for row in rows]).to(device)
+                    for key in ("tokens", "labels", "loss_mask", "position_ids"))
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one line an iteration, on rank 0; a resumed run carries on behind
+    the iteration it resumes from."""
+
+    def __init__(self, path: Path, resumed_after: int):
+        self._file = None
+        if parallel.is_rank_zero():
+            kept = [line for line in read_metrics(path) if line["iteration"] <= resumed_after]
+            with files.written_whole(path, "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in kept)
+            self._file = open(path, "a")  # noqa: SIM115
+
+    def write(self, step: Step) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(vars(step)) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics file; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]

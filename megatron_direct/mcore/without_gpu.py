@@ -1,0 +1,85 @@
+"""Lets megatron-core run where there is no GPU.
+
+megatron-core asks for CUDA in a handful of places (the current device, the CUDA random states, the
+type string of a tensor). On a machine without a GPU, :func:`megatron_runtime` answers these
+questions with the CPU for as long as it is entered, and puts everything back when it is left. On a
+machine with a GPU it makes the rank's own the current one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_direct.runtime.host import device, has_gpu
+
+_CUDA_TENSOR_TYPES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.float64: "torch.cuda.DoubleTensor",
+}
+
+
+@contextlib.contextmanager
+def megatron_runtime():
+    """Everything that uses megatron-core runs inside this context, on any machine."""
+    if has_gpu():
+        torch.cuda.set_device(device())
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for owner, name, stand_in in _stand_ins():
+            stack.enter_context(_replaced(owner, name, stand_in))
+        stack.enter_context(_CudaMeansCpu())
+        yield
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Factories asked for a CUDA device build on the CPU; ``Tensor.type()`` names the CUDA type.
+
+    megatron-core's gradient clipping and distributed optimizer compare that type string to decide
+    whether a gradient may be used.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return _CUDA_TENSOR_TYPES.get(args[0].dtype, func(*args))
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _replaced(owner, name, stand_in):
+    original = getattr(owner, name)
+    setattr(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _stand_ins():
+    """(owner, attribute, what stands in for it) for every CUDA function megatron-core calls."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    cpu = torch.device("cpu")
+
+    def get_rng_state(*_args, **_kwargs):
+        return torch.get_rng_state()
+
+    def set_rng_state(state, *_args, **_kwargs):
+        torch.set_rng_state(state)
+
+    yield torch.cuda, "current_device", lambda: cpu
+    yield torch.cuda, "synchronize", lambda *_args, **_kwargs: None
+    yield torch.cuda, "get_rng_state", get_rng_state
+    yield torch.cuda, "set_rng_state", set_rng_state
+    yield torch.cuda, "manual_seed", lambda seed: torch.manual_seed(seed) and None
+    yield torch.Tensor, "cuda", lambda self, *_args, **_kwargs: self
+    yield megatron_random, "_get_cuda_rng_state", get_rng_state
+    yield megatron_random, "_set_cuda_rng_state", set_rng_state

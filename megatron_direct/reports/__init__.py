@@ -1,0 +1,1 @@
+"""What a reader sees: pages, figures, tables and their wording."""

@@ -1,0 +1,1 @@
+"""What every room stands on: ranks, devices, files, digests and the run directory."""

@@ -1,0 +1,146 @@
+"""Messages among all ranks: what rank 0 does for the others, sums, barriers, and who speaks.
+
+Each verb is the identity where there is one rank. Groups within a model's layout, tensor parallel
+ranks for instance, are Megatron's (:mod:`megatron_direct.mcore.grid`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import pickle
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_direct.errors import UserError
+from megatron_direct.runtime import host, ranks
+
+
+def world_size() -> int:
+    """Ranks that were started: known before anything is initialised."""
+    return dist.get_world_size() if dist.is_initialized() else ranks.discover().world_size
+
+
+def is_rank_zero() -> bool:
+    return (dist.get_rank() if dist.is_initialized() else ranks.discover().rank) == 0
+
+
+def say(text: str) -> None:
+    """Prints on rank 0."""
+    if is_rank_zero():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def process_group(timeout_minutes: int = 10):
+    """torch.distributed for the ranks that were launched, or for this process alone."""
+    if dist.is_initialized():
+        yield
+        return
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    here = ranks.discover()
+    # The device is named where there is one, so that NCCL need not guess it at the first barrier.
+    device = {"device_id": host.device()} if host.has_gpu() else {}
+    if here.is_launched:
+        dist.init_process_group(host.collective_backend(), timeout=timeout, **device)
+    else:
+        dist.init_process_group(host.collective_backend(), store=dist.HashStore(), rank=0,
+                                world_size=1, timeout=timeout, **device)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_world(array: np.ndarray) -> np.ndarray:
+    """Sum of a float64 array over all ranks."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array)).to(host.device())
+    return all_reduce(tensor, dist.group.WORLD).cpu().numpy()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This rank's number among all ranks, and how many there are."""
+    return dist.get_rank(), dist.get_world_size()
+
+
+def barrier() -> None:
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def on_rank_zero(work: Callable):
+    """What ``work()`` returns on rank 0, on every rank; what it raises there is raised everywhere.
+
+    So a mistake that only rank 0 can see ends all ranks with the same message, and none waits.
+    """
+    outcome = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = _portable(error)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def kept_on_rank_zero(work: Callable):
+    """What ``work()`` returns on rank 0, None elsewhere; what it raises there is raised everywhere.
+
+    For what is too large to be sent, or of no use on the other ranks.
+    """
+    kept = []
+    on_rank_zero(lambda: kept.append(work()))
+    return kept[0] if kept else None
+
+
+def first_to_speak(patience_seconds: float = 3.0) -> bool:
+    """True on one rank of those that met an error: rank 0 if it is among them.
+
+    Other ranks give rank 0 some time to speak first; if it does not, the error is theirs alone.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        store.set("error/spoken", "yes")
+        return True
+    with contextlib.suppress(dist.DistStoreError):
+        store.wait(["error/spoken"], datetime.timedelta(seconds=patience_seconds))
+        return False
+    return store.add("error/speakers", 1) == 1
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if it survives the way to another rank, else its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def gather_objects(value) -> list:
+    """What each rank holds, in the order of ranks, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def require_same_on_all_ranks(value: str, what: str) -> None:
+    """Raises on every rank where one rank holds another value (replicas must agree)."""
+    values = gather_objects(value)
+    if len(set(values)) > 1:
+        raise UserError(
+            f"{what} differs between ranks: {values}. All ranks must read the same files; "
+            "check that the paths lie on a file system that all nodes share.")
+
+
+def all_reduce(tensor: torch.Tensor, group) -> torch.Tensor:
+    """Sum over a process group, in place."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor

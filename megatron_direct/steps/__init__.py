@@ -1,0 +1,1 @@
+"""What commands share: pilot, sketches, curvature, solving and decay."""

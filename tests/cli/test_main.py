@@ -1,0 +1,90 @@
+"""The command as a user starts it: errors told once, on every rank an exit status, no hang."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from indexed_files import random_documents, write_dataset
+
+ROOT = Path(__file__).parents[2]
+RANKS = 2
+
+
+def _torchrun(*arguments: str, environment=None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+         str(RANKS), *arguments], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})
+
+
+def test_importing_the_package_is_light():
+    code = ("import sys, megatron_direct; from megatron_direct import stiff_budget; "
+            "assert not {'torch', 'megatron.core'} & set(sys.modules), 'heavy'; "
+            "from megatron_direct import SampleMask; assert 'torch' not in sys.modules; "
+            "assert 'MaskedGPTDataset' in dir(megatron_direct)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_is_there():
+    import megatron_direct
+
+    for name in megatron_direct.__all__:
+        assert getattr(megatron_direct, name).__module__.startswith("megatron_direct")
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = megatron_direct.nonsense
+
+
+@pytest.mark.parametrize("command", ["pretrain", "select", "anneal", "report"])
+def test_help_names_megatrons_flags(command):
+    done = subprocess.run([sys.executable, "-m", "megatron_direct", command, "--help"],
+                          capture_output=True, text=True, check=True)
+    if command != "report":
+        for flag in ("--tensor-model-parallel-size", "--pipeline-model-parallel-size"):
+            assert flag in done.stdout
+
+
+def test_an_error_is_told_once_and_every_rank_fails(tmp_path):
+    prefix = write_dataset(tmp_path / "a", random_documents(10, 20))
+    os.truncate(prefix + ".bin", 8)
+    done = _torchrun("-m", "megatron_direct", "pretrain", "--data-path", prefix, "--save",
+                     str(tmp_path / "theta"), "--vocab-size", "20")
+    assert done.returncode != 0
+    assert done.stderr.count("megatron-direct: error:") == 1
+    assert re.search(r"a\.bin is truncated: .*a\.idx promises", done.stderr)
+    assert "Traceback" not in done.stderr.split("error:")[0]
+    assert len(re.findall(r"exitcode *: 1 ", done.stderr)) >= 1
+    assert not (tmp_path / "theta").exists()
+
+
+def test_an_error_of_one_rank_alone_is_told_too(tmp_path):
+    """As when one rank alone reads a damaged sample, and the others wait for it."""
+    script = tmp_path / "one_rank.py"
+    script.write_text(
+        "from megatron_direct.cli import main as cli\n"
+        "from megatron_direct.config import ParallelConfig\n"
+        "from megatron_direct.errors import UserError\n"
+        "import sys, torch.distributed as dist\n"
+        "def work():\n"
+        "    if dist.get_rank() == 1:\n"
+        "        raise UserError('only rank 1 met this')\n"
+        "    dist.barrier()\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(cli.run(work, ParallelConfig()))\n")
+    done = _torchrun(str(script))
+    assert done.returncode != 0
+    assert done.stderr.count("megatron-direct: error: only rank 1 met") == 1
+
+
+def test_launch_script_runs_under_bash_and_names_what_is_missing():
+    environment = {k: v for k, v in os.environ.items()
+                   if k not in ("CHECKPOINT_PATH", "DATA_PATH", "RUN_DIR")}
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "anneal_gpt.sh")], capture_output=True, text=True,
+        timeout=240, env={**environment, "TORCHRUN": f"{sys.executable} -m torch.distributed.run"})
+    assert done.returncode != 0
+    assert done.stderr.count("error: --load is missing. Give it, or set CHECKPOINT_PATH.") == 1

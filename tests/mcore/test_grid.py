@@ -1,0 +1,78 @@
+"""The verbs over process groups."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from ranks import Layout, RankError, on_layout, run_on_ranks
+
+from megatron_direct.config import ModelConfig, ParallelConfig
+from megatron_direct.errors import UserError
+from megatron_direct.mcore import grid
+from megatron_direct.runtime import parallel
+
+MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=64,
+                    seq_length=8)
+
+
+def _sums(model, layout):
+    rank = torch.distributed.get_rank()
+    one = torch.tensor([float(rank)])
+    return (float(grid.sum_over_model(one.clone())), float(grid.sum_over_data(one.clone())),
+            grid.data_rank())
+
+
+def test_sums_run_over_the_right_ranks():
+    # Megatron numbers ranks tp fastest, then dp, then pp.
+    assert on_layout(Layout(tp=2, dp=2), _sums, MODEL) == [
+        (1.0, 2.0, 0), (1.0, 4.0, 0), (5.0, 2.0, 1), (5.0, 4.0, 1)]
+
+
+def _fail_on_rank_zero():
+    def work():
+        raise UserError("only rank 0 can see this")
+
+    with pytest.raises(UserError, match="only rank 0"):
+        parallel.on_rank_zero(work)
+    return parallel.on_rank_zero(lambda: 7)
+
+
+def _threads_after_each_of(count):
+    threads = []
+    for _ in range(count):
+        with grid.model_parallel(Layout(tp=2).config()):
+            grid.sum_over_model(torch.ones(1))
+        threads.append(len(os.listdir("/proc/self/task")))
+    return threads
+
+
+def test_process_groups_leave_no_threads():
+    for threads in run_on_ranks(2, _threads_after_each_of, 3):
+        assert threads[0] == threads[1] == threads[2]
+
+
+def test_what_rank_zero_raises_is_raised_everywhere():
+    assert run_on_ranks(2, _fail_on_rank_zero) == [7, 7]
+
+
+def _disagree():
+    parallel.require_same_on_all_ranks(str(torch.distributed.get_rank()), "mask digest")
+
+
+def test_ranks_that_disagree_are_found():
+    with pytest.raises(RankError, match="mask digest differs between ranks"):
+        run_on_ranks(2, _disagree)
+
+
+@pytest.mark.parametrize(("layout", "world_size", "match"), [
+    (ParallelConfig(tensor_model_parallel_size=3), 4, "multiple of 3 ranks, but 4"),
+    (ParallelConfig(tensor_model_parallel_size=4), 4, "does not divide the model.s --num-att"),
+    (ParallelConfig(pipeline_model_parallel_size=4), 4, "--num-layers 2 cannot be split"),
+    (ParallelConfig(sequence_parallel=True), 1, "--sequence-parallel"),
+    (ParallelConfig(num_layers_per_virtual_pipeline_stage=1), 1, "at least 2"),
+])
+def test_layouts_that_do_not_fit_are_refused(layout, world_size, match):
+    with pytest.raises(UserError, match=match):
+        layout.check(MODEL, world_size)

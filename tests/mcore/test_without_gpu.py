@@ -1,0 +1,22 @@
+"""Everything megatron_runtime() replaces is put back, also when the work inside fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_direct.mcore import without_gpu
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where there is a GPU")
+def test_what_is_replaced_is_put_back():
+    replaced = [(owner, name, getattr(owner, name)) for owner, name, _ in without_gpu._stand_ins()]
+    assert len(replaced) >= 8
+    with pytest.raises(RuntimeError, match="inside"), without_gpu.megatron_runtime():
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+        assert torch.cuda.current_device() == torch.device("cpu")
+        assert all(getattr(owner, name) is not original for owner, name, original in replaced)
+        raise RuntimeError("inside")
+    assert all(getattr(owner, name) is original for owner, name, original in replaced)
+    assert torch.zeros(2).type() == "torch.FloatTensor"

@@ -1,0 +1,186 @@
+"""``select --curvature``: every operator, in two layouts; resumed; carried into sketch space."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from indexed_files import random_documents, write_dataset
+from ranks import Layout, RankError, on_layout, run_on_ranks
+from weights import fill_by_hash
+
+from megatron_direct.commands.pretrain import PretrainConfig, pretrain
+from megatron_direct.commands.report import write_page
+from megatron_direct.commands.select import SelectConfig, select
+from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig
+from megatron_direct.curvature.fisher import FisherOperator
+from megatron_direct.curvature.sketched import SketchedFisherOperator
+from megatron_direct.curvature.vectors import ParameterSpace
+from megatron_direct.data.samples import Samples
+from megatron_direct.errors import UserError
+from megatron_direct.gradients import store
+from megatron_direct.gradients.per_sample import sketch_samples
+from megatron_direct.gradients.sketch import Sketch
+from megatron_direct.mcore import grid
+from megatron_direct.mcore import model as models
+from megatron_direct.runtime.run_directory import RunDirectory
+from megatron_direct.steps.curvature import CurvatureConfig
+from megatron_direct.steps.pilot import PilotConfig
+from megatron_direct.steps.solve import SelectionConfig
+
+VOCAB_SIZE = 60
+MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2,
+                    ffn_hidden_size=24, seq_length=12, vocab_size=VOCAB_SIZE,
+                    make_vocab_size_divisible_by=32)
+MANY = Layout(tp=2, pp=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("curvature")
+    for seed, (name, count) in enumerate((("pool", 40), ("valid", 12))):
+        write_dataset(folder / name, random_documents(count, VOCAB_SIZE, seed=seed, longest=16))
+    run_on_ranks(1, _pretrain, folder)
+    return folder
+
+
+def _pretrain(folder):
+    pretrain(PretrainConfig((str(folder / "pool"),), str(folder / "theta"), 6, 6), MODEL,
+             Layout().config(), OptimizerConfig(lr_warmup_iters=2),
+             BatchConfig(micro_batch_size=2, global_batch_size=4))
+
+
+def _select(folder, layout, name, kind, settings=()):
+    select(SelectConfig(load=str(folder / "theta"), data_path=(str(folder / "pool"),),
+                        valid_data_path=(str(folder / "valid"),), run_dir=str(folder / name),
+                        sketch_size=128, micro_batch_size=4),
+           {}, layout.config(),
+           CurvatureConfig(**{"curvature": kind, "num_eigenpairs": 4, "lanczos_tol": 1e-4,
+                              **dict(settings)}),
+           SelectionConfig(num_select=10, objective="descent"), PilotConfig(pilot_iters=0))
+
+
+def _spectrum(folder, name):
+    return json.loads((folder / name / "curvature" / "spectrum.json").read_text())
+
+
+@pytest.mark.parametrize("kind", [
+    pytest.param("hessian", marks=pytest.mark.slow), "gauss-newton", "sketched-fisher"])
+def test_operators_give_one_spectrum_in_two_layouts(folder, kind):
+    for layout, name in ((Layout(), f"{kind}-1"), (MANY, f"{kind}-4")):
+        run_on_ranks(layout.world_size, _select, folder, layout, name, kind)
+    one, many = _spectrum(folder, f"{kind}-1"), _spectrum(folder, f"{kind}-4")
+    assert one["converged"] and many["converged"]
+    np.testing.assert_allclose(one["eigenvalues"], many["eigenvalues"],
+                               atol=1e-4 * one["eigenvalues"][0])
+    if kind == "sketched-fisher":
+        assert "12 validation samples span at most 12 of 128" in one["notes"][1]
+        rows = store.load(folder / f"{kind}-1" / "sketches" / "valid").rows.astype(np.float64)
+        np.testing.assert_allclose(one["eigenvalues"],
+                                   np.linalg.eigvalsh(rows @ rows.T / 12)[:-5:-1], rtol=1e-6)
+    else:
+        assert not one["elbow"]["whole_operator"]  # said, since no density was asked for
+    if kind == "gauss-newton":
+        assert one["smallest_ritz"] > -1e-5 * one["eigenvalues"][0]
+
+
+def test_more_eigenpairs_than_there_are_is_told(folder):
+    run_on_ranks(1, _select, folder, Layout(), "many-pairs", "sketched-fisher",
+                 (("num_eigenpairs", 20),))
+    spectrum = _spectrum(folder, "many-pairs")
+    assert len(spectrum["eigenvalues"]) == 12
+    assert "rank is at most 12: no more than 12 of --num-eigenpairs 20" in spectrum["notes"][-1]
+
+
+def test_a_sketch_that_is_not_finite_names_the_sample():
+    rows = np.ones((3, 8), np.float32)
+    rows[1, 5] = np.inf
+    with pytest.raises(UserError, match="validation sample 40, or its gradient, is not finite"):
+        SketchedFisherOperator(rows, np.array([7, 40, 41]))
+
+
+def test_the_density_tells_the_energy_of_the_whole_operator(folder):
+    run_on_ranks(1, _select, folder, Layout(), "density", "hessian",
+                 (("density_samples", 2), ("density_steps", 6)))
+    spectrum = _spectrum(folder, "density")
+    density = spectrum["density"]
+    assert spectrum["elbow"]["whole_operator"]
+    assert sum(density["weights"]) == pytest.approx(1)
+    write_page(RunDirectory(folder / "density"), [["arm"]])
+    page = (folder / "density" / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 3 and "standard error" in page
+    assert density["positive_trace"]["value"] >= sum(v for v in spectrum["eigenvalues"] if v > 0)
+
+
+def _killed_select(folder, layout, name, kind, after):
+    """A run that ends in the middle of Lanczos, on all ranks, as a kill would end it."""
+    whole, count = FisherOperator.matvec, [0]
+
+    def matvec(self, vector):
+        count[0] += 1
+        if count[0] > after:
+            raise RuntimeError("killed")
+        return whole(self, vector)
+
+    FisherOperator.matvec = matvec
+    try:
+        _select(folder, layout, name, kind)
+    finally:
+        FisherOperator.matvec = whole
+
+
+@pytest.mark.parametrize(("layout", "after"), [
+    (Layout(), 3), pytest.param(MANY, 7, marks=pytest.mark.slow)], ids=str)
+def test_a_killed_lanczos_carries_on_and_ends_with_the_same_bytes(folder, layout, after):
+    unbroken, broken = f"unbroken-{layout}", f"broken-{layout}"
+    run_on_ranks(layout.world_size, _select, folder, layout, unbroken, "fisher")
+    with pytest.raises(RankError, match="killed"):
+        run_on_ranks(layout.world_size, _killed_select, folder, layout, broken, "fisher", after)
+    marker = json.loads((folder / broken / "curvature" / "lanczos" / "step.json").read_text())
+    assert marker["step"] == after
+    products = _spectrum(folder, unbroken)["num_matvecs"]
+    with pytest.raises(RankError, match="killed"):  # fewer than all: it did not begin anew
+        run_on_ranks(layout.world_size, _killed_select, folder, layout, broken, "fisher",
+                     products - after - 1)
+    run_on_ranks(layout.world_size, _select, folder, layout, broken, "fisher")
+    for name in ("spectrum.json", "directions.npz"):
+        assert (folder / broken / "curvature" / name).read_bytes() == \
+            (folder / unbroken / "curvature" / name).read_bytes()
+    assert not list((folder / broken / "curvature" / "lanczos").iterdir())
+
+
+def _projections(model, layout, prefix, sketch_size):
+    """<g_i, v> for random unit v: exact, and between sketches; and the norms |g_i|."""
+    chunks = models.build(model, layout)
+    shards = models.parameter_shards(chunks)
+    fill_by_hash(shards)
+    samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
+    space = ParameterSpace(shards)
+    operator = FisherOperator(chunks, space, samples, samples.usable, 4)
+    sketch = Sketch(shards, sketch_size, 0)
+    rows, norms, exact, sketched = {}, {}, [], []
+    for some, numbers, _ in sketch_samples(chunks, shards, sketch, samples, samples.usable, 4):
+        rows.update(zip(numbers.tolist(), some, strict=True))
+    for seed in range(8):
+        vector = space.random_signs(seed)
+        vector /= space.dot(vector, vector) ** 0.5
+        found = {}
+        for micro_batches in operator._passes:
+            products = operator._inner_products(micro_batches, vector)
+            for batch, values in zip(micro_batches, products, strict=True):
+                found.update(zip(batch.samples.tolist(), values.tolist(), strict=False))
+        of_vector = grid.sum_over_model(sketch.of_vector(space.split(vector), shards)).numpy()
+        exact.append([found[n] for n in sorted(found)])
+        sketched.append([float(rows[n] @ of_vector) for n in sorted(found)])
+    norms = [float(np.linalg.norm(rows[n])) for n in sorted(rows)]
+    return np.array(exact), np.array(sketched), np.array(norms)
+
+
+def test_projections_between_sketches_err_as_a_projection_must(folder):
+    """<S g, S v> errs by about |g| |v| / sqrt(k): this is what the stiff costs carry with them."""
+    size = 512
+    exact, sketched, norms = on_layout(Layout(), _projections, MODEL, str(folder / "pool"), size)[0]
+    errors = (sketched - exact) / norms * np.sqrt(size)
+    # A sketch with independent rows has 1 + cos^2 <= 2 as the variance of this; measured 0.98.
+    assert 0.8 < np.sqrt(np.mean(errors**2)) < 1.2

@@ -1,0 +1,241 @@
+"""The sketches of ``select``: resumed to the same bytes, and each option as it is defined."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from indexed_files import random_documents, write_dataset
+from ranks import Layout, RankError, run_on_ranks
+from weights import assemble, pieces
+
+from megatron_direct.commands.pretrain import PretrainConfig, pretrain
+from megatron_direct.commands.select import SelectConfig, select
+from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig
+from megatron_direct.curvature.preconditioner import adam_scales
+from megatron_direct.curvature.vectors import ParameterSpace
+from megatron_direct.data.mask import SampleMask
+from megatron_direct.data.samples import Samples
+from megatron_direct.gradients import store
+from megatron_direct.gradients.per_sample import sketch_samples
+from megatron_direct.gradients.sketch import Sketch
+from megatron_direct.mcore import checkpoint, grid, model, training
+from megatron_direct.steps import sketch as sketches_stage
+from megatron_direct.steps.curvature import OPERATORS, CurvatureConfig
+from megatron_direct.steps.pilot import PilotConfig
+from megatron_direct.steps.sketch import sketched_shards
+from megatron_direct.steps.solve import SelectionConfig
+
+VOCAB_SIZE, SIZE = 60, 128
+MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2,
+                    ffn_hidden_size=24, seq_length=12, vocab_size=VOCAB_SIZE,
+                    make_vocab_size_divisible_by=32)
+OPTIMIZER = OptimizerConfig(lr_warmup_iters=2)
+BATCH = BatchConfig(micro_batch_size=2, global_batch_size=4)
+MANY = Layout(tp=2, pp=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sketches")
+    for seed, (name, count) in enumerate((("pool", 41), ("valid", 12))):
+        write_dataset(folder / name, random_documents(count, VOCAB_SIZE, seed=seed, longest=16))
+    run_on_ranks(1, _pretrain, folder)
+    return folder
+
+
+def _pretrain(folder):
+    pretrain(PretrainConfig((str(folder / "pool"),), str(folder / "theta"), 6, 6), MODEL,
+             Layout().config(), OPTIMIZER, BATCH)
+
+
+def _select(folder, layout, name, settings, num_select=10):
+    select(SelectConfig(load=str(folder / "theta"), data_path=(str(folder / "pool"),),
+                        valid_data_path=(str(folder / "valid"),), run_dir=str(folder / name),
+                        sketch_size=SIZE, micro_batch_size=4, **settings),
+           {}, layout.config(),
+           CurvatureConfig(curvature="fisher", num_eigenpairs=4, lanczos_tol=1e-5),
+           SelectionConfig(num_select=num_select), PilotConfig(pilot_iters=0))
+
+
+@pytest.mark.parametrize("layout", [
+    Layout(dp=2), pytest.param(MANY, marks=pytest.mark.slow)], ids=str)
+def test_a_killed_run_carries_on_to_the_same_bytes(folder, layout):
+    """Each rank was killed at another place, with rows of an unfinished pass behind."""
+    name, pool = f"killed-{layout}", folder / f"killed-{layout}" / "sketches" / "pool"
+    run_on_ranks(layout.world_size, _select, folder, layout, name, {})
+    whole = {path.name: path.read_bytes() for path in pool.iterdir()}
+    for part in ("curvature", "masks"):
+        shutil.rmtree(folder / name / part)
+    record = json.loads((folder / name / "run.json").read_text())
+    record["stages"]["select"]["finished"] = False
+    (folder / name / "run.json").write_text(json.dumps(record))
+    (pool / "manifest.json").unlink()
+    for rank in range(layout.dp):
+        passes = pool / f"passes-{rank}.i64"
+        passes.write_bytes(passes.read_bytes()[: 8 * (1 + rank)])
+        rows = pool / f"rows-{rank}.f32"
+        rows.write_bytes(rows.read_bytes()[:-100])
+    run_on_ranks(layout.world_size, _select, folder, layout, name, {})
+    assert {path.name: path.read_bytes() for path in pool.iterdir()} == whole
+
+
+def _select_all_finite(folder, name, broken):
+    """A selection of all samples but those whose gradients are made infinite."""
+    whole = sketches_stage.sketch_samples
+
+    def with_broken(chunks, shards, sketch, samples, *rest, **keywords):
+        for rows, ids, losses in whole(chunks, shards, sketch, samples, *rest, **keywords):
+            if "pool" in samples.prefixes[0]:
+                rows[np.isin(ids, broken), 3] = np.inf
+            yield rows, ids, losses
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sketches_stage, "sketch_samples", with_broken)
+        _select(folder, Layout(), name, {}, num_select=41 - len(broken))
+
+
+def test_samples_without_finite_gradients_are_counted_and_never_selected(folder):
+    run_on_ranks(1, _select_all_finite, folder, "broken", [3, 17])
+    kept = SampleMask.load(folder / "broken" / "masks" / "pool.mask.npz").keep
+    assert np.flatnonzero(~kept).tolist() == [3, 17]
+    summary = json.loads((folder / "broken" / "selection.json").read_text())
+    assert summary["samples"]["not_finite"] == 2
+
+
+def _sketches(folder, layout, settings):
+    """(rows by sample, scales by parameter, names sketched) of one pass over the pool."""
+    chunks = model.build(MODEL, layout)
+    found = checkpoint.require(folder / "theta")
+    checkpoint.load_model(found, chunks)
+    shards = model.parameter_shards(chunks)
+    scales = adam_scales(found, chunks, shards)
+    sketch = Sketch(shards, SIZE, 1, scales if settings.get("precondition") else None)
+    samples = Samples([str(folder / "pool")], MODEL.seq_length, VOCAB_SIZE)
+    rows = {}
+    for sketches, numbers, _ in sketch_samples(
+            chunks, shards, sketch, samples, samples.usable, 4,
+            sample_loss=settings.get("sample_loss", "mean")):
+        rows.update(zip(numbers.tolist(), sketches, strict=True))
+    return rows, pieces(shards, [scales[s.name] for s in shards]), samples.num_labels
+
+
+def _in_layout(folder, layout, settings):
+    with grid.model_parallel(layout.config()):
+        return _sketches(folder, layout.config(), settings)
+
+
+def _adam_state(folder):
+    """Second moments as torch's own optimizer holds them, the checkpoint loaded for training."""
+    with grid.model_parallel(Layout().config()):
+        chunks = model.build(MODEL, Layout().config())
+        trainer = training.make_trainer(chunks, OPTIMIZER, BATCH)
+        checkpoint.load_training(checkpoint.require(folder / "theta"), chunks, trainer.optimizer,
+                                 trainer.scheduler)
+        shards = model.parameter_shards(chunks)
+        state = trainer.optimizer.optimizer.state
+        return pieces(shards, [state[s.parameter]["exp_avg_sq"] for s in shards])
+
+
+def test_adam_scales_are_the_moments_to_the_power_of_a_quarter_in_every_layout(folder):
+    moments = assemble(run_on_ranks(1, _adam_state, folder))
+    for layout in (Layout(), MANY):
+        ranks = run_on_ranks(layout.world_size, _in_layout, folder, layout, {})
+        scales = assemble([rank[1] for rank in ranks])
+        assert scales.keys() == moments.keys()
+        for name, v in moments.items():
+            seen = v > 0
+            np.testing.assert_allclose(scales[name][seen] ** -4, v[seen], rtol=1e-4)
+            assert not scales[name][~seen].any()
+
+
+def test_options_scale_gradients_as_they_say(folder):
+    """The sum of the losses is the mean times the labels; all layouts agree with each option."""
+    plain, _, num_labels = run_on_ranks(1, _in_layout, folder, Layout(), {})[0]
+    summed = run_on_ranks(1, _in_layout, folder, Layout(), {"sample_loss": "sum"})[0][0]
+    for number, row in plain.items():
+        np.testing.assert_allclose(summed[number], row * num_labels[number], rtol=1e-3,
+                                   atol=1e-5 * np.linalg.norm(summed[number]))
+    for settings in ({"precondition": True}, {"sample_loss": "sum"}):
+        one = run_on_ranks(1, _in_layout, folder, Layout(), settings)[0][0]
+        many = run_on_ranks(4, _in_layout, folder, MANY, settings)[0][0]
+        for number, row in one.items():
+            assert np.linalg.norm(many[number] - row) < 1e-4 * np.linalg.norm(row)
+
+
+SETTINGS = {"sketch_dtype": "bf16", "sample_loss": "sum", "precondition": "adam",
+            "sketch_parameters": ("!*word_embeddings*", "!*layernorm*")}
+
+
+def test_select_with_every_option_in_two_layouts(folder):
+    """Eigenvalues of D F D over some parameters, and a selection, the same in both."""
+    for layout, name in ((Layout(), "options-1"), (MANY, "options-4")):
+        run_on_ranks(layout.world_size, _select, folder, layout, name, SETTINGS)
+    spectra = [json.loads((folder / name / "curvature" / "spectrum.json").read_text())
+               for name in ("options-1", "options-4")]
+    np.testing.assert_allclose(*(s["eigenvalues"] for s in spectra), rtol=1e-3)
+    assert spectra[0]["dimension"] == spectra[1]["dimension"] < 64 * 16 + 2 * 3000
+    one, many = (store.load(folder / name / "sketches" / "pool")
+                 for name in ("options-1", "options-4"))
+    # bf16 has 8 bits: two roundings differ by at most 2^-8 of a coordinate.
+    errors = np.linalg.norm(one.rows - many.rows, axis=1) / np.linalg.norm(one.rows, axis=1)
+    assert errors.max() < 2**-8
+
+
+def _products_over_some_parameters(folder, layout):
+    """(H v restricted to some parameters, and the product of the operator over these alone)."""
+    with grid.model_parallel(layout.config()):
+        chunks = model.build(MODEL, layout.config())
+        checkpoint.load_model(checkpoint.require(folder / "theta"), chunks)
+        shards = model.parameter_shards(chunks)
+        some = sketched_shards(shards, ["*layernorm*", "*mlp*", "!*fc2*"])
+        names = {shard.name for shard in some}
+        samples = Samples([str(folder / "valid")], MODEL.seq_length, VOCAB_SIZE)
+        whole, part = ParameterSpace(shards), ParameterSpace(some)
+        found = {}
+        for kind, operator in OPERATORS.items():
+            vector = whole.join([v * (s.name in names) for s, v in zip(
+                shards, whole.split(whole.random_signs(1)), strict=True)])
+            product = operator(chunks, whole, samples, samples.usable, 4).matvec(vector)
+            expected = part.join([p for s, p in zip(shards, whole.split(product), strict=True)
+                                  if s.name in names])
+            alone = operator(chunks, part, samples, samples.usable, 4).matvec(part.random_signs(1))
+            found[kind] = float((alone - expected).norm() / expected.norm())
+        return found, [p.grad is None for chunk in chunks for p in chunk.parameters()]
+
+
+@pytest.mark.parametrize("layout", [Layout(), MANY], ids=str)
+def test_curvature_over_some_parameters_is_a_block_of_the_whole(folder, layout):
+    for found, cleared in run_on_ranks(layout.world_size, _products_over_some_parameters, folder,
+                                       layout):
+        assert max(found.values()) < 1e-5, found
+        assert all(cleared)
+
+
+def test_patterns_of_parameters_that_match_nothing_are_refused(folder):
+    with pytest.raises(RankError, match="no parameter matches '?.*experts.*They are called"):
+        run_on_ranks(1, _select, folder, Layout(), "refused",
+                     {"sketch_parameters": ("!*experts*",)})
+    with pytest.raises(RankError, match="leaves no parameter to sketch"):
+        run_on_ranks(1, _select, folder, Layout(), "empty", {"sketch_parameters": ("!*",)})
+
+
+def test_a_checkpoint_without_an_optimizer_cannot_precondition(folder):
+    run_on_ranks(1, _save_weights_alone, folder)
+    with pytest.raises(RankError, match="no second moments of Adam.*--precondition"):
+        run_on_ranks(1, _scales_of, folder)
+
+
+def _save_weights_alone(folder):
+    with grid.model_parallel(Layout().config()):
+        chunks = model.build(MODEL, Layout().config())
+        checkpoint.save(folder / "bare", 1, chunks, None, None, vars(MODEL))
+
+
+def _scales_of(folder):
+    with grid.model_parallel(Layout().config()), torch.no_grad():
+        chunks = model.build(MODEL, Layout().config())
+        adam_scales(checkpoint.require(folder / "bare"), chunks, model.parameter_shards(chunks))
