@@ -20,7 +20,7 @@ from measuring import fastest_in_turns, peak_bytes, random_documents
 
 from megatron_direct import config
 from megatron_direct.cli import main as cli
-from megatron_direct.config import ModelConfig, ParallelConfig
+from megatron_direct.config import Job, ModelConfig, ParallelConfig
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
 from megatron_direct.curvature.hessian import HessianOperator
@@ -28,6 +28,7 @@ from megatron_direct.curvature.lanczos import lanczos
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import Samples
 from megatron_direct.mcore import grid, model, passes
+from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.mcore.without_gpu import megatron_runtime
 from megatron_direct.runtime import parallel
 
@@ -59,8 +60,8 @@ def main() -> None:
 
 
 def _measure(layout: ParallelConfig, samples: Samples, arguments) -> None:
-    chunks = model.build(MODEL, layout)
-    space = ParameterSpace(model.parameter_shards(chunks))
+    chunks = model.build(Job(MODEL, layout))
+    space = ParameterSpace(parameter_shards(chunks))
     operators = {name: operator(chunks, space, samples, samples.usable, arguments.micro_batch_size)
                  for name, operator in OPERATORS.items()}
     all_passes = list(passes.of_samples(chunks, samples, samples.usable,

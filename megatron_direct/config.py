@@ -1,88 +1,86 @@
-"""What a user sets: frozen dataclasses of plain values, and the flags made from them.
-
-A field is a flag: ``num_layers`` is ``--num-layers``, named as Megatron-LM names it where
-Megatron-LM has it. Flags carry no defaults of their own (``argparse.SUPPRESS``), so that a value
-that was given can be told from one that was not; :func:`from_flags` fills in the dataclass's.
-"""
+"""What a model is and how it is trained: the groups of flags that several commands share."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from megatron_direct.errors import UserError
-
-
-def flag(default, help: str, *, choices=None, nargs=None, type=None, required=False):
-    """A dataclass field with what argparse has to know of it."""
-    metadata = {"help": help, "choices": choices, "nargs": nargs, "type": type,
-                "required": required}
-    return field(default=default, metadata=metadata)
+from megatron_direct.settings import (
+    Settings,
+    flag,
+    flag_name,
+    require_defaults,
+    require_divides,
+)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Architecture. The defaults are the embedded model: 1.1 M parameters, minutes on a CPU."""
 
-    num_layers: int = flag(4, "transformer layers")
-    hidden_size: int = flag(128, "width of the residual stream")
+    num_layers: int = flag(4, "transformer layers", at_least=1)
+    hidden_size: int = flag(128, "width of the residual stream", at_least=1)
     ffn_hidden_size: int | None = flag(
         None, "width of the MLP; left out: 8/3 of the hidden size with --swiglu, else 4 times",
-        type=int)
-    num_attention_heads: int = flag(4, "attention heads")
+        type=int, at_least=1)
+    num_attention_heads: int = flag(4, "attention heads", at_least=1)
     num_query_groups: int | None = flag(
-        None, "key and value heads of grouped-query attention; left out: one a head", type=int)
+        None, "key and value heads of grouped-query attention; left out: one a head",
+        type=int, at_least=1)
     kv_channels: int | None = flag(
-        None, "width of a head; left out: the hidden size over the heads", type=int)
+        None, "width of a head; left out: the hidden size over the heads", type=int, at_least=1)
     qk_layernorm: bool = flag(
         False, "norms of queries and keys, head by head; of the latents in latent attention")
-    seq_length: int = flag(256, "tokens of a training sequence; longer samples are cut")
+    seq_length: int = flag(256, "tokens of a training sequence; longer samples are cut", at_least=1)
     max_position_embeddings: int | None = flag(
-        None, "positions the model can tell apart; left out: --seq-length", type=int)
+        None, "positions the model can tell apart; left out: --seq-length", type=int, at_least=1)
     normalization: str = flag("RMSNorm", "kind of norm", choices=("RMSNorm", "LayerNorm"))
-    norm_epsilon: float = flag(1e-5, "added to the mean square in norms")
+    norm_epsilon: float = flag(1e-5, "added to the mean square in norms", above=0)
     swiglu: bool = flag(True, "gated SiLU in the MLP; --no-swiglu: GELU")
     add_bias_linear: bool = flag(False, "biases in linear layers")
     add_qkv_bias: bool = flag(False, "biases of queries, keys and values alone")
     position_embedding_type: str = flag(
         "rope", "position embedding", choices=("rope", "learned_absolute", "none"))
-    rotary_base: int = flag(10000, "base of the rotary embedding")
-    rotary_percent: float = flag(1.0, "share of each head that is rotated")
+    rotary_base: int = flag(10000, "base of the rotary embedding", at_least=1)
+    rotary_percent: float = flag(1.0, "share of each head that is rotated", above=0, at_most=1)
     use_rope_scaling: bool = flag(False, "slower rotation at long wavelengths, as Llama 3.1 has it")
-    rope_scaling_factor: float = flag(8.0, "how much slower")
+    rope_scaling_factor: float = flag(8.0, "how much slower", above=0)
     untie_embeddings_and_output_weights: bool = flag(
         False, "an output layer with weights of its own")
     vocab_size: int | None = flag(
-        None, "entries of the tokenizer; left out: as the datasets say (PREFIX.json)", type=int)
+        None, "entries of the tokenizer; left out: as the datasets say (PREFIX.json)",
+        type=int, at_least=1)
     make_vocab_size_divisible_by: int = flag(
-        128, "the vocabulary is padded to a multiple of this, whatever the layout")
-    init_method_std: float = flag(0.02, "standard deviation of initial weights")
+        128, "the vocabulary is padded to a multiple of this, whatever the layout", at_least=1)
+    init_method_std: float = flag(0.02, "standard deviation of initial weights", above=0)
     # Defaults from here on are Megatron-LM's, so that the arguments of a dense model's checkpoint,
     # which name them all, are those of a dense model here.
     multi_latent_attention: bool = flag(False, "queries, keys and values out of low-rank latents")
     q_lora_rank: int | None = flag(
-        None, "width of the queries' latent; left out: queries without one", type=int)
-    kv_lora_rank: int = flag(32, "width of the keys' and values' latent")
-    qk_head_dim: int = flag(128, "width of a head's query and key that carries no position")
-    qk_pos_emb_head_dim: int = flag(64, "width of a head's query and key that is rotated")
-    v_head_dim: int = flag(128, "width of a head's value")
+        None, "width of the queries' latent; left out: queries without one", type=int, at_least=1)
+    kv_lora_rank: int = flag(32, "width of the keys' and values' latent", at_least=1)
+    qk_head_dim: int = flag(
+        128, "width of a head's query and key that carries no position", at_least=1)
+    qk_pos_emb_head_dim: int = flag(
+        64, "width of a head's query and key that is rotated", at_least=1)
+    v_head_dim: int = flag(128, "width of a head's value", at_least=1)
     rope_type: str | None = flag(
         None, "rotary embedding of latent attention; left out: yarn", choices=("rope", "yarn"))
-    rotary_scaling_factor: float = flag(1.0, "how far yarn stretches the positions")
+    rotary_scaling_factor: float = flag(1.0, "how far yarn stretches the positions", above=0)
     mscale: float = flag(1.0, "yarn's scale of the rotated part")
     mscale_all_dim: float = flag(0.0, "yarn's scale of the attention scores")
     num_experts: int | None = flag(
-        None, "experts of a mixture-of-experts layer; left out: none", type=int)
+        None, "experts of a mixture-of-experts layer; left out: none", type=int, at_least=1)
     moe_layer_freq: str = flag(
         "1", "which layers have experts: N for every N-th, or a pattern such as [0]*3+[1]*58")
     moe_ffn_hidden_size: int | None = flag(
-        None, "width of an expert; left out: --ffn-hidden-size", type=int)
+        None, "width of an expert; left out: --ffn-hidden-size", type=int, at_least=1)
     moe_shared_expert_intermediate_size: int | None = flag(
-        None, "width of all shared experts together; left out: none", type=int)
+        None, "width of all shared experts together; left out: none", type=int, at_least=1)
     moe_shared_expert_gate: bool = flag(False, "a gate on the shared experts' output")
-    moe_router_topk: int = flag(2, "experts that a token goes to")
+    moe_router_topk: int = flag(2, "experts that a token goes to", at_least=1)
     moe_router_score_function: str = flag(
         "softmax", "scores out of the router's logits", choices=("softmax", "sigmoid"))
     moe_router_pre_softmax: bool = flag(False, "softmax over all experts, not over the chosen ones")
@@ -91,37 +89,33 @@ class ModelConfig:
     moe_router_topk_scaling_factor: float | None = flag(
         None, "factor on the weights of the chosen experts; left out: 1", type=float)
     moe_router_num_groups: int | None = flag(
-        None, "groups of experts that a token's experts are chosen from", type=int)
+        None, "groups of experts that a token's experts are chosen from", type=int, at_least=1)
     moe_router_group_topk: int | None = flag(
-        None, "groups that are left to a token; left out: all", type=int)
+        None, "groups that are left to a token; left out: all", type=int, at_least=1)
 
-    def __post_init__(self):
-        _require_positive(self, "num_layers", "hidden_size", "num_attention_heads", "seq_length",
-                          "make_vocab_size_divisible_by")
+    def check(self) -> None:
         if self.kv_channels is None and not self.multi_latent_attention:
-            _require_divides(self, "num_attention_heads", "hidden_size")
+            require_divides(self, "num_attention_heads", "hidden_size")
         if self.num_query_groups is not None:
-            _require_divides(self, "num_query_groups", "num_attention_heads")
+            require_divides(self, "num_query_groups", "num_attention_heads")
         self._check_latent_attention()
         self._check_experts()
 
     def _check_latent_attention(self) -> None:
         if not self.multi_latent_attention:
-            _require_defaults(self, "multi_latent_attention", (
+            require_defaults(self, "multi_latent_attention", (
                 "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim",
                 "rotary_scaling_factor", "mscale", "mscale_all_dim"))
             return
-        _require_positive(self, "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
         if self.num_query_groups not in (None, self.num_attention_heads):
             raise UserError("--multi-latent-attention has a key and a value for each head. "
                             f"Leave out --num-query-groups {self.num_query_groups}.")
 
     def _check_experts(self) -> None:
         if self.num_experts is None:
-            _require_defaults(self, "num_experts", tuple(
+            require_defaults(self, "num_experts", tuple(
                 name for name in self.__dataclass_fields__ if name.startswith("moe_")))
             return
-        _require_positive(self, "num_experts", "moe_router_topk")
         expert_layers(self)
         if self.add_bias_linear:
             raise UserError("--add-bias-linear gives experts biases, which are not supported. "
@@ -139,8 +133,8 @@ class ModelConfig:
         if self.moe_router_group_topk is not None:
             if self.moe_router_num_groups is None:
                 raise UserError("--moe-router-group-topk needs --moe-router-num-groups.")
-            _require_divides(self, "moe_router_num_groups", "num_experts")
-            _require_divides(self, "moe_router_group_topk", "moe_router_topk")
+            require_divides(self, "moe_router_num_groups", "num_experts")
+            require_divides(self, "moe_router_group_topk", "moe_router_topk")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -149,33 +143,31 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Settings):
     """How the model is spread over ranks; what is left of the ranks is data parallel."""
 
-    tensor_model_parallel_size: int = flag(1, "ranks that share each layer")
-    pipeline_model_parallel_size: int = flag(1, "pipeline stages")
+    tensor_model_parallel_size: int = flag(1, "ranks that share each layer", at_least=1)
+    pipeline_model_parallel_size: int = flag(1, "pipeline stages", at_least=1)
     num_layers_per_virtual_pipeline_stage: int | None = flag(
-        None, "layers of a model chunk in the interleaved pipeline schedule", type=int)
+        None, "layers of a model chunk in the interleaved pipeline schedule", type=int, at_least=1)
     sequence_parallel: bool = flag(
         False, "spread norms and residuals over the tensor-parallel ranks by sequence")
-    distributed_timeout_minutes: int = flag(10, "how long a collective may wait for a lost rank")
+    distributed_timeout_minutes: int = flag(
+        10, "how long a collective may wait for a lost rank", at_least=1)
     expert_model_parallel_size: int = flag(
-        1, "data-parallel ranks that share one set of experts")
+        1, "data-parallel ranks that share one set of experts", at_least=1)
     moe_token_dispatcher_type: str = flag(
         "allgather", "how tokens come to experts on other ranks: all to all ranks, or each where "
         "it is needed (alltoall: less memory, needs a GPU)", choices=("allgather", "alltoall"))
-    context_parallel_size: int = flag(1, "ranks that share each sequence; only 1 is supported")
+    context_parallel_size: int = flag(
+        1, "ranks that share each sequence; only 1 is supported", at_least=1)
 
     def data_parallel_size(self, world_size: int) -> int:
         return world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
 
-    def check(self, model: ModelConfig, world_size: int) -> None:
-        """Raises UserError where the layout divides neither the ranks nor the model."""
+    def require_fits(self, model: ModelConfig, world_size: int) -> None:
+        """Raises UserError where the layout does not divide the ranks, or the model."""
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        if tp < 1 or pp < 1:
-            raise UserError(
-                f"--tensor-model-parallel-size {tp} and --pipeline-model-parallel-size {pp} "
-                "must be at least 1.")
         if world_size % (tp * pp):
             raise UserError(
                 f"--tensor-model-parallel-size {tp} times --pipeline-model-parallel-size {pp} "
@@ -216,7 +208,7 @@ class ParallelConfig:
     def _check_experts(self, model: ModelConfig, world_size: int) -> None:
         size = self.expert_model_parallel_size
         copies = self.data_parallel_size(world_size)
-        if size < 1 or copies % size:
+        if copies % size:
             raise UserError(
                 f"--expert-model-parallel-size {size} does not divide the {copies} data-parallel "
                 "ranks, among which experts are shared out.")
@@ -231,35 +223,37 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """Adam and its schedule, with Megatron's names; learning rates decay in the annealing only."""
 
-    lr: float = flag(2e-3, "learning rate of the stable phase")
-    min_lr: float = flag(0.0, "learning rate at the end of the annealing")
-    lr_warmup_iters: int = flag(20, "iterations of linear warm-up at the start of pre-training")
+    lr: float = flag(2e-3, "learning rate of the stable phase", above=0, at_most=1e6)
+    min_lr: float = flag(0.0, "learning rate at the end of the annealing", at_least=0, at_most=1e6)
+    lr_warmup_iters: int = flag(
+        20, "iterations of linear warm-up at the start of pre-training", at_least=0)
     lr_wsd_decay_style: str = flag(
         "linear", "form of the decay",
         choices=("linear", "cosine", "exponential", "minus_sqrt"))
-    weight_decay: float = flag(0.1, "decoupled weight decay")
-    adam_beta1: float = flag(0.9, "decay of Adam's first moment")
-    adam_beta2: float = flag(0.95, "decay of Adam's second moment")
-    adam_eps: float = flag(1e-8, "Adam's epsilon")
-    clip_grad: float = flag(1.0, "largest norm of a gradient; 0: no clipping")
+    weight_decay: float = flag(0.1, "decoupled weight decay", at_least=0)
+    adam_beta1: float = flag(0.9, "decay of Adam's first moment", at_least=0, below=1)
+    adam_beta2: float = flag(0.95, "decay of Adam's second moment", at_least=0, below=1)
+    adam_eps: float = flag(1e-8, "Adam's epsilon", above=0)
+    clip_grad: float = flag(1.0, "largest norm of a gradient; 0: no clipping", at_least=0)
     use_distributed_optimizer: bool = flag(
         False, "spread the optimizer's state over the data-parallel ranks")
 
 
 @dataclass(frozen=True)
-class BatchConfig:
+class BatchConfig(Settings):
     """Batches, in sequences."""
 
-    micro_batch_size: int = flag(8, "sequences a rank computes at once")
-    global_batch_size: int = flag(16, "sequences of one optimizer step, over all ranks")
-    seed: int = flag(1234, "seed of initial weights and of the order of the data")
+    micro_batch_size: int = flag(8, "sequences a rank computes at once", at_least=1)
+    global_batch_size: int = flag(16, "sequences of one optimizer step, over all ranks", at_least=1)
+    seed: int = flag(
+        1234, "seed of initial weights and of the order of the data", at_least=0, at_most=2**32 - 1)
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         at_once = self.micro_batch_size * data_parallel_size
-        if self.micro_batch_size < 1 or self.global_batch_size % at_once:
+        if self.global_batch_size % at_once:
             raise UserError(
                 f"--global-batch-size {self.global_batch_size} is not a multiple of "
                 f"--micro-batch-size {self.micro_batch_size} times {data_parallel_size} "
@@ -295,7 +289,7 @@ def expert_layers(model: ModelConfig) -> list[bool]:
     return pattern
 
 
-def _divided_by_tensor_ranks(model: ModelConfig):
+def _divided_by_tensor_ranks(model: ModelConfig) -> Iterator[tuple[str, int]]:
     """(name, value) of every size of the model that tensor parallelism divides."""
     yield "--num-attention-heads", model.num_attention_heads
     yield "padded vocabulary", model.padded_vocab_size
@@ -311,70 +305,43 @@ def _divided_by_tensor_ranks(model: ModelConfig):
            model.moe_shared_expert_intermediate_size or 0)
 
 
-def add_flags(parser: argparse.ArgumentParser, *configs: type) -> None:
-    """One argument group for each dataclass, titled by the first line of its docstring.
+@dataclass(frozen=True)
+class Precision(Settings):
+    """Number formats.
 
-    A flag that two dataclasses share (--seed) is one flag, and fills both.
+    Sketch sums, losses and vectors over the parameters are in fp32 whatever these are.
     """
-    known: set[str] = set()
-    for config in configs:
-        group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
-        for f in fields(config):
-            if f.name not in known:
-                _add_flag(group, f)
-                known.add(f.name)
+
+    parameters: str = flag("fp32", "weights and activations", choices=("fp32", "fp64", "bf16"))
 
 
-def from_flags(config: type, arguments: argparse.Namespace):
-    """The dataclass with the values that were given on the command line."""
-    given = vars(arguments)
-    return config(**{f.name: given[f.name] for f in fields(config) if f.name in given})
+@dataclass(frozen=True)
+class Job:
+    """A model and how it runs: what it is, on which ranks, how it is trained, in what numbers."""
+
+    model: ModelConfig
+    layout: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    precision: Precision = field(default_factory=Precision)
+
+    @property
+    def num_model_chunks(self) -> int:
+        """On each rank; 1 without the interleaved schedule."""
+        return self.layout.num_model_chunks(self.model)
+
+    def require_runs_on(self, world_size: int, *, trains: bool) -> None:
+        """Raises UserError where so many ranks cannot hold the model, or, if it ``trains``, cannot
+        divide its batches."""
+        self.layout.require_fits(self.model, world_size)
+        if trains:
+            self.batch.num_microbatches(self.layout.data_parallel_size(world_size))
 
 
-def given_flags(config: type, arguments: argparse.Namespace) -> dict:
-    """Only the values that were given on the command line."""
-    return {f.name: getattr(arguments, f.name) for f in fields(config)
-            if hasattr(arguments, f.name)}
+@dataclass(frozen=True)
+class Given:
+    """Flags that were given, where the rest comes from a checkpoint: by group, name and value."""
 
-
-def flag_name(field_name: str) -> str:
-    return "--" + field_name.replace("_", "-")
-
-
-def _add_flag(group, f: dataclasses.Field) -> None:
-    meta = f.metadata
-    common = {"dest": f.name, "default": argparse.SUPPRESS}
-    if isinstance(f.default, bool):
-        action = argparse.BooleanOptionalAction
-        group.add_argument(flag_name(f.name), action=action, help=meta["help"], **common)
-        return
-    help_text = meta["help"]
-    if f.default not in (None, dataclasses.MISSING, (), ""):
-        help_text += f" (default {f.default})".replace("%", "%%")
-    kind = meta["type"] or (type(f.default) if f.default is not None else str)
-    group.add_argument(flag_name(f.name), type=str if kind is tuple else kind,
-                       choices=meta["choices"], nargs=meta["nargs"], required=meta["required"],
-                       help=help_text, **common)
-
-
-def _require_positive(config, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"{flag_name(name)} is {getattr(config, name)}; it must be at least 1.")
-
-
-def _require_defaults(config, switch: str, names: tuple[str, ...]) -> None:
-    """For what has no meaning without the switch."""
-    for name in names:
-        default = config.__dataclass_fields__[name].default
-        # As text too: Megatron-LM's checkpoints carry --moe-layer-freq as a number.
-        if getattr(config, name) != default and str(getattr(config, name)) != str(default):
-            raise UserError(f"{flag_name(name)} {getattr(config, name)} has no meaning without "
-                            f"{flag_name(switch)}.")
-
-
-def _require_divides(config, divisor: str, name: str) -> None:
-    small, large = getattr(config, divisor), getattr(config, name)
-    if small < 1 or large % small:
-        raise UserError(
-            f"{flag_name(divisor)} {small} does not divide {flag_name(name)} {large}.")
+    model: Mapping[str, object] = field(default_factory=dict)
+    optimizer: Mapping[str, object] = field(default_factory=dict)
+    batch: Mapping[str, object] = field(default_factory=dict)

@@ -54,10 +54,10 @@ def _parse(extra_args_provider: Callable, defaults: dict) -> None:
 def _continue_from(flags) -> None:
     """Iteration and consumed samples as a training with these flags would begin with them."""
     flags.iteration = 0
-    found = checkpoint.latest(flags.load) if flags.load and not flags.finetune else None
-    if found is not None:
-        flags.iteration = checkpoint.read_iteration(found)
-        flags.consumed_train_samples = checkpoint.read_args(found)["consumed_train_samples"]
+    if flags.load and not flags.finetune and checkpoint.latest(flags.load) is not None:
+        found = checkpoint.read_checkpoint(flags.load)
+        flags.iteration = found.iteration
+        flags.consumed_train_samples = found.arguments["consumed_train_samples"]
 
 
 def main() -> None:

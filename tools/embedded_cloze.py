@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_direct.data import indexed
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import files
+from megatron_direct.runtime import digests, files
 
 NUM_CHOICES = 4
 # Many docstrings are short, and longer contexts would leave too few of them.
@@ -63,7 +63,7 @@ def questions(texts: Sequence[str], seed: int) -> list[dict]:
     made = []
     for context, continuation in parts:
         def draw(text: str, context=context) -> str:
-            return files.digest(str(seed), context, text)
+            return digests.digest(str(seed), context, text)
 
         others = sorted((c for c in continuations if c != continuation), key=draw)
         choices = sorted([continuation, *others[: NUM_CHOICES - 1]], key=lambda c: draw(c + "\n"))

@@ -27,7 +27,7 @@ from measuring import fastest_in_turns, peak_bytes, random_documents, seconds
 from quality import print_quality
 
 from megatron_direct.cli import main as cli
-from megatron_direct.config import ModelConfig, ParallelConfig
+from megatron_direct.config import Job, ModelConfig, ParallelConfig
 from megatron_direct.data.samples import Samples
 from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.gradients.kernels import outer_products
@@ -35,6 +35,7 @@ from megatron_direct.gradients.per_sample import sketch_samples
 from megatron_direct.gradients.pieces import OuterProducts
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import grid, model, passes
+from megatron_direct.mcore.shards import num_parameters, parameter_shards
 from megatron_direct.mcore.without_gpu import megatron_runtime
 from megatron_direct.runtime import parallel
 
@@ -83,7 +84,7 @@ def print_cost(folder: str, rounds: int) -> None:
         if not change and size == SIZE:
             ours = taken["sketch"] / MICRO_BATCH
             hashing = ours - taken["passes"] / MICRO_BATCH
-            count = model.num_parameters(chunks)
+            count = num_parameters(chunks)
     print(f"the limit where matrix products are all that takes time: {LIMIT:.2f}")
     gaussian = _dense_gaussian_seconds(SIZE, count)
     print(f"a dense Gaussian drawn anew for a sample, gradient not counted: {gaussian:.0f} s, "
@@ -95,10 +96,10 @@ def _model(architecture: ModelConfig, folder: str, count: int):
     """(chunks, shards, samples of full length) of one rank."""
     prefix = parallel.on_rank_zero(lambda: random_documents(
         folder, count, architecture.seq_length + 1, architecture.vocab_size))
-    chunks = model.build(architecture, ParallelConfig())
+    chunks = model.build(Job(architecture, ParallelConfig()))
     for parameter in chunks[0].parameters():  # as in training: there is a place for gradients
         parameter.grad = torch.zeros_like(parameter)
-    return chunks, model.parameter_shards(chunks), Samples([prefix], architecture.seq_length)
+    return chunks, parameter_shards(chunks), Samples([prefix], architecture.seq_length)
 
 
 def _train(chunks, samples: Samples) -> None:

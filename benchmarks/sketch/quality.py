@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_direct.config import ModelConfig, ParallelConfig
+from megatron_direct.config import Job, ModelConfig, ParallelConfig
 from megatron_direct.data.samples import Samples
 from megatron_direct.gradients.per_sample import sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import model, passes
+from megatron_direct.mcore.shards import num_parameters, parameter_shards
 
 # 6.3 M parameters.
 MODEL = ModelConfig(num_layers=8, hidden_size=256, num_attention_heads=4, vocab_size=256,
@@ -31,9 +32,9 @@ def print_quality() -> None:
     with tempfile.TemporaryDirectory() as folder:
         samples = Samples([_bytes_of_python(folder, SAMPLES + STEPS * MICRO_BATCH)],
                           MODEL.seq_length)
-        chunks = model.build(MODEL, ParallelConfig())
+        chunks = model.build(Job(MODEL, ParallelConfig()))
         _train(chunks, samples, samples.usable[SAMPLES:])
-        shards = model.parameter_shards(chunks)
+        shards = parameter_shards(chunks)
         numbers = samples.usable[:SAMPLES]
         gradients = torch.stack(
             [_gradient(chunks, samples, numbers[[i]]) for i in range(SAMPLES)])
@@ -41,7 +42,7 @@ def print_quality() -> None:
         cosines = (gradients @ gradients.T).double().numpy() / np.outer(norms, norms)
         del gradients
         upper = np.triu_indices(SAMPLES, 1)
-        print(f"{model.num_parameters(chunks) / 1e6:.1f} M parameters, {SAMPLES} gradients, "
+        print(f"{num_parameters(chunks) / 1e6:.1f} M parameters, {SAMPLES} gradients, "
               f"{SEEDS} "
               f"seeds; cosines from {cosines[upper].min():.2f} to {cosines[upper].max():.2f}")
         for size in (512, 2048):

@@ -6,17 +6,23 @@ import argparse
 import dataclasses
 import os
 import sys
+from dataclasses import dataclass, field
 
-from megatron_direct.config import (
-    BatchConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    add_flags,
-    from_flags,
-    given_flags,
-)
+from megatron_direct.cli import flags
+from megatron_direct.cli import main as cli
+from megatron_direct.commands.anneal import RANDOM, AnnealConfig, AnnealRequest, anneal
+from megatron_direct.commands.report import ReportConfig, ReportRequest, report
+from megatron_direct.commands.select import SelectRequest, select
 from megatron_direct.errors import UserError
+from megatron_direct.settings import flag_name, flag_type
+
+
+@dataclass(frozen=True)
+class LaunchRequest(SelectRequest):
+    """Everything that select and anneal are asked."""
+
+    anneal: AnnealConfig = field(kw_only=True)
+
 
 # flag -> environment variable that is read where the flag is left out
 _ENVIRONMENT = {
@@ -30,28 +36,20 @@ _ENVIRONMENT = {
     "num_select": "NUM_SELECT",
     "lr_wsd_decay_iters": "LR_WSD_DECAY_ITERS",
 }
+_ARMS = "ARMS"  # those to anneal, parted by spaces
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from megatron_direct.cli import main as cli
-
     cli.quiet_imports()
-    flags = _parser().parse_args(arguments)
-    sys.exit(cli.run(lambda: _run(flags), from_flags(ParallelConfig, flags)))
+    found = make_parser().parse_args(arguments)
+    sys.exit(cli.run(lambda: _run(found), getattr(found, "distributed_timeout_minutes", None)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    from megatron_direct.commands.anneal import AnnealConfig
-    from megatron_direct.commands.select import SelectConfig
-    from megatron_direct.steps.curvature import CurvatureConfig
-    from megatron_direct.steps.pilot import PilotConfig
-    from megatron_direct.steps.solve import SelectionConfig
-
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="anneal_gpt.sh", allow_abbrev=False,
         description="select, anneal on the selection and on a random one, report")
-    add_flags(parser, SelectConfig, PilotConfig, CurvatureConfig, SelectionConfig, AnnealConfig,
-              ModelConfig, ParallelConfig, OptimizerConfig, BatchConfig)
+    flags.add_flags(parser, LaunchRequest)
     for action in parser._actions:  # what is required may come from the environment
         if action.dest in _ENVIRONMENT:
             action.required = False
@@ -59,40 +57,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(flags: argparse.Namespace) -> None:
-    from megatron_direct.commands.anneal import AnnealConfig, anneal
-    from megatron_direct.commands.report import ReportConfig, report
-    from megatron_direct.commands.select import SelectConfig, select
-    from megatron_direct.runtime import parallel
-    from megatron_direct.steps.curvature import CurvatureConfig
-    from megatron_direct.steps.pilot import PilotConfig
-    from megatron_direct.steps.solve import SelectionConfig
-
-    _read_environment(flags, (SelectConfig, SelectionConfig, AnnealConfig, ParallelConfig))
-    layout = from_flags(ParallelConfig, flags)
-    given = {kind: given_flags(kind, flags) for kind in (OptimizerConfig, BatchConfig)}
-    select(from_flags(SelectConfig, flags), given_flags(ModelConfig, flags), layout,
-           from_flags(CurvatureConfig, flags), from_flags(SelectionConfig, flags),
-           from_flags(PilotConfig, flags), given)
-    for arm in os.environ.get("ARMS", "direct random").split():
-        anneal(dataclasses.replace(from_flags(AnnealConfig, flags), selection=arm), given, layout)
-    parallel.on_rank_zero(lambda: report(ReportConfig(flags.run_dir)))
+def _run(found: argparse.Namespace) -> None:
+    _read_environment(found)
+    request = flags.request_from(LaunchRequest, found)
+    arms = os.environ.get(_ARMS, f"{request.name.selection_name} {RANDOM}").split()
+    _require_arms(arms, request.name.selection_name)
+    select(SelectRequest(**{f.name: getattr(request, f.name)
+                            for f in dataclasses.fields(SelectRequest)}))
+    for arm in arms:
+        anneal(AnnealRequest(
+            dataclasses.replace(request.anneal, selection=arm,
+                                size_of=request.name.selection_name),
+            request.layout, request.given))
+    report(ReportRequest(ReportConfig(request.onset.run_dir)))
 
 
-def _read_environment(flags: argparse.Namespace, configs: tuple[type, ...]) -> None:
+def _require_arms(arms: list[str], selection_name: str) -> None:
+    wrong = [arm for arm in arms if arm not in (selection_name, RANDOM)]
+    if wrong or not arms:
+        raise UserError(f"{_ARMS} is {' '.join(arms)!r}: expected {selection_name}, {RANDOM} or "
+                        "both.")
+
+
+def _read_environment(found: argparse.Namespace) -> None:
     """Fills in the flags that were left out. Raises UserError for one that is nowhere."""
-    fields = {f.name: f for config in configs for f in dataclasses.fields(config)}
+    known = {f.name: f for group in flags.groups(LaunchRequest) for f in dataclasses.fields(group)}
     for name, variable in _ENVIRONMENT.items():
         text = os.environ.get(variable)
-        if hasattr(flags, name) or not text:
+        if hasattr(found, name) or not text:
             continue
-        meta = fields[name].metadata
+        f = known[name]
         try:
-            setattr(flags, name, text.split() if meta["nargs"] else
-                    (meta["type"] or type(fields[name].default))(text))
+            setattr(found, name, text.split() if f.metadata["nargs"] else flag_type(f)(text))
         except ValueError as error:
-            raise UserError(f"{variable}={text} is no value for it: {error}.") from error
-    for name, field in fields.items():
-        if field.metadata["required"] and not hasattr(flags, name):
-            raise UserError(f"--{name.replace('_', '-')} is missing. Give it, or set "
+            raise UserError(f"{variable} is {text!r}: it is not a value of {flag_name(name)} "
+                            f"({error}).") from error
+    for name, f in known.items():
+        if f.metadata["required"] and not hasattr(found, name):
+            raise UserError(f"{flag_name(name)} is missing. Give it, or set "
                             f"{_ENVIRONMENT[name]}. `make data theta` prepares the embedded ones.")

@@ -8,23 +8,30 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from megatron_direct import __version__
-from megatron_direct.config import (
-    BatchConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    add_flags,
-    from_flags,
-    given_flags,
-)
+import megatron_direct
+from megatron_direct.cli import flags
+from megatron_direct.cli.registry import COMMANDS
+from megatron_direct.errors import UserError
+
+# Entries of their own, with flags of their own: name -> (help, module with a main()).
+_ENTRIES = {
+    "preprocess": ("text into Megatron indexed datasets", "megatron_direct.cli.preprocess"),
+    "anneal-gpt": ("select, anneal and report: the Python half of launch/anneal_gpt.sh",
+                   "megatron_direct.cli.anneal_gpt"),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one sub-command and exits: 0 if it ended well, 1 on every rank if it did not."""
     quiet_imports()
-    flags = make_parser().parse_args(arguments)
-    sys.exit(run(lambda: _dispatch(flags), from_flags(ParallelConfig, flags)))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in _ENTRIES:
+        import importlib
+
+        importlib.import_module(_ENTRIES[arguments[0]][1]).main(arguments[1:])
+        return
+    found = make_parser(arguments[:1]).parse_args(arguments)
+    sys.exit(run(lambda: call(found), getattr(found, "distributed_timeout_minutes", None)))
 
 
 def quiet_imports() -> None:
@@ -33,108 +40,36 @@ def quiet_imports() -> None:
     warnings.filterwarnings("ignore", message="Please use DTensor instead")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    from megatron_direct.commands.anneal import AnnealConfig
-    from megatron_direct.commands.compare import CompareConfig
-    from megatron_direct.commands.evaluate import EvaluateConfig
-    from megatron_direct.commands.inspect import InspectConfig
-    from megatron_direct.commands.pretrain import PretrainConfig
-    from megatron_direct.commands.report import ReportConfig
-    from megatron_direct.commands.select import SelectConfig
-    from megatron_direct.steps.curvature import CurvatureConfig
-    from megatron_direct.steps.pilot import PilotConfig
-    from megatron_direct.steps.solve import SelectionConfig
-
-    parser = argparse.ArgumentParser(prog="megatron-direct", description=sys.modules[
-        "megatron_direct"].__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=__version__)
+def make_parser(wanted: list[str] | None = None) -> argparse.ArgumentParser:
+    """wanted: the commands whose flags are needed; left out: all (they import torch)."""
+    parser = argparse.ArgumentParser(prog="megatron-direct", description=megatron_direct.__doc__,
+                                     allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=megatron_direct.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, help_text, groups in (
-        ("pretrain", "the stable phase of a WSD schedule, up to the onset of annealing",
-         (PretrainConfig, ModelConfig, ParallelConfig, OptimizerConfig, BatchConfig)),
-        ("select", "pilot, sketches, curvature and the selection problem, in one launch",
-         (SelectConfig, PilotConfig, CurvatureConfig, SelectionConfig, ModelConfig, ParallelConfig,
-          OptimizerConfig, BatchConfig)),
-        ("anneal", "the decay phase over the selected samples, or over random ones",
-         (AnnealConfig, ParallelConfig, OptimizerConfig, BatchConfig)),
-        ("evaluate", "multiple-choice questions, answered by likelihood",
-         (EvaluateConfig, ModelConfig, ParallelConfig)),
-        ("compare", "arms of selection, annealed from one checkpoint and compared over seeds",
-         (CompareConfig, SelectConfig, PilotConfig, CurvatureConfig, SelectionConfig, ModelConfig,
-          ParallelConfig, OptimizerConfig, BatchConfig)),
-        ("report", "the table of a run, and its report.html", (ReportConfig,)),
-        ("inspect", "what masks hold; masks combined, or made datasets", (InspectConfig,)),
-    ):
-        command = commands.add_parser(name, help=help_text, allow_abbrev=False)
-        add_flags(command, *groups)
+    for name, command in COMMANDS.items():
+        of_command = commands.add_parser(name, help=command.help, allow_abbrev=False)
+        if wanted is None or name in wanted:
+            flags.add_flags(of_command, command.load()[0])
+    for name, (help_text, _) in _ENTRIES.items():
+        commands.add_parser(name, help=help_text, add_help=False)
     return parser
 
 
-def _dispatch(flags: argparse.Namespace) -> None:
-    layout = from_flags(ParallelConfig, flags)
-    if flags.command == "pretrain":
-        from megatron_direct.commands.pretrain import PretrainConfig, pretrain
-
-        pretrain(from_flags(PretrainConfig, flags), from_flags(ModelConfig, flags), layout,
-                 from_flags(OptimizerConfig, flags), from_flags(BatchConfig, flags))
-    elif flags.command == "select":
-        from megatron_direct.commands.select import SelectConfig, select
-        from megatron_direct.steps.curvature import CurvatureConfig
-        from megatron_direct.steps.pilot import PilotConfig
-        from megatron_direct.steps.solve import SelectionConfig
-
-        select(from_flags(SelectConfig, flags), given_flags(ModelConfig, flags), layout,
-               from_flags(CurvatureConfig, flags), from_flags(SelectionConfig, flags),
-               from_flags(PilotConfig, flags), _given_training(flags))
-    elif flags.command == "anneal":
-        from megatron_direct.commands.anneal import AnnealConfig, anneal
-
-        anneal(from_flags(AnnealConfig, flags), _given_training(flags), layout)
-    elif flags.command == "evaluate":
-        from megatron_direct.commands.evaluate import EvaluateConfig, evaluate
-
-        evaluate(from_flags(EvaluateConfig, flags), given_flags(ModelConfig, flags), layout)
-    elif flags.command == "compare":
-        from megatron_direct.commands.compare import CompareConfig, compare
-        from megatron_direct.commands.select import SelectConfig
-        from megatron_direct.steps.curvature import CurvatureConfig
-        from megatron_direct.steps.pilot import PilotConfig
-        from megatron_direct.steps.solve import SelectionConfig
-
-        compare(from_flags(CompareConfig, flags), from_flags(SelectConfig, flags),
-                from_flags(CurvatureConfig, flags), from_flags(SelectionConfig, flags),
-                from_flags(PilotConfig, flags), given_flags(ModelConfig, flags), layout,
-                _given_training(flags))
-    elif flags.command == "report":
-        from megatron_direct.commands.report import ReportConfig, report
-        from megatron_direct.runtime import parallel
-
-        config = from_flags(ReportConfig, flags)
-        parallel.on_rank_zero(lambda: report(config))
-    elif flags.command == "inspect":
-        from megatron_direct.commands.inspect import InspectConfig, inspect
-        from megatron_direct.runtime import parallel
-
-        masks = from_flags(InspectConfig, flags)
-        parallel.on_rank_zero(lambda: inspect(masks))
+def call(found: argparse.Namespace) -> None:
+    """The command of parsed flags; all ranks call this."""
+    request, function = COMMANDS[found.command].load()
+    function(flags.request_from(request, found))
 
 
-def _given_training(flags: argparse.Namespace) -> dict[type, dict]:
-    """The flags of optimizer and batches that were given; the rest is the checkpoint's."""
-    return {kind: given_flags(kind, flags) for kind in (OptimizerConfig, BatchConfig)}
+def run(work: Callable[[], None], timeout_minutes: int | None = None) -> int:
+    """``work()`` on all ranks, in Megatron's runtime and a process group; returns the exit status.
 
-
-def run(work: Callable[[], None], layout: ParallelConfig) -> int:
-    """``work()`` on all ranks, inside host() and a process group; returns the exit status.
-
-    An error is told once: by rank 0 if it met it, else by the first rank that did.
+    An error is reported once: by rank 0 if it met it, else by the first rank that did.
     """
-    from megatron_direct.errors import UserError
     from megatron_direct.mcore.without_gpu import megatron_runtime
     from megatron_direct.runtime import parallel
 
-    with megatron_runtime(), parallel.process_group(
-            layout.distributed_timeout_minutes):
+    with megatron_runtime(), parallel.process_group(max(1, timeout_minutes or 10)):
         try:
             work()
         except UserError as error:

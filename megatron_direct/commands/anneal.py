@@ -1,51 +1,61 @@
 """``megatron-direct anneal``: the decay phase over the masked blend, and what it came to.
 
-An *arm* is one annealing: ``direct`` over the run's selection, ``random`` over as many samples
-drawn at random. Arms start from one checkpoint, optimizer included, and see the same number of
-tokens in batches of the same order of work under the same schedule; only the masks differ.
+An *arm* is one annealing: over a selection of the run, by its name, or over as many samples drawn
+at ``random``. Arms start from one checkpoint, optimizer included, and see the same number of tokens
+in batches of the same order of work under the same schedule; only the masks differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from megatron_direct.config import (
     BatchConfig,
+    Given,
+    Job,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    flag,
-    flag_name,
 )
-from megatron_direct.data import checks, indexed
-from megatron_direct.data.blend_plan import BLEND_WEIGHTS, MAX_EPOCHS, Blend
+from megatron_direct.data import blend_files, checks
+from megatron_direct.data.blend_plan import BLEND_WEIGHTS, MAX_EPOCHS, Blend, BlendRules
+from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
-from megatron_direct.evaluation.losses import dataset_losses
-from megatron_direct.gradients import store
-from megatron_direct.mcore import blend, checkpoint, grid, model, training
-from megatron_direct.runtime import files, parallel
+from megatron_direct.mcore import blend, grid, model
+from megatron_direct.mcore.checkpoint import Checkpoint, open_checkpoint
+from megatron_direct.runtime import parallel
+from megatron_direct.runtime.manifest import Artefact, Key, State
 from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.selection.baselines import random_selection
-from megatron_direct.steps import solve as selection_stage
+from megatron_direct.settings import Settings, flag, flag_name
+from megatron_direct.steps import selected
+from megatron_direct.steps.annealed import ArmResult, write_composition
+from megatron_direct.steps.decay import Decay, Segment, decay, set_losses
+from megatron_direct.steps.onset import dataset_digests
+from megatron_direct.steps.selected import SelectionOrigin, SelectionSummary
 
-ARMS = ("direct", "random")
+RANDOM = "random"
 
 
 @dataclass(frozen=True)
-class AnnealConfig:
+class AnnealConfig(Settings):
     """Annealing."""
 
     run_dir: str = flag("", "folder of a finished select", required=True)
-    selection: str = flag("direct", "the arm: the run's selection, or a random one of its size",
-                          choices=ARMS)
+    selection: str = flag("direct", "the arm: the name of a selection, or random: as many samples "
+                          "as --size-of has, drawn at random")
+    size_of: str = flag("direct", "--selection random: the selection that it has the size of")
     lr_wsd_decay_iters: int = flag(
-        100, "iterations of the annealing, over which the learning rate decays")
+        100, "iterations of the annealing, over which the learning rate decays", at_least=1)
     data_path: tuple = flag(
-        (), "the blend: prefixes, or weights and prefixes by turns; what is no pool of the run is "
-        "seen whole; left out: the pools, each weighted by the tokens that its mask leaves",
+        (), "the blend: prefixes, or weights and prefixes by turns; what is not a pool of the run "
+        "is seen whole; left out: the pools, each weighted by the tokens that its mask leaves",
         nargs="+")
     data_args_path: str = flag("", "file with what --data-path would say")
     per_split_data_args_path: str = flag(
@@ -56,117 +66,165 @@ class AnnealConfig:
         choices=BLEND_WEIGHTS)
     max_epochs: float = flag(
         MAX_EPOCHS, "refuse to see a pool more often; up to four epochs of repeated data do about "
-        "as much good as fresh data (Muennighoff et al. 2023)")
+        "as much good as fresh data (Muennighoff et al. 2023)", above=0)
     test_data_path: tuple = flag((), "indexed datasets whose loss is reported", nargs="+")
-    save_interval: int = flag(50, "iterations between checkpoints")
+    save_interval: int = flag(50, "iterations between checkpoints", at_least=1)
     load_optim: bool = flag(True, "carry on with the checkpoint's optimizer state; "
                                   "--no-load-optim: begin with an empty one")
 
+    @property
+    def arm(self) -> str:
+        """The name of its folder."""
+        if self.selection != RANDOM or self.size_of == "direct":
+            return self.selection
+        return f"{RANDOM}-{self.size_of}"
 
-def arm_folder(run_dir: str | Path, arm: str) -> Path:
-    return Path(run_dir) / "anneal" / arm
+
+@dataclass(frozen=True)
+class AnnealRequest:
+    anneal: AnnealConfig
+    layout: ParallelConfig = field(default_factory=ParallelConfig)
+    given: Given = field(default_factory=Given, metadata={"groups": ("optimizer", "batch")})
 
 
-def anneal(config: AnnealConfig, given: dict[type, dict], layout: ParallelConfig) -> None:
-    """Anneals one arm, or carries on where a killed run left its last checkpoint.
+@dataclass(frozen=True)
+class ArmKey(Key):
+    """What an arm's weights and losses depend on. segments: (first iteration, digests of the masks)
+    of each; prefix_digests: of the blend, in its order."""
 
-    given: the optimizer and batch flags that were given, by dataclass; the rest is as the
-    checkpoint was trained.
-    """
+    checkpoint_digest: str
+    segments: tuple[tuple[int, tuple[str, ...]], ...]
+    prefix_digests: tuple[str, ...]
+    blend_weights: str
+    max_epochs: float
+    lr_wsd_decay_iters: int
+    load_optim: bool
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    global_batch_size: int
+    seed: int
+    valid_digests: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
+    test_digests: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """An annealing, all checked: what it is, and on what."""
+
+    config: AnnealConfig
+    origin: SelectionOrigin
+    checkpoint: Checkpoint
+    job: Job
+    blend: Blend
+    test: list[str]
+    digests: dict[str, str]
+
+    @property
+    def folder(self) -> Path:
+        return selected.arm_folder(Path(self.config.run_dir), self.config.arm)
+
+    @functools.cached_property
+    def pool(self) -> Samples:
+        return Samples(self.origin.data_path, self.job.model.seq_length, self.job.model.vocab_size)
+
+    @property
+    def rules(self) -> BlendRules:
+        return BlendRules(self.config.blend_weights, self.config.max_epochs)
+
+    def key(self, masks: Mapping[str, SampleMask]) -> ArmKey:
+        def of(prefixes) -> tuple[str, ...]:
+            return tuple(self.digests[prefix] for prefix in prefixes)
+
+        config, weights = self.config, self.blend.weights
+        return ArmKey(
+            self.checkpoint.digest, ((0, tuple(mask.digest for mask in masks.values())),),
+            of(self.blend.prefixes), config.blend_weights, config.max_epochs,
+            config.lr_wsd_decay_iters, config.load_optim, self.job.model, self.job.optimizer,
+            self.job.batch.global_batch_size, self.job.batch.seed,
+            of(self.origin.valid_data_path), None if weights is None else tuple(weights),
+            of(self.test))
+
+
+def anneal(request: AnnealRequest) -> None:
+    """Anneals one arm, or carries on where a killed run left its last checkpoint; all ranks call
+    this."""
+    config = request.anneal
     run = RunDirectory(config.run_dir)
-    selected = parallel.on_rank_zero(lambda: run.stage("select"))["identity"]
-    start_from = checkpoint.require(selected["load"])
-    carried = checkpoint.read_args(start_from)
-    architecture = ModelConfig(**checkpoint.architecture(selected))
-    optimizer = OptimizerConfig(**carried_over(OptimizerConfig, carried, given))
-    batch = BatchConfig(**carried_over(BatchConfig, carried, given))
-    _require_same_optimizer(config, optimizer, carried)
-    layout.check(architecture, parallel.world_size())
-    batch.num_microbatches(layout.data_parallel_size(parallel.world_size()))
-    pools = selected["data_path"]
-    (prefixes, weights), test_data_path = _blend(config, selected)
-    _require_unchanged(selected, start_from, pools)
-    checks.require_one_vocabulary(prefixes, architecture.vocab_size,
-                                    carried.get("tokenizer_digest"))
-
-    identity = {**vars(architecture), **vars(optimizer), **vars(batch), **vars(config),
-                "run_dir": None, "save_interval": None,
-                "checkpoint_digest": selected["checkpoint_digest"],
-                "dataset_digests": parallel.on_rank_zero(
-                    lambda: {prefix: indexed.dataset_digest(prefix) for prefix in prefixes})}
-    stage = f"anneal {config.selection}"
-    folder = arm_folder(config.run_dir, config.selection)
-    if parallel.on_rank_zero(lambda: run.begin(stage, identity, vars(layout))):
-        parallel.say(f"{folder} is already annealed.")
+    name = config.size_of if config.selection == RANDOM else config.selection
+    parallel.on_rank_zero(run.require)
+    origin, summary = parallel.on_rank_zero(lambda: selected.find_selection(run.path, name))
+    arm = _check(request, origin)
+    parallel.on_rank_zero(lambda: run.enter("anneal", request))
+    masks = _drawn_masks(arm, summary) if config.selection == RANDOM else selected.load_masks(
+        selected.selection_folder(run.path, name), origin.data_path, summary.mask_digests)
+    key, artefact = arm.key(masks), Artefact(arm.folder, "an annealed arm")
+    state = parallel.on_rank_zero(lambda: artefact.state(key))
+    if state is State.FINISHED:
+        parallel.say(f"{arm.folder} is already annealed.")
         return
-    with grid.model_parallel(layout, layout.num_model_chunks(architecture)):
-        masks = _masks(config, pools, architecture, batch, run.path, folder)
-        num_sequences = config.lr_wsd_decay_iters * batch.global_batch_size
-        dataset, parts = blend.build_blend(
-            prefixes, weights, masks, seq_length=architecture.seq_length,
-            num_sequences=num_sequences, seed=batch.seed, cache=folder / "cache",
-            blend_weights=config.blend_weights, max_epochs=config.max_epochs,
-            vocabulary=blend.Vocabulary(architecture.vocab_size,
-                                        str(carried.get("tokenizer_digest"))))
+    if state is State.NEW:
+        parallel.on_rank_zero(lambda: _begin(arm, masks, artefact, key))
+    result = _run(arm, masks)
+    parallel.on_rank_zero(lambda: result.write(arm.folder))
+    parallel.on_rank_zero(lambda: artefact.finish(key))
+
+
+def _check(request: AnnealRequest, origin: SelectionOrigin) -> _Arm:
+    """Raises UserError if anything has changed since the selection was made, and for flags that do
+    not fit one another, before any work."""
+    config, given = request.anneal, request.given
+    checkpoint = open_checkpoint(origin.load)
+    job = Job(ModelConfig(**origin.model), request.layout,
+              checkpoint.settings(OptimizerConfig, given.optimizer),
+              checkpoint.settings(BatchConfig, given.batch))
+    _require_same_optimizer(config, job.optimizer, checkpoint)
+    job.require_runs_on(parallel.world_size(), trains=True)
+    asked, test = _blend(config, origin)
+    checks.require_disjoint(pool=list(origin.data_path), validation=list(origin.valid_data_path),
+                            test=test)
+    if checkpoint.digest != origin.checkpoint_digest:
+        raise UserError(f"{checkpoint.path} is not the checkpoint that the selection was made at. "
+                        "Run select again in a new --run-dir.")
+    digests = dataset_digests(list(dict.fromkeys(
+        [*origin.data_path, *origin.valid_data_path, *asked.prefixes, *test])))
+    for prefix, digest in origin.digests.items():
+        if digests[prefix] != digest:
+            raise UserError(f"{prefix} has changed since the selection was made. "
+                            "Run select again in a new --run-dir.")
+    checks.require_one_vocabulary([*asked.prefixes, *test], job.model.vocab_size,
+                                  checkpoint.tokenizer_digest)
+    return _Arm(config, origin, checkpoint, job, asked, test, digests)
+
+
+def _run(arm: _Arm, masks: Mapping[str, SampleMask]) -> ArmResult:
+    config, job = arm.config, arm.job
+    num_sequences = config.lr_wsd_decay_iters * job.batch.global_batch_size
+    found: dict[str, dict] = {}
+    with grid.model_parallel(job.layout, job.num_model_chunks):
+        dataset, parts = blend.build_blend(arm.blend, masks, blend.BlendRequest(
+            job.model.seq_length, num_sequences, job.batch.seed, arm.folder / "cache",
+            blend.Vocabulary(job.model.vocab_size, str(arm.checkpoint.tokenizer_digest))),
+            arm.rules)
         for part in parts:
-            parallel.say(f"{config.selection}: {part}")
-        chunks = model.build(architecture, layout)
-        found: dict[str, dict] = {}
+            parallel.say(f"{config.arm}: {part}")
+        chunks = model.build(job)
 
         def measure(when: str) -> None:
-            found[when] = losses(selected["valid_data_path"], test_data_path, chunks, architecture,
-                                 batch)
+            found[when] = set_losses(chunks, job.model, job.batch,
+                                     valid=arm.origin.valid_data_path, test=arm.test)
 
-        decay(chunks, dataset, start_from, optimizer, batch, config.lr_wsd_decay_iters, folder,
-              description=f"anneal {config.selection}", load_optim=config.load_optim,
-              save_interval=config.save_interval, before=lambda: measure("before"))
+        decay(Decay(job, arm.checkpoint, [Segment(0, dataset)], config.lr_wsd_decay_iters,
+                    arm.folder, f"anneal {config.arm}", config.load_optim, config.save_interval),
+              chunks, when_loaded=lambda: measure("before"))
         measure("after")
-    parallel.on_rank_zero(lambda: files.write_json(folder / "result.json", {
-        "arm": config.selection, **found,
-        "tokens": num_sequences * architecture.seq_length,
-        "blend": [vars(part) for part in parts]}))
-    parallel.on_rank_zero(lambda: run.finish(stage))
+    return ArmResult(config.arm, found["before"], found["after"],
+                     num_sequences * job.model.seq_length, parts)
 
 
-def decay(chunks, dataset, start_from: Path, optimizer: OptimizerConfig, batch: BatchConfig,
-          iterations: int, folder: Path, *, description: str, load_optim: bool = True,
-          save_interval: int | None = None, before: Callable[[], None] = lambda: None) -> None:
-    """Trains ``chunks`` over the dataset while the learning rate decays; all ranks call this.
-
-    chunks: bare and without weights of any worth: those of the checkpoint ``start_from`` are
-    loaded, with its optimizer unless ``load_optim`` is False. folder: for ``metrics.jsonl`` and,
-    every ``save_interval`` iterations and at the end, checkpoints, from the newest of which a run
-    that was killed carries on; None: no checkpoints. before: called when the weights are loaded.
-    """
-    trainer = training.make_trainer(chunks, optimizer, batch)
-    if load_optim:
-        checkpoint.load_training(start_from, chunks, trainer.optimizer, trainer.scheduler)
-    else:
-        checkpoint.load_model(start_from, chunks)
-    onset = trainer.scheduler.num_steps
-    before()
-    resumed = checkpoint.latest(folder / "checkpoints") if save_interval else None
-    done = 0 if resumed is None else checkpoint.load_training(
-        resumed, chunks, trainer.optimizer, trainer.scheduler)
-    training.anneal_over(trainer, optimizer, onset, done, iterations, batch)
-    log = training.MetricsLog(folder / "metrics.jsonl", done)
-    args = {**checkpoint.read_args(start_from), **vars(optimizer), **vars(batch)}
-
-    def after_step(step: training.Step) -> None:
-        log.write(step)
-        if save_interval and (step.iteration % save_interval == 0 or step.iteration == iterations):
-            checkpoint.save(folder / "checkpoints", step.iteration, chunks, trainer.optimizer,
-                            trainer.scheduler, args)
-
-    training.train(trainer, dataset, batch, range(done + 1, iterations + 1),
-                   first_sequence=done * batch.global_batch_size, description=description,
-                   after_step=after_step)
-    log.close()
-
-
-def _blend(config: AnnealConfig, selected: dict) -> tuple[Blend, list[str]]:
+def _blend(config: AnnealConfig, origin: SelectionOrigin) -> tuple[Blend, list[str]]:
     """(the blend, the datasets whose loss is reported), from the one flag that gives them."""
-    pools, test = selected["data_path"], list(config.test_data_path)
+    pools, test = list(origin.data_path), list(config.test_data_path)
     data_path = list(config.data_path) if list(config.data_path) != pools else []
     given = [flag_name(name) for name, value in (
         ("data_path", data_path), ("data_args_path", config.data_args_path),
@@ -174,72 +232,45 @@ def _blend(config: AnnealConfig, selected: dict) -> tuple[Blend, list[str]]:
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} both say what the blend is. Leave out either.")
     if config.data_args_path:
-        return blend.read_data_args(config.data_args_path), test
+        return blend_files.read_data_args(config.data_args_path), test
     if not config.per_split_data_args_path:
-        return blend.parse_data_path(data_path or pools), test
-    splits = blend.read_per_split_data_args(config.per_split_data_args_path)
-    if splits["train"] is None:
+        return blend_files.parse_data_path(data_path or pools), test
+    splits = blend_files.read_per_split_data_args(config.per_split_data_args_path)
+    train, valid, reported = splits["train"], splits["valid"], splits["test"]
+    if train is None:
         raise UserError(f"{config.per_split_data_args_path} gives no train blend. Add one.")
-    if splits["valid"] and sorted(splits["valid"][0]) != sorted(selected["valid_data_path"]):
+    if valid and sorted(valid.prefixes) != sorted(origin.valid_data_path):
         raise UserError(f"{config.per_split_data_args_path} validates on "
-                        f"{', '.join(splits['valid'][0])}, but the selection was made for "
-                        f"{', '.join(selected['valid_data_path'])}. Set valid to null.")
-    return splits["train"], test or (splits["test"][0] if splits["test"] else [])
+                        f"{', '.join(valid.prefixes)}, but the selection was made for "
+                        f"{', '.join(origin.valid_data_path)}. Set valid to null.")
+    return train, test or (list(reported.prefixes) if reported else [])
 
 
-def losses(valid: list[str], test: list[str], chunks, architecture: ModelConfig,
-           batch: BatchConfig) -> dict[str, dict[str, float]]:
-    """Of every validation and test set, by name; all ranks call this."""
-    return {name: dataset_losses(chunks, prefixes, architecture.seq_length,
-                                          architecture.vocab_size, batch.micro_batch_size)
-            for name, prefixes in (("valid", valid), ("test", test))}
+def _drawn_masks(arm: _Arm, summary: SelectionSummary) -> dict[str, SampleMask]:
+    """Of as many samples as the selection has, drawn at random."""
+    def draw() -> dict[str, SampleMask]:
+        samples = arm.pool
+        chosen = random_selection(np.setdiff1d(samples.usable, summary.not_finite),
+                                  summary.num_select, arm.job.batch.seed)
+        return selected.masks_of(samples, [arm.digests[p] for p in samples.prefixes], chosen)
+
+    return parallel.on_rank_zero(draw)
 
 
-def _masks(config: AnnealConfig, prefixes, architecture: ModelConfig, batch: BatchConfig,
-           run_path: Path, folder: Path):
-    """The arm's masks; a random arm's are drawn and written first."""
-    if config.selection == "direct":
-        return selection_stage.load_masks(run_path, prefixes)
-
-    def draw():
-        samples = Samples(prefixes, architecture.seq_length, architecture.vocab_size)
-        pool = store.load(run_path / "sketches" / "pool")
-        count = files.read_json(run_path / "selection.json")["num_select"]
-        chosen = random_selection(pool.samples[pool.finite], count, batch.seed)
-        names = indexed.prefix_names(prefixes)
-        for prefix, mask in selection_stage.masks_of(samples, chosen).items():
-            mask.with_run(str(folder)).save(selection_stage.mask_path(folder, names[prefix]))
-        files.write_json(folder / "composition.json",
-                         selection_stage.composition(samples, chosen))
-
-    parallel.on_rank_zero(draw)
-    return selection_stage.load_masks(folder, prefixes)
+def _begin(arm: _Arm, masks: Mapping[str, SampleMask], artefact: Artefact, key: ArmKey) -> None:
+    """Writes what a random arm drew: no other place has it (rank 0)."""
+    if arm.config.selection == RANDOM:
+        selected.write_masks(arm.folder, masks)
+        chosen = np.flatnonzero(np.concatenate([mask.keep for mask in masks.values()]))
+        write_composition(arm.folder, selected.composition(arm.pool, chosen))
+    artefact.begin(key)
 
 
-def carried_over(kind: type, carried: dict, given: dict[type, dict]) -> dict:
-    """A dataclass's values: as given, else as the checkpoint was trained, else the default."""
-    names = kind.__dataclass_fields__
-    return {**{n: carried[n] for n in names if n in carried}, **given.get(kind, {})}
-
-
-def _require_same_optimizer(config: AnnealConfig, optimizer: OptimizerConfig, carried: dict,
-                            ) -> None:
+def _require_same_optimizer(config: AnnealConfig, optimizer: OptimizerConfig,
+                            checkpoint: Checkpoint) -> None:
     name = "use_distributed_optimizer"
-    if config.load_optim and carried.get(name, getattr(optimizer, name)) != getattr(optimizer,
-                                                                                   name):
+    carried = checkpoint.arguments.get(name)
+    if config.load_optim and carried is not None and carried != getattr(optimizer, name):
         raise UserError(
-            f"the checkpoint's optimizer was saved with {flag_name(name)} {carried[name]}: its "
-            "state is laid out in another way. Leave the flag as it was, or add --no-load-optim.")
-
-
-def _require_unchanged(selected: dict, start_from: Path, prefixes) -> None:
-    """Raises UserError if the checkpoint or a pool is not what the selection was made on."""
-    if parallel.on_rank_zero(lambda: checkpoint.digest(start_from)) != \
-            selected["checkpoint_digest"]:
-        raise UserError(f"{start_from} is not the checkpoint that the selection was made at. "
-                        "Run select again in a new --run-dir.")
-    for prefix in prefixes:
-        digest = parallel.on_rank_zero(lambda prefix=prefix: indexed.dataset_digest(prefix))
-        if digest != selected["dataset_digests"][prefix]:
-            raise UserError(f"{prefix} has changed since the selection was made. "
-                            "Run select again in a new --run-dir.")
+            f"the checkpoint's optimizer was saved with {flag_name(name)} {carried}: its state is "
+            "laid out in another way. Leave the flag as it was, or add --no-load-optim.")

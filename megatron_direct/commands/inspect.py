@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import functools
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from megatron_direct.config import flag
+from megatron_direct.config import ParallelConfig
 from megatron_direct.data import indexed
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.materialize import materialize
 from megatron_direct.errors import UserError
+from megatron_direct.runtime import parallel
+from megatron_direct.settings import Settings, flag
 
 _OPERATIONS = {"and": operator.and_, "or": operator.or_, "minus": operator.sub}
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(Settings):
     """Masks."""
 
     mask: tuple = flag((), "mask files", nargs="+", required=True)
@@ -35,8 +37,18 @@ class InspectConfig:
         "mask, or --operation, and its dataset in --data-path")
 
 
-def inspect(config: InspectConfig) -> None:
+@dataclass(frozen=True)
+class InspectRequest:
+    masks: InspectConfig
+    layout: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def inspect(request: InspectRequest) -> None:
     """Prints a line of statistics for each mask; writes what the flags ask for."""
+    parallel.on_rank_zero(lambda: _inspect(request.masks))
+
+
+def _inspect(config: InspectConfig) -> None:
     masks = [(path, SampleMask.load(path)) for path in config.mask]
     if config.output and config.operation is None:
         raise UserError("--output is for the mask that --operation makes. Add --operation.")

@@ -7,71 +7,104 @@ checkpoint of its own instead.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_direct.config import (
-    BatchConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    flag,
-)
-from megatron_direct.data import checks
-from megatron_direct.mcore import blend, checkpoint, grid, model, training
+from megatron_direct.config import BatchConfig, Job, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_direct.data import blend_files, checks
+from megatron_direct.data.blend_plan import Blend
+from megatron_direct.mcore import blend, checkpoint, grid, model, shards, training
 from megatron_direct.runtime import parallel
+from megatron_direct.runtime.manifest import Artefact, Key, State
 from megatron_direct.runtime.run_directory import RunDirectory
+from megatron_direct.settings import Settings, flag
+from megatron_direct.steps.onset import dataset_digests
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Settings):
     """Pre-training."""
 
     data_path: tuple = flag((), "indexed datasets: prefixes, or weights and prefixes by turns",
                             nargs="+", required=True)
     save: str = flag("", "folder for checkpoints and metrics", required=True)
-    train_iters: int = flag(300, "iterations of the stable phase, warm-up included")
-    save_interval: int = flag(100, "iterations between checkpoints")
+    train_iters: int = flag(300, "iterations of the stable phase, warm-up included", at_least=1)
+    save_interval: int = flag(100, "iterations between checkpoints", at_least=1)
 
 
-def pretrain(config: PretrainConfig, architecture: ModelConfig, layout: ParallelConfig,
-             optimizer: OptimizerConfig, batch: BatchConfig) -> None:
+@dataclass(frozen=True)
+class PretrainRequest:
+    pretrain: PretrainConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+
+
+@dataclass(frozen=True)
+class CheckpointKey(Key):
+    """What the weights at the end of the stable phase depend on."""
+
+    prefix_digests: tuple[str, ...]
+    weights: tuple[float, ...] | None
+    train_iters: int
+    tokenizer_digest: str | None
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    global_batch_size: int
+    seed: int
+
+
+def pretrain(request: PretrainRequest) -> None:
     """Trains, or carries on where a killed run with the same flags left its last checkpoint."""
-    prefixes, weights = blend.parse_data_path(config.data_path)
+    config = request.pretrain
+    asked = blend_files.parse_data_path(config.data_path)
     vocab_size, tokenizer_digest = checks.require_one_vocabulary(
-        prefixes, architecture.vocab_size, None)
-    architecture = dataclasses.replace(architecture, vocab_size=vocab_size)
-    layout.check(architecture, parallel.world_size())
-    batch.num_microbatches(layout.data_parallel_size(parallel.world_size()))
-    identity = {**vars(architecture), **vars(optimizer), **vars(batch), "data_path":
-                list(config.data_path), "train_iters": config.train_iters,
-                "tokenizer_digest": tokenizer_digest}
-    run = RunDirectory(config.save)
-    if parallel.on_rank_zero(lambda: run.begin("pretrain", identity, vars(layout))):
+        asked.prefixes, request.model.vocab_size, None)
+    job = Job(dataclasses.replace(request.model, vocab_size=vocab_size), request.layout,
+              request.optimizer, request.batch)
+    job.require_runs_on(parallel.world_size(), trains=True)
+    digests = dataset_digests(asked.prefixes)
+    key = CheckpointKey(
+        tuple(digests[prefix] for prefix in asked.prefixes),
+        None if asked.weights is None else tuple(asked.weights), config.train_iters,
+        tokenizer_digest, job.model, job.optimizer, job.batch.global_batch_size, job.batch.seed)
+    run, artefact = RunDirectory(config.save), Artefact(config.save, "a checkpoint")
+    parallel.on_rank_zero(lambda: run.enter("pretrain", request))
+    state = parallel.on_rank_zero(lambda: artefact.state(key))
+    if state is State.FINISHED:
         parallel.say(f"{config.save} is already trained for {config.train_iters} iterations.")
         return
-    with grid.model_parallel(layout, layout.num_model_chunks(architecture)):
-        dataset, _ = blend.build_blend(
-            prefixes, weights, {}, seq_length=architecture.seq_length,
-            num_sequences=config.train_iters * batch.global_batch_size, seed=batch.seed,
-            vocabulary=blend.Vocabulary(vocab_size, str(tokenizer_digest)),
-            cache=Path(config.save) / "cache")
-        chunks = model.build(architecture, layout, seed=batch.seed)
-        parallel.say(f"model with {model.num_parameters(chunks):,} parameters")
-        trainer = training.make_trainer(chunks, optimizer, batch)
-        found = checkpoint.latest(config.save)
-        start = 0 if found is None else checkpoint.load_training(
-            found, chunks, trainer.optimizer, trainer.scheduler)
-        log = training.MetricsLog(Path(config.save) / "metrics.jsonl", start)
+    if state is State.NEW:
+        parallel.on_rank_zero(lambda: artefact.begin(key))
+    with grid.model_parallel(job.layout, job.num_model_chunks):
+        _train(config, job, asked, tokenizer_digest)
+    parallel.on_rank_zero(lambda: artefact.finish(key))
 
-        def after_step(step: training.Step) -> None:
-            log.write(step)
-            if step.iteration % config.save_interval == 0 or step.iteration == config.train_iters:
-                checkpoint.save(config.save, step.iteration, chunks, trainer.optimizer,
-                                trainer.scheduler, identity)
 
-        training.train(trainer, dataset, batch, range(start + 1, config.train_iters + 1),
-                       first_sequence=start * batch.global_batch_size,
-                       description="pretrain", after_step=after_step)
-        log.close()
-    parallel.on_rank_zero(lambda: run.finish("pretrain"))
+def _train(config: PretrainConfig, job: Job, asked: Blend, tokenizer_digest: str | None) -> None:
+    batch = job.batch
+    dataset, _ = blend.build_blend(asked, {}, blend.BlendRequest(
+        job.model.seq_length, config.train_iters * batch.global_batch_size, batch.seed,
+        Path(config.save) / "cache",
+        blend.Vocabulary(job.model.vocab_size, str(tokenizer_digest))))
+    chunks = model.build(job, seed=batch.seed)
+    parallel.say(f"model with {shards.num_parameters(chunks):,} parameters")
+    trainer = training.make_trainer(chunks, job.optimizer, batch)
+    found = checkpoint.latest(config.save)
+    start = 0 if found is None else checkpoint.load_training(
+        found, chunks, trainer.optimizer, trainer.scheduler)
+    log = training.MetricsLog(Path(config.save) / "metrics.jsonl", start)
+    arguments = {**vars(job.model), **vars(job.optimizer), **vars(batch),
+                 "data_path": list(config.data_path), "train_iters": config.train_iters,
+                 "tokenizer_digest": tokenizer_digest}
+
+    def after_step(step: training.Step) -> None:
+        log.write(step)
+        if step.iteration % config.save_interval == 0 or step.iteration == config.train_iters:
+            checkpoint.save(config.save, step.iteration, chunks, trainer.optimizer,
+                            trainer.scheduler, arguments)
+
+    training.train(trainer, training.Feed(dataset, batch, start * batch.global_batch_size),
+                   range(start + 1, config.train_iters + 1), "pretrain", after_step)
+    log.close()

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_direct.commands.anneal import ARMS, arm_folder
-from megatron_direct.config import flag
 from megatron_direct.curvature.density import Estimate, SpectralDensity
 from megatron_direct.mcore.training import read_metrics
 from megatron_direct.reports import html
 from megatron_direct.runtime import files
 from megatron_direct.runtime.run_directory import RunDirectory
+from megatron_direct.settings import flag
 
 
 @dataclass(frozen=True)

@@ -74,14 +74,14 @@ class Arm:
 # directions out of them; adam-sketches: those scaled by Adam's moments; select: what `select`
 # measures with the flags given, behind a pilot if they say so.
 NEEDS = ("losses", "onset", "adam-sketches", "select")
-ARMS: dict[str, Arm] = {}
+REGISTRY: dict[str, Arm] = {}  # in the order in which arms are run
 # Arms that mean nothing where pools and validation sets have no domain in common.
 BY_DOMAIN = ("domain", "oracle")
 
 
 def arm(name: str, description: str, needs: tuple[str, ...] = ()):
     def register(choose: Callable[[Case], np.ndarray | Selection]):
-        ARMS[name] = Arm(name, description, choose, needs)
+        REGISTRY[name] = Arm(name, description, choose, needs)
         return choose
 
     return register

@@ -1,55 +1,55 @@
-"""What arms may know at a seed: measured once, shared by all of them, and put into a Case."""
+"""What arms may know at a seed: measured once, shared by all of them, and put into a Case.
+
+A *measurement* is the machinery of ``select`` with some of its settings changed. A new one is a
+line in :data:`MEASUREMENTS`; arms name those that they need.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from megatron_direct.commands.select import (
-    SelectConfig,
-    clock,
-    draw,
-    identity_of,
-    identity_of_pilot,
-    measure,
-)
-from megatron_direct.comparison.arms import ARMS, Case
-from megatron_direct.config import (
-    BatchConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    flag,
-)
-from megatron_direct.curvature.spectrum import Directions
+from megatron_direct.comparison import arms
+from megatron_direct.comparison.arms import Case
 from megatron_direct.data import indexed
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
-from megatron_direct.gradients import store
 from megatron_direct.runtime import files, parallel
 from megatron_direct.selection import treatment
 from megatron_direct.selection.treatment import Evidence, SelectionConfig
-from megatron_direct.steps import solve as selection_stage
-from megatron_direct.steps.curvature import CurvatureConfig
-from megatron_direct.steps.pilot import PilotConfig, measured_at
+from megatron_direct.settings import Settings, flag
+from megatron_direct.steps import solve as solve_step
+from megatron_direct.steps.curvature import SKETCHED_FISHER
+from megatron_direct.steps.measure import Measured, MeasureSettings, measure
+from megatron_direct.steps.onset import Onset
+from megatron_direct.steps.pilot import PilotConfig
+from megatron_direct.steps.sketch import read_sketches
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Settings):
     """Comparison."""
 
     test_data_path: tuple = flag(
         (), "indexed datasets whose losses are compared; no selection sees them", nargs="+",
         required=True)
-    arms: tuple = flag((), f"arms to compare, left out: all ({', '.join(ARMS)})", nargs="+")
-    num_seeds: int = flag(5, "replicates of each arm")
-    lr_wsd_decay_iters: int = flag(100, "iterations of each annealing")
+    arms: tuple = flag((), f"arms to compare; left out: all ({', '.join(arms.REGISTRY)})",
+                       nargs="+")
+    num_seeds: int = flag(5, "replicates of each arm", at_least=1)
+    lr_wsd_decay_iters: int = flag(100, "iterations of each annealing", at_least=1)
     name: str = flag("", "what the report calls this comparison; left out: the run directory's")
     tokenizer_model: str = flag("", "tokenizer that turns samples back into text for the report; "
                                     "left out: no samples are shown")
+
+    def check(self) -> None:
+        unknown = [name for name in self.arms if name not in arms.REGISTRY]
+        if unknown:
+            raise UserError(f"--arms {' '.join(unknown)}: there is no such arm. There are "
+                            f"{', '.join(arms.REGISTRY)}.")
 
 
 @dataclass(frozen=True)
@@ -57,117 +57,102 @@ class Setting:
     """All that the seeds and arms of one comparison share."""
 
     config: CompareConfig
-    select: SelectConfig
-    curvature: CurvatureConfig
+    folder: Path
+    onset: Onset
+    measure: MeasureSettings
     selection: SelectionConfig
-    pilot: PilotConfig
-    architecture: ModelConfig
-    layout: ParallelConfig
-    optimizer: OptimizerConfig
-    batch: BatchConfig
-    checkpoint: Path
-    has_optimizer: bool
-    tokenizer_digest: str
-    samples: Samples
-    valid_samples: Samples
     num_select: int
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.select.run_dir)
+    test_digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def seeds(self) -> list[int]:
-        return [self.select.seed + number for number in range(self.config.num_seeds)]
+        return [self.measure.sketch.seed + number for number in range(self.config.num_seeds)]
+
+    def seed_folder(self, seed: int) -> Path:
+        return self.folder / "seeds" / str(seed)
 
 
-def measured(setting: Setting, seed: int, needs: set[str]) -> Case | None:
-    """What the arms may know at a seed, computed or read; on rank 0, None elsewhere.
-
-    Arms that others have proposed take gradients where they propose it, at the checkpoint; what
-    ``select`` takes with these flags may be measured behind a pilot.
-    """
-    folder = setting.folder / "seeds" / str(seed)
-    folders = {"onset": onset_folder(setting, folder), "adam-sketches": folder / "adam",
-               "select": folder}
-    shared = folders["onset"] == folder
-    directions = {"onset": _measure(setting, seed, folders["onset"], as_select=shared)}
-    if shared:
-        directions["select"] = directions["onset"]
-    elif "select" in needs:
-        directions["select"] = _measure(setting, seed, folder, as_select=True)
-    if "adam-sketches" in needs:
-        directions["adam-sketches"] = _measure(setting, seed, folders["adam-sketches"],
-                                               precondition="adam")
-    return parallel.kept_on_rank_zero(lambda: _case(setting, seed, folders, directions))
+def _at_onset(settings: MeasureSettings) -> MeasureSettings:
+    """At the checkpoint itself, with the directions that the sketches alone yield: as the authors
+    of the paper compute them."""
+    return MeasureSettings(
+        PilotConfig(pilot_iters=0), dataclasses.replace(settings.sketch, precondition="none"),
+        dataclasses.replace(settings.curvature, curvature=SKETCHED_FISHER))
 
 
-def _case(setting: Setting, seed: int, folders: dict[str, Path],
-          directions: dict[str, Directions]) -> Case:
+def _with_adam(settings: MeasureSettings) -> MeasureSettings:
+    at_onset = _at_onset(settings)
+    return dataclasses.replace(
+        at_onset, sketch=dataclasses.replace(at_onset.sketch, precondition="adam"))
+
+
+# By name, the settings of select that it is made with. Arms that others have proposed take
+# gradients where they propose it, at the checkpoint; what `select` takes with the flags given may
+# be measured after a pilot.
+MEASUREMENTS: dict[str, Callable[[MeasureSettings], MeasureSettings]] = {
+    "onset": _at_onset,
+    "adam-sketches": _with_adam,
+    "select": lambda settings: settings,
+}
+
+
+def measurement_folder(setting: Setting, seed: int, name: str) -> Path:
+    """Where it lies: with the first of the same settings."""
+    wanted = MEASUREMENTS[name](setting.measure)
+    first = next(other for other, made in MEASUREMENTS.items() if made(setting.measure) == wanted)
+    return setting.seed_folder(seed) / first
+
+
+def measured_case(setting: Setting, seed: int, needs: set[str]) -> Case | None:
+    """What the arms may know at a seed, computed or read; on rank 0, None elsewhere."""
+    found = {}
+    for name in MEASUREMENTS:
+        if name == "onset" or name in needs:
+            settings = MEASUREMENTS[name](dataclasses.replace(
+                setting.measure, sketch=dataclasses.replace(setting.measure.sketch, seed=seed)))
+            found[name] = measure(settings, setting.onset, measurement_folder(setting, seed, name))
+    return parallel.kept_on_rank_zero(lambda: _case(setting, seed, found))
+
+
+def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case:
     """Out of what was measured (rank 0). The candidates of a seed are settled the first time."""
-    stored = {name: [store.load(folders[name] / "sketches" / some) for some in ("pool", "valid")]
-              for name in directions}
-    finite = np.logical_and.reduce([pool.finite for pool, _ in stored.values()])
+    stored = {name: [read_sketches(of.store, drawn) for drawn in (of.pool, of.valid)]
+              for name, of in measured.items()}
     pool, valid = stored["onset"]
-    path = setting.folder / "seeds" / str(seed) / "samples.npz"
-    if path.is_file():
-        with np.load(path) as arrays:
-            settled = np.isin(pool.samples, arrays["candidates"])
-        lost = pool.samples[settled & ~finite]
-        if len(lost):
-            raise UserError(
-                f"seed {seed}: samples {', '.join(map(str, lost[:5]))} have no finite gradient "
-                f"for {', '.join(directions)}, and were candidates of arms that are there already. "
-                "Begin anew in another --run-dir, with all arms at once.")
-        finite = settled
-    here = pool.samples[finite]
-    samples = setting.samples
-    evidence = {name: Evidence(rows.rows[finite], samples.num_labels[here],
+    chosen = _candidates(setting, seed, stored)
+    here, samples, valid_samples = pool.samples[chosen], setting.onset.pool, setting.onset.valid
+    evidence = {name: Evidence(rows.rows[chosen], samples.num_labels[here],
                                samples.dataset_of(here), len(samples.prefixes),
-                               np.arange(len(here)), valid.rows, directions[name])
-                for name, (rows, valid) in stored.items()}
-    case = Case(evidence, pool.losses[finite], _domains(setting.samples, here),
-                setting.samples.corrupted[here], _domains(setting.valid_samples, valid.samples),
-                setting.valid_samples.num_labels[valid.samples], setting.num_select, seed,
-                setting.selection, selection_stage.limits(setting.selection, samples, here))
-    with files.written_whole(path) as file:
-        np.savez(file, candidates=here, loss=case.losses,
-                 labels=evidence["onset"].labels, domain=setting.samples.dataset_of(here),
-                 corrupted=case.corrupted,
-                 stiff_cost=treatment.stiff_costs(evidence["onset"].rows, directions["onset"]))
+                               np.arange(len(here)), of_valid.rows, measured[name].directions)
+                for name, (rows, of_valid) in stored.items()}
+    case = Case(evidence, pool.losses[chosen], _domains(samples, here), samples.corrupted[here],
+                _domains(valid_samples, valid.samples), valid_samples.num_labels[valid.samples],
+                setting.num_select, seed, setting.selection,
+                solve_step.limits(setting.selection, samples, here))
+    with files.written_whole(setting.seed_folder(seed) / "samples.npz") as file:
+        np.savez(file, candidates=here, loss=case.losses, labels=evidence["onset"].labels,
+                 domain=samples.dataset_of(here), corrupted=case.corrupted,
+                 stiff_cost=treatment.stiff_costs(evidence["onset"].rows,
+                                                  measured["onset"].directions))
     return case
 
 
-def onset_folder(setting: Setting, folder: Path) -> Path:
-    """Where a seed's sketches at the checkpoint lie: those of select, if they are just these."""
-    same = (setting.pilot.pilot_iters == 0 and setting.select.precondition == "none"
-            and setting.curvature.curvature == "sketched-fisher")
-    return folder if same else folder / "onset"
-
-
-def _measure(setting: Setting, seed: int, folder: Path, *, as_select: bool = False,
-             precondition: str = "none") -> Directions:
-    """Sketches and directions of a seed; all ranks call this.
-
-    as_select: as the flags say. Otherwise at the checkpoint itself, with the directions that the
-    sketches alone yield: as the authors of the paper compute them.
-    """
-    begun = clock(folder)
-    select = dataclasses.replace(
-        setting.select, seed=seed,
-        precondition=setting.select.precondition if as_select else precondition)
-    pilot = setting.pilot if as_select else PilotConfig(pilot_iters=0)
-    curvature = setting.curvature if as_select else dataclasses.replace(
-        setting.curvature, curvature="sketched-fisher")
-    identity = parallel.on_rank_zero(lambda: identity_of(
-        select, setting.architecture, curvature, setting.selection, setting.checkpoint,
-        identity_of_pilot(pilot, setting.optimizer, setting.batch)))
-    at = measured_at(pilot, setting.checkpoint, folder / "pilot", setting.architecture,
-                     setting.layout, setting.optimizer, setting.batch,
-                     list(select.data_path), setting.tokenizer_digest, seed)
-    return measure(select, curvature, setting.architecture, setting.layout, at, folder,
-                   identity, setting.samples, setting.valid_samples,
-                   draw(setting.valid_samples.usable, select.num_valid_samples, seed), begun)
+def _candidates(setting: Setting, seed: int, stored: Mapping[str, list]) -> np.ndarray:
+    """[samples of the onset's rows] bool: those of earlier arms, or else all that are finite."""
+    finite = np.logical_and.reduce([pool.finite for pool, _ in stored.values()])
+    path = setting.seed_folder(seed) / "samples.npz"
+    if not path.is_file():
+        return finite
+    numbers = stored["onset"][0].samples
+    with np.load(path) as arrays:
+        settled = np.isin(numbers, arrays["candidates"])
+    lost = numbers[settled & ~finite]
+    if len(lost):
+        raise UserError(
+            f"seed {seed}: samples {', '.join(map(str, lost[:5]))} have no finite gradient for "
+            f"{', '.join(stored)}, and were candidates of arms that are there already. Begin anew "
+            "in another --run-dir, with all arms at once.")
+    return settled
 
 
 def _domains(samples: Samples, numbers: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import torch
 
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.mcore.checkpoint import load_second_moments
-from megatron_direct.mcore.model import ParameterShard
+from megatron_direct.mcore.shards import ParameterShard
 
 
 def adam_scales(checkpoint: Path, chunks: Sequence[torch.nn.Module],

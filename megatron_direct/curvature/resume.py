@@ -1,4 +1,5 @@
-"""A Lanczos run on disk, step by step, so that a killed one carries on behind its last step.
+"""A Lanczos run on disk, step by step: a killed one carries on after its last step, and one that
+has ended goes on to more eigenpairs.
 
 Each rank keeps its shards of the basis vectors, one file a vector, and writes a vector once: a step
 adds one, a restart rewrites those that it rotated. A step counts when all ranks have written it and
@@ -9,30 +10,39 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from megatron_direct.curvature.krylov import KrylovState
-from megatron_direct.runtime import files, parallel
+from megatron_direct.mcore.shards import ParameterShard
+from megatron_direct.runtime import digests, files, parallel
 
 _MARKER = "step.json"
 
 
 class LanczosLog:
-    """folder: the run's; identity: what the operator and the layout are, or the log is not ours."""
+    """folder: the run's. operator: a digest of what it is; shards: the parameters that this rank
+    has of its vectors. A log of another operator, or whose ranks had others, is not taken up.
+    """
 
-    def __init__(self, folder: Path, identity: dict):
-        self._folder, self._identity = folder, files.as_json(identity)
+    def __init__(self, folder: Path, operator: str, shards: Sequence[ParameterShard]):
+        held = parallel.gather_objects([(s.name, *s.parameter.shape) for s in shards])
+        self._folder = folder
+        self._identity = {"operator": operator, "shards": digests.digest(repr(held))}
         self._rank, _ = parallel.rank_and_size()
         self._names: dict[int, tuple[torch.Tensor, str]] = {}  # by id; the vector keeps its id ours
         self._written = 0
 
     def load(self) -> KrylovState | None:
-        """The state behind the last finished step, on all ranks, or None."""
+        """The state after the last finished step, on all ranks, or None."""
         marker = parallel.on_rank_zero(self._marker)
         if marker is None:
+            # What is there belongs to another run, perhaps of more ranks.
+            parallel.on_rank_zero(lambda: shutil.rmtree(self._folder, ignore_errors=True))
             return None
         with np.load(self._state_path(marker["step"]), allow_pickle=False) as data:
             values = {key: data[key] for key in data.files}
@@ -61,15 +71,6 @@ class LanczosLog:
             "identity": self._identity, "step": step, "written": self._written,
             "device": device}))
         self._forget(names, step)
-
-    def remove(self) -> None:
-        """Once the spectrum is written, no step is needed any more."""
-        parallel.barrier()
-        if parallel.is_rank_zero():
-            (self._folder / _MARKER).unlink(missing_ok=True)
-        parallel.barrier()
-        for path in self._folder.glob(f"rank-{self._rank}-*"):
-            path.unlink()
 
     def _marker(self) -> dict | None:
         path = self._folder / _MARKER

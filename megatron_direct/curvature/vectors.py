@@ -14,7 +14,7 @@ import torch
 
 from megatron_direct.gradients import hashing
 from megatron_direct.mcore import grid
-from megatron_direct.mcore.model import ParameterShard
+from megatron_direct.mcore.shards import ParameterShard
 from megatron_direct.runtime import host
 
 

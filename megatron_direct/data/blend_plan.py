@@ -6,6 +6,7 @@ from the index files alone and on one rank; :mod:`megatron_direct.mcore.blend` b
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,42 @@ BLEND_WEIGHTS = ("keep", "tokens")
 # "Scaling Data-Constrained Language Models", NeurIPS 2023.
 MAX_EPOCHS = 4.0
 
-Blend = tuple[list[str], list[float] | None]
+
+@dataclass(frozen=True)
+class Blend:
+    """Prefixes, with weights or without."""
+
+    prefixes: Sequence[str]
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self):
+        for prefix, weight in zip(self.prefixes, self.weights or (), strict=bool(self.weights)):
+            if not (math.isfinite(weight) and weight >= 0):
+                raise UserError(f"the blend gives {prefix} the weight {weight}: it must be a "
+                                "finite number, at least 0.")
+
+
+@dataclass(frozen=True)
+class BlendRules:
+    """What becomes of the weights of a blend once masks have thinned it out.
+
+    blend_weights: ``keep`` leaves the weights as they are, ``tokens`` multiplies each by the share
+    of its prefix's tokens that the mask leaves. max_epochs: how often a masked prefix may be seen;
+    None: as often as it takes.
+    """
+
+    blend_weights: str = "keep"
+    max_epochs: float | None = None
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the training draws from a blend: sequences of a length, out of a share of each prefix
+    (the part that a split takes)."""
+
+    seq_length: int
+    num_sequences: int
+    share: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -44,27 +80,24 @@ class BlendPart:
                 f"{self.epochs:.2f} epochs")
 
 
-def plan_blend(prefixes: Sequence[str], weights: Sequence[float] | None,
-               masks: Mapping[str, SampleMask], *, seq_length: int, num_sequences: int,
-               blend_weights: str = "keep", max_epochs: float | None = None,
-               share: tuple[float, float] = (0.0, 1.0)) -> list[BlendPart]:
-    """The parts of a blend from which ``num_sequences`` training sequences will be drawn.
+def plan_blend(blend: Blend, masks: Mapping[str, SampleMask], demand: Demand,
+               rules: BlendRules | None = None) -> list[BlendPart]:
+    """The parts of a blend from which training sequences will be drawn.
 
-    blend_weights: ``keep`` leaves the weights as they are, ``tokens`` multiplies each by the share
-    of its prefix's tokens that the mask leaves. Without weights a prefix counts by the tokens that
-    are left, under either. A prefix with nothing left is dropped with a warning, and its weight is
-    shared out among the others. share: the part of each prefix that a split takes.
+    Without weights a prefix counts by the tokens that are left, under any rule. A prefix with
+    nothing left is dropped with a warning, and its weight is shared out among the others.
 
     Raises UserError for a prefix listed twice, a damaged dataset, a mask of another dataset, a
-    blend with nothing left, and a masked prefix that would be seen more than ``max_epochs`` times.
+    blend with nothing left, and a masked prefix that would be seen too often.
     """
+    rules, prefixes = rules or BlendRules(), blend.prefixes
     _require_distinct(prefixes)
-    sizes = {prefix: _sizes(prefix, masks.get(prefix), share) for prefix in prefixes}
-    if weights is None:
+    sizes = {prefix: _sizes(prefix, masks.get(prefix), demand.share) for prefix in prefixes}
+    if blend.weights is None:
         shares = {prefix: float(left) for prefix, (_, left, _) in sizes.items()}
     else:
-        shares = dict(zip(prefixes, weights, strict=True))
-        if blend_weights == "tokens":
+        shares = dict(zip(prefixes, blend.weights, strict=True))
+        if rules.blend_weights == "tokens":
             shares = {prefix: shares[prefix] * left / max(whole, 1)
                       for prefix, (_, left, whole) in sizes.items()}
     used = [prefix for prefix in prefixes if sizes[prefix][1] > 0 and shares[prefix] > 0]
@@ -83,9 +116,10 @@ def plan_blend(prefixes: Sequence[str], weights: Sequence[float] | None,
     for prefix in used:
         documents, left, _ = sizes[prefix]
         weight = shares[prefix] / total
-        parts.append(BlendPart(prefix, documents, left, weight,
-                               weight * num_sequences * seq_length / left, prefix in masks))
-    _require_few_epochs(parts, max_epochs)
+        num_tokens = weight * demand.num_sequences * demand.seq_length
+        parts.append(BlendPart(prefix, documents, left, weight, num_tokens / left,
+                               prefix in masks))
+    _require_few_epochs(parts, rules.max_epochs)
     return parts
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import files
+from megatron_direct.runtime import digests, files
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -151,7 +151,7 @@ def require_tokens_below(prefix: str, vocab_size: int) -> None:
     A cheap check for datasets without a card; what it lets pass may still hold one.
     """
     dtype = np.dtype(_DTYPES[_read_header(prefix)[0]])
-    for part in files.both_ends(prefix + ".bin"):
+    for part in digests.both_ends(prefix + ".bin"):
         tokens = np.frombuffer(part, dtype, len(part) // dtype.itemsize)
         for token in (tokens.max(initial=0), tokens.min(initial=0)):
             if not 0 <= token < vocab_size:
@@ -213,9 +213,9 @@ def dataset_digest(prefix: str) -> str:
 
 @functools.cache
 def _digest_of_files(prefix: str, *_stamps: tuple[int, int, int]) -> str:
-    index = files.file_digest(prefix + ".idx")
+    index = digests.file_digest(prefix + ".idx")
     size = os.path.getsize(prefix + ".bin")
-    return files.digest(index, str(size), *files.both_ends(prefix + ".bin"))
+    return digests.digest(index, str(size), *digests.both_ends(prefix + ".bin"))
 
 
 def read_card(prefix: str) -> dict:

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import files
+from megatron_direct.runtime import digests, files
 
 _FORMAT = 1
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
@@ -61,7 +61,7 @@ class SampleMask:
     @cached_property
     def digest(self) -> str:
         """Of what it keeps and whose it is: two masks with one digest are the same mask."""
-        return files.digest(self.dataset_digest, str(self.num_documents), self._bits.data)
+        return digests.digest(self.dataset_digest, str(self.num_documents), self._bits.data)
 
     def with_run(self, run: str) -> SampleMask:
         """The same mask with the name of the run it came from."""

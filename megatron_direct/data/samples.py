@@ -37,6 +37,24 @@ class MicroBatch:
         return self.loss_mask.sum(1).clamp(min=1)
 
 
+@dataclass(frozen=True)
+class PassShape:
+    """How samples are cut into passes, and which of them a data-parallel rank computes.
+
+    share, num_shares: this rank's, of so many. s is a multiple of ``length_multiple``; a pass is
+    filled with empty micro-batches to a multiple of ``count_multiple``. in_step: all shares have
+    equally many passes, and the passes of one number are of one shape in all of them.
+    """
+
+    micro_batch_size: int
+    micro_batches_per_pass: int = 1
+    share: int = 0
+    num_shares: int = 1
+    length_multiple: int = 1
+    count_multiple: int = 1
+    in_step: bool = False
+
+
 class SampleSource:
     """Samples of any origin, by number, and micro-batches of them. A subclass has
 
@@ -53,33 +71,34 @@ class SampleSource:
     def first_label(self, sample: int) -> int:
         return 0
 
-    def passes(self, samples: np.ndarray, micro_batch_size: int, micro_batches_per_pass: int = 1,
-               *, share: int = 0, num_shares: int = 1, first_pass: int = 0,
-               length_multiple: int = 1, count_multiple: int = 1, in_step: bool = False,
+    def passes(self, numbers: np.ndarray, shape: PassShape, done: np.ndarray | None = None,
                ) -> Iterator[list[MicroBatch]]:
-        """Every sample once, in passes of equally shaped micro-batches.
+        """Every sample of ``numbers`` once, in passes of equally shaped micro-batches.
 
-        Samples of like length share a micro-batch. Which samples do depends on ``samples`` and the
+        Samples of like length share a micro-batch. Which samples do depends on ``numbers`` and the
         micro-batch size alone; share r of n takes every n-th micro-batch, so that the layout
-        changes nothing but who computes what. Passes before ``first_pass`` are left out. s is a
-        multiple of ``length_multiple``; a pass is filled with empty micro-batches to a multiple of
-        ``count_multiple``. ``in_step``: all shares have equally many passes, and the passes of one
-        number are of one shape in all of them.
+        changes nothing but who computes what. done: [samples] bool, True for what need not be
+        computed any more: it leaves its place in a micro-batch empty, so that the others are
+        computed as they would have been, and a pass with nothing left is left out.
         """
-        plan = plan_micro_batches(self.num_labels, samples, micro_batch_size)
-        at_once = micro_batches_per_pass * num_shares
-        for start in range(first_pass * at_once, len(plan), at_once):
+        plan = plan_micro_batches(self.num_labels, numbers, shape.micro_batch_size)
+        at_once = shape.micro_batches_per_pass * shape.num_shares
+        for start in range(0, len(plan), at_once):
             of_all = plan[start: start + at_once]
-            group = of_all[share::num_shares]
-            seen, count = (of_all, -(-len(of_all) // num_shares)) if in_step else (
+            group = of_all[shape.share:: shape.num_shares]
+            seen, count = (of_all, -(-len(of_all) // shape.num_shares)) if shape.in_step else (
                 group, len(group))
             if count == 0:
                 return
+            if done is not None and all(done[ids].all() for ids in seen):
+                continue
             longest = max(int(self.num_labels[ids].max()) for ids in seen)
-            length = -(-longest // length_multiple) * length_multiple
-            count = -(-count // count_multiple) * count_multiple
+            length = -(-longest // shape.length_multiple) * shape.length_multiple
+            count = -(-count // shape.count_multiple) * shape.count_multiple
             group += [np.empty(0, np.int64)] * (count - len(group))
-            yield [self._micro_batch(ids, micro_batch_size, length) for ids in group]
+            if done is not None:
+                group = [ids[~done[ids]] for ids in group]
+            yield [self._micro_batch(ids, shape.micro_batch_size, length) for ids in group]
 
     def _micro_batch(self, samples: np.ndarray, size: int, length: int) -> MicroBatch:
         tokens = np.zeros((size, length), np.int64)

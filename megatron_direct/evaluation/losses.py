@@ -6,22 +6,23 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_direct.config import ModelConfig
 from megatron_direct.data.indexed import prefix_names
 from megatron_direct.data.samples import Samples
 from megatron_direct.mcore import grid, passes
 from megatron_direct.runtime import host
 
 
-def dataset_losses(chunks: Sequence[torch.nn.Module], prefixes: Sequence[str], seq_length: int,
-                   vocab_size: int, micro_batch_size: int) -> dict[str, float]:
-    """Mean loss a token of each dataset, by its name, and of ``all`` together, on every rank.
+def dataset_losses(chunks: Sequence[torch.nn.Module], prefixes: Sequence[str],
+                   model: ModelConfig, micro_batch_size: int) -> dict[str, float]:
+    """Mean loss per token of each dataset, by its name, and of ``all`` together, on every rank.
 
-    Documents are taken as samples: each from its beginning, cut at ``seq_length``.
+    Documents are taken as samples: each from its beginning, cut at the model's sequence length.
     """
     names = prefix_names(list(prefixes))
     losses, total = {}, torch.zeros(2, dtype=torch.float64, device=host.device())
     for prefix in prefixes:
-        samples = Samples([prefix], seq_length, vocab_size)
+        samples = Samples([prefix], model.seq_length, model.vocab_size)
         sums = torch.zeros(2, dtype=torch.float64, device=host.device())
         for micro_batches in passes.of_samples(chunks, samples, samples.usable, micro_batch_size):
             sample_losses = passes.run_pass(chunks, micro_batches, backward=False)

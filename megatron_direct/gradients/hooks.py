@@ -20,7 +20,7 @@ import torch
 from megatron_direct.errors import UserError
 from megatron_direct.gradients import experts, layers, transformer_engine
 from megatron_direct.gradients.pieces import Piece
-from megatron_direct.mcore.model import ParameterShard
+from megatron_direct.mcore.shards import ParameterShard
 from megatron_direct.mcore.specs import watched_layers
 from megatron_direct.mcore.specs.kinds import LayerKind
 

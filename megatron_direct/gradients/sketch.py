@@ -26,7 +26,7 @@ import torch
 from megatron_direct.gradients import hashing
 from megatron_direct.gradients.kernels import outer_products
 from megatron_direct.gradients.pieces import OuterProducts, Piece, RoutedOuterProducts, RowSums
-from megatron_direct.mcore.model import ParameterShard
+from megatron_direct.mcore.shards import ParameterShard
 
 
 @dataclass(frozen=True)

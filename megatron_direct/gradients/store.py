@@ -1,15 +1,21 @@
-"""Sketches on disk: a few files for each data-parallel rank, appended to pass by pass.
+"""Sketches on disk: rows that know their sample, appended to by every data-parallel rank.
 
-``rows-R.f32`` (or ``.bf16``) holds rank R's rows of k coordinates, ``samples-R.i64`` the sample
-number of each, ``losses-R.f32`` its loss, in the order in which rank R computed them;
-``passes-R.i64`` holds the number of rows behind each finished pass, written last: what lies behind
-the last of them was cut short, and is cut off when the run carries on. ``plan.json`` says what is
-being computed and in which layout; the manifest, with the files' digests, is written at the end.
+``rows-R.f32`` (or ``.bf16``) holds rank R's rows of k coordinates, in the order in which it
+computed them; ``entries-R.bin`` holds an entry for each row: which document of which dataset it is
+of, the sample's loss, and a checksum over all of them. A row counts once its entry is on the disk.
+What lies behind the last sound entry was cut short, by a kill or a full disk, and is cut off when
+the store is written to again. Neither layout nor micro-batches leave a trace: a pass that was begun
+on eight ranks is carried on by four.
+
+``datasets.json`` gives each dataset (by its digest) the number that entries know it by.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,50 +25,32 @@ from megatron_direct.errors import UserError
 from megatron_direct.runtime import files
 
 DTYPES = ("fp32", "bf16")
-_MANIFEST, _PLAN = "manifest.json", "plan.json"
-_SAMPLE, _LOSS = np.dtype(np.int64), np.dtype(np.float32)
+_DATASETS = "datasets.json"
+_ENTRY = np.dtype([("document", "<i8"), ("dataset", "<i4"), ("loss", "<f4"), ("checksum", "<u4")])
 
 
-def finished_passes(folder: Path, data_rank: int, size: int, dtype: str = "fp32") -> np.ndarray:
-    """[passes] rows behind each pass that a data-parallel rank has finished."""
-    *paths, ends_path = _paths(folder, data_rank, dtype)
-    ends = np.fromfile(ends_path, np.int64) if ends_path.is_file() else np.empty(0, np.int64)
-    for path, width in zip(paths, _widths(size, dtype), strict=True):
-        held = path.stat().st_size // width if path.is_file() else 0
-        ends = ends[ends <= held]  # all, unless the disk lost what it was told to keep
-    return ends
+@dataclass(frozen=True)
+class Entries:
+    """Where each row lies, of n rows: [n] number of the file, [n] position in it, [n] dataset and
+    document that it is of, [n] loss of the sample, [n] checksum."""
 
+    file: np.ndarray
+    position: np.ndarray
+    dataset: np.ndarray
+    document: np.ndarray
+    loss: np.ndarray
+    checksum: np.ndarray
 
-class SketchWriter:
-    """Appends this data-parallel rank's rows, behind the first ``passes`` that are there."""
+    def __len__(self) -> int:
+        return len(self.file)
 
-    def __init__(self, folder: Path, data_rank: int, size: int, dtype: str = "fp32",
-                 passes: int = 0):
-        self._dtype = dtype
-        ends = finished_passes(folder, data_rank, size, dtype)[:passes]
-        self._rows = int(ends[-1]) if len(ends) else 0
-        lengths = [self._rows * width for width in _widths(size, dtype)] + [ends.nbytes]
-        self._files = [_cut_to(path, length) for path, length in
-                       zip(_paths(folder, data_rank, dtype), lengths, strict=True)]
-
-    def append(self, sketches: np.ndarray, samples: np.ndarray, losses: np.ndarray) -> None:
-        """One pass: [n, k] rows, [n] sample numbers, [n] losses. On disk when this returns."""
-        arrays = (_encoded(sketches, self._dtype), samples.astype(_SAMPLE), losses.astype(_LOSS))
-        for file, array in zip(self._files[:3], arrays, strict=True):
-            file.write(np.ascontiguousarray(array).tobytes())
-            os.fsync(file.fileno())
-        self._rows += len(samples)
-        self._files[3].write(np.int64(self._rows).tobytes())
-
-    def close(self) -> None:
-        for file in self._files:
-            os.fsync(file.fileno())
-            file.close()
+    def __getitem__(self, rows) -> Entries:
+        return Entries(*(array[rows] for array in vars(self).values()))
 
 
 @dataclass(frozen=True)
 class Sketches:
-    """rows: [N, k] float32, row n of sample ``samples[n]`` (ascending); losses: [N]."""
+    """rows: [n, k] float32, row i of sample ``samples[i]`` (ascending); losses: [n]."""
 
     rows: np.ndarray
     samples: np.ndarray
@@ -70,89 +58,148 @@ class Sketches:
 
     @property
     def finite(self) -> np.ndarray:
-        """[N] False where a sample's gradient or loss is not finite: it can never be selected."""
+        """[n] False where a sample's gradient or loss is not finite: it can never be selected."""
         return np.isfinite(self.losses) & np.isfinite(self.rows.sum(1))
 
 
-def begin(folder: Path, plan: dict) -> bool:
-    """Makes the folder ready for a plan (rank 0 only); True if rows of it are carried on with.
+class SketchStore:
+    """The sketches of one folder: rows of ``size`` coordinates, stored as ``dtype``."""
 
-    plan: all that the bytes of the rows depend on, the layout included. Unfinished rows of another
-    plan are removed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _PLAN
-    if path.is_file() and files.read_json(path) == files.as_json(plan):
-        return True
-    for old in folder.iterdir():
-        old.unlink()
-    files.write_json(path, plan)
-    return False
+    def __init__(self, folder: Path, size: int, dtype: str = "fp32"):
+        self.folder, self.size, self.dtype = folder, size, dtype
+        self._row_bytes = size * _row_dtype(dtype).itemsize
+
+    def number_datasets(self, dataset_digests: Sequence[str]) -> None:
+        """Gives those that are new a number (rank 0 only)."""
+        known = self.datasets()
+        added = [digest for digest in dataset_digests if digest not in known]
+        if added or not known:
+            files.write_json(self.folder / _DATASETS, [*known, *added])
+
+    def datasets(self) -> list[str]:
+        """Digests of the datasets, in the order of their numbers."""
+        path = self.folder / _DATASETS
+        return files.read_json(path) if path.is_file() else []
+
+    def entries(self) -> Entries:
+        """Of every row that counts."""
+        found = []
+        for number in self._file_numbers():
+            entries = self._sound_entries(number)
+            found.append(Entries(
+                np.full(len(entries), number), np.arange(len(entries)), entries["dataset"],
+                entries["document"], entries["loss"], entries["checksum"]))
+        empty = np.empty(0, np.int64)
+        return Entries(*(np.concatenate(arrays) for arrays in zip(
+            (empty,) * 6, *(vars(part).values() for part in found), strict=True)))
+
+    def writer(self, number: int) -> SketchWriter:
+        """Appends to the file of this number, after its last row that counts."""
+        return SketchWriter(self, number, len(self._sound_entries(number)))
+
+    def read(self, entries: Entries, samples: np.ndarray) -> Sketches:
+        """The rows of these entries, whose sample numbers are given, sorted by those.
+
+        Each file is mapped, and each row copied once, to its place. Raises UserError for a row that
+        is not as it was written.
+        """
+        order = np.argsort(samples, kind="stable")
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        rows = np.empty((len(samples), self.size), np.float32)
+        for number in np.unique(entries.file).tolist():
+            path = self._rows_path(number)
+            stored = np.memmap(path, _row_dtype(self.dtype), "r").reshape(-1, self.size)
+            here = np.flatnonzero(entries.file == number)
+            for i in here[np.argsort(entries.position[here])].tolist():
+                row = stored[entries.position[i]]
+                if _checksum(row, entries.dataset[i], entries.document[i], entries.loss[i]) != \
+                        entries.checksum[i]:
+                    raise UserError(f"row {entries.position[i]} of {path} is not as it was "
+                                    f"written. Delete {self.folder} and run the command again.")
+                rows[place[i]] = _decoded(row, self.dtype)
+        return Sketches(rows, samples[order], entries.loss[order].astype(np.float32))
+
+    def num_bytes(self, count: int) -> int:
+        """Of so many rows in memory, as float32."""
+        return count * self.size * 4
+
+    def _file_numbers(self) -> list[int]:
+        names = (re.fullmatch(r"entries-(\d+)\.bin", path.name)
+                 for path in self.folder.glob("entries-*.bin"))
+        return sorted(int(name[1]) for name in names if name)
+
+    def _sound_entries(self, number: int) -> np.ndarray:
+        """The entries of a file up to the first that is cut short, or that has no row.
+
+        A disk that loses what it was told to keep leaves a tail of zeros: the checksum of the last
+        entries finds it, and they are looked at backwards until one is sound.
+        """
+        path, rows = self._entries_path(number), self._rows_path(number)
+        if not path.is_file() or not rows.is_file():
+            return np.empty(0, _ENTRY)
+        count = min(path.stat().st_size // _ENTRY.itemsize, rows.stat().st_size // self._row_bytes)
+        entries = np.fromfile(path, _ENTRY, count)
+        if not count:
+            return entries
+        stored = np.memmap(rows, _row_dtype(self.dtype), "r",
+                           shape=(count, self.size))
+        while count:
+            last = entries[count - 1]
+            if _checksum(stored[count - 1], last["dataset"], last["document"], last["loss"]) == \
+                    last["checksum"]:
+                break
+            count -= 1
+        return entries[:count]
+
+    def _rows_path(self, number: int) -> Path:
+        return self.folder / f"rows-{number}.{'f32' if self.dtype == 'fp32' else self.dtype}"
+
+    def _entries_path(self, number: int) -> Path:
+        return self.folder / f"entries-{number}.bin"
 
 
-def finish(folder: Path, identity: dict, size: int, data_size: int, dtype: str = "fp32") -> None:
-    """Writes the manifest, once all ranks have written their rows (rank 0 only)."""
-    files.write_json(folder / _MANIFEST, {
-        "identity": identity, "sketch_size": size, "sketch_dtype": dtype,
-        "data_parallel_size": data_size,
-        "digests": {path.name: files.file_digest(path) for rank in range(data_size)
-                    for path in _paths(folder, rank, dtype)[:3]},
-    })
+class SketchWriter:
+    """Appends rows and, once these are on the disk, their entries."""
+
+    def __init__(self, store: SketchStore, number: int, count: int):
+        self._store = store
+        store.folder.mkdir(parents=True, exist_ok=True)
+        self._rows = _cut_to(store._rows_path(number), count * store._row_bytes)
+        self._entries = _cut_to(store._entries_path(number), count * _ENTRY.itemsize)
+
+    def append(self, rows: np.ndarray, datasets: np.ndarray, documents: np.ndarray,
+               losses: np.ndarray) -> None:
+        """[n, k] rows of [n] documents of [n] datasets, [n] losses. On disk when this returns."""
+        encoded = np.ascontiguousarray(_encoded(rows, self._store.dtype))
+        entries = np.empty(len(encoded), _ENTRY)
+        entries["dataset"], entries["document"], entries["loss"] = datasets, documents, losses
+        entries["checksum"] = [
+            _checksum(row, entry["dataset"], entry["document"], entry["loss"])
+            for row, entry in zip(encoded, entries, strict=True)]
+        for file, data in ((self._rows, encoded.tobytes()), (self._entries, entries.tobytes())):
+            _write(file, data)
+
+    def close(self) -> None:
+        for file in (self._rows, self._entries):
+            file.close()
 
 
-def is_finished(folder: Path, identity: dict) -> bool:
-    """Whether the folder holds finished sketches of these very samples at these parameters."""
-    manifest = folder / _MANIFEST
-    return manifest.is_file() and files.read_json(manifest)["identity"] == files.as_json(identity)
+def _checksum(row: np.ndarray, dataset, document, loss) -> int:
+    entry = np.array((document, dataset, loss, 0), _ENTRY)
+    return zlib.crc32(entry.tobytes(), zlib.crc32(row.tobytes()))
 
 
-def num_bytes(folder: Path) -> int:
-    """Of all rows in memory, as float32."""
-    manifest = files.read_json(folder / _MANIFEST)
-    dtype = manifest["sketch_dtype"]
-    on_disk = sum(_paths(folder, rank, dtype)[0].stat().st_size
-                  for rank in range(manifest["data_parallel_size"]))
-    return on_disk * 4 // _row_dtype(dtype).itemsize
-
-
-def load(folder: Path, share: int = 0, num_shares: int = 1) -> Sketches:
-    """The rows, sorted by sample number; share r of n takes every n-th rank's file.
-
-    The files are mapped, and each row is copied once, to its place. Raises UserError where a file
-    was changed.
-    """
-    manifest = files.read_json(folder / _MANIFEST)
-    size, dtype = manifest["sketch_size"], manifest["sketch_dtype"]
-    parts = []
-    for rank in range(share, manifest["data_parallel_size"], num_shares):
-        paths = _paths(folder, rank, dtype)[:3]
-        for path in paths:
-            if not path.is_file() or files.file_digest(path) != manifest["digests"][path.name]:
-                raise UserError(f"{path} is not as it was written. Delete {folder} and run select "
-                                "again.")
-        parts.append([_mapped(path, kind) for path, kind in zip(
-            paths, (_row_dtype(dtype), _SAMPLE, _LOSS), strict=True)])
-    samples = np.concatenate([np.empty(0, _SAMPLE), *(part[1] for part in parts)])
-    losses = np.concatenate([np.empty(0, _LOSS), *(part[2] for part in parts)])
-    order = np.argsort(samples)
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    rows, start = np.empty((len(samples), size), np.float32), 0
-    for part, numbers, _ in parts:
-        rows[place[start: start + len(numbers)]] = _decoded(part, dtype).reshape(-1, size)
-        start += len(numbers)
-    return Sketches(rows, samples[order], losses[order])
-
-
-def _paths(folder: Path, rank: int, dtype: str) -> tuple[Path, Path, Path, Path]:
-    return (folder / f"rows-{rank}.{'f32' if dtype == 'fp32' else dtype}",
-            folder / f"samples-{rank}.i64", folder / f"losses-{rank}.f32",
-            folder / f"passes-{rank}.i64")
-
-
-def _widths(size: int, dtype: str) -> tuple[int, int, int]:
-    """Bytes of a sample in each of the first three files."""
-    return size * _row_dtype(dtype).itemsize, _SAMPLE.itemsize, _LOSS.itemsize
+def _write(file, data: bytes) -> None:
+    """All of it and to the disk, or a UserError."""
+    view = memoryview(data)
+    try:
+        while view:  # an unbuffered file may take a part only
+            view = view[file.write(view):]
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{file.name} cannot be written ({error.strerror}). Make room, or mend the "
+                        "disk, and run the command again: it carries on where it was.") from error
 
 
 def _row_dtype(dtype: str) -> np.dtype:
@@ -172,10 +219,6 @@ def _encoded(rows: np.ndarray, dtype: str) -> np.ndarray:
 
 def _decoded(rows: np.ndarray, dtype: str) -> np.ndarray:
     return rows if dtype == "fp32" else (rows.astype(np.uint32) << 16).view(np.float32)
-
-
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
 def _cut_to(path: Path, length: int):

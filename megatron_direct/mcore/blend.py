@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_direct.data import indexed
 from megatron_direct.data.blend_plan import (
     Blend,
     BlendPart,
+    BlendRules,
+    Demand,
     num_sequences_in,
     plan_blend,
     require_something_left,
@@ -45,65 +47,43 @@ class Vocabulary:
         return -1
 
 
-def parse_data_path(data_path: Sequence[str]) -> Blend:
-    """``--data-path`` as Megatron takes it: prefixes, or weights and prefixes by turns."""
-    values = list(data_path)
-    if len(values) % 2 == 0 and all(_is_number(value) for value in values[::2]):
-        return values[1::2], [float(value) for value in values[::2]]
-    return values, None
+@dataclass(frozen=True)
+class BlendRequest:
+    """Training sequences of ``seq_length`` tokens, at least ``num_sequences`` of them, in an order
+    that ``seed`` gives; rank 0 builds the indices into ``cache``."""
+
+    seq_length: int
+    num_sequences: int
+    seed: int
+    cache: Path
+    vocabulary: Vocabulary
 
 
-def read_data_args(path: str) -> Blend:
-    """``--data-args-path``: a file with what ``--data-path`` would say."""
-    return parse_data_path(_read(path).split())
-
-
-def read_per_split_data_args(path: str) -> dict[str, Blend | None]:
-    """``--per-split-data-args-path``: JSON with a ``--data-path`` for train, valid and test."""
-    try:
-        found = json.loads(_read(path))
-        texts = {split: found[split] for split in _SPLITS}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no JSON object with the keys train, valid and test "
-                        f"({type(error).__name__}: {error}). Mend the file.") from error
-    return {split: None if not text else
-            parse_data_path(text.split() if isinstance(text, str) else text)
-            for split, text in texts.items()}
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). Correct the path.") from error
-
-
-def build_blend(prefixes: Sequence[str], weights: Sequence[float] | None,
-                masks: Mapping[str, SampleMask], *, seq_length: int, num_sequences: int, seed: int,
-                vocabulary: Vocabulary, cache: Path, blend_weights: str = "keep",
-                max_epochs: float | None = None):
-    """(dataset of at least ``num_sequences`` training sequences, its BlendParts).
+def build_blend(blend: Blend, masks: Mapping[str, SampleMask], request: BlendRequest,
+                rules: BlendRules | None = None):
+    """(dataset of at least the sequences requested, its BlendParts); all ranks call this.
 
     Without weights a prefix counts by the tokens that its mask leaves, so that every kept document
-    is seen equally often. All ranks call this; rank 0 builds the indices into ``cache`` and the
-    others read them there. For what is dropped and what is refused see plan_blend.
+    is seen equally often. For what is dropped and what is refused see plan_blend.
     """
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
+    rules = rules or BlendRules()
+    if blend.weights is None:
+        rules = dataclasses.replace(rules, blend_weights="tokens")
     config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=seq_length,
-        blend_per_split=[(list(prefixes), None if weights is None else list(weights)), None, None],
-        path_to_cache=str(cache),
-        tokenizer=vocabulary,
+        random_seed=request.seed,
+        sequence_length=request.seq_length,
+        blend_per_split=[_as_megatron(blend), None, None],
+        path_to_cache=str(request.cache),
+        tokenizer=request.vocabulary,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    builder, parts = masked_builder(
-        [num_sequences, 0, 0], lambda: True, config, masks, max_epochs=max_epochs,
-        blend_weights="tokens" if weights is None else blend_weights)
+    builder, parts = masked_builder([request.num_sequences, 0, 0], lambda: True, config, masks,
+                                    rules)
     dataset, _, _ = builder.build()
     return dataset, parts
 
@@ -116,13 +96,13 @@ def is_gpt_dataset(dataset_class: type) -> bool:
 
 
 def masked_builder(sizes: Sequence[int | None], is_built_on_rank: Callable, config,
-                   masks: Mapping[str, SampleMask], *, blend_weights: str = "keep",
-                   max_epochs: float | None = None, num_consumed: int = 0):
+                   masks: Mapping[str, SampleMask], rules: BlendRules, num_consumed: int = 0):
     """(BlendedMegatronDatasetBuilder over MaskedGPTDatasets, BlendParts of the training split).
 
     config: a GPTDatasetConfig, for which Megatron would have built GPTDatasets; what masks empty is
     taken out of its blends, and weights are rescaled. sizes: sequences that the training draws from
     each split, of which ``num_consumed`` of the first were drawn before, from whatever blend.
+    rules: of the training's blend, and of no other.
 
     A blend of several prefixes without weights is one epoch, as in Megatron; asked for more it
     raises UserError, unless ``blend_weights="tokens"`` gives it weights. All ranks call this.
@@ -134,9 +114,10 @@ def masked_builder(sizes: Sequence[int | None], is_built_on_rank: Callable, conf
 
     from megatron_direct.mcore.masked_dataset import MaskedGPTDataset, MaskedGPTDatasetConfig
 
-    rules = _Rules(blend_weights, max_epochs, num_consumed)
+    left = [sizes[0] and max(sizes[0] - num_consumed, 0), *sizes[1:]]
     plan = _plan_one_blend if config.blend is not None else _plan_each_split
-    blends, parts = parallel.on_rank_zero(lambda: plan(config, sizes, masks, rules))
+    blends, parts = parallel.on_rank_zero(
+        lambda: plan(_Plan(config, masks, rules), list(zip(_SPLITS, sizes, left, strict=True))))
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTDatasetConfig)
               if f.init}
     masked = MaskedGPTDatasetConfig(**{**values, **blends, "sample_masks": dict(masks)})
@@ -144,71 +125,68 @@ def masked_builder(sizes: Sequence[int | None], is_built_on_rank: Callable, conf
                                          masked), parts
 
 
-@dataclass(frozen=True)
-class _Rules:
-    """What is asked of the training's blend, and of no other."""
-
-    blend_weights: str
-    max_epochs: float | None
-    num_consumed: int
+def _as_megatron(blend: Blend) -> tuple[list[str], list[float] | None]:
+    return list(blend.prefixes), None if blend.weights is None else list(blend.weights)
 
 
-def _plan_one_blend(config, sizes, masks, rules: _Rules) -> tuple[dict, list[BlendPart]]:
+# (split, sequences that the training draws from it, those that were not drawn before)
+_Size = tuple[str, int | None, int | None]
+
+
+def _plan_one_blend(plan: _Plan, sizes: list[_Size]) -> tuple[dict, list[BlendPart]]:
     """One blend that ``split`` divides: what is dropped from the training is dropped throughout."""
-    shares = dict(zip(_SPLITS, config.split_matrix, strict=True))
-    first = next(split for split in _SPLITS if shares[split] is not None)
-    blend, parts = _plan(config, config.blend, sizes[_SPLITS.index(first)], masks, rules,
-                         shares[first])
+    shares = dict(zip(_SPLITS, plan.config.split_matrix, strict=True))
+    first = next(size for size in sizes if shares[size[0]] is not None)
+    blend, parts = plan.of(plan.config.blend, first, shares[first[0]])
     for split in _SPLITS:
-        if split != first and shares[split] is not None:
-            require_something_left(blend[0], masks, shares[split], split)
+        if split != first[0] and shares[split] is not None:
+            require_something_left(blend[0], plan.masks, shares[split], split)
     return {"blend": blend}, parts
 
 
-def _plan_each_split(config, sizes, masks, rules: _Rules) -> tuple[dict, list[BlendPart]]:
+def _plan_each_split(plan: _Plan, sizes: list[_Size]) -> tuple[dict, list[BlendPart]]:
     """A blend for each split, of which any may be None."""
     blends, training = [], []
-    for split, blend, size in zip(_SPLITS, config.blend_per_split, sizes, strict=True):
+    for blend, size in zip(plan.config.blend_per_split, sizes, strict=True):
         planned, parts = None, []
         if blend is not None:
-            planned, parts = _plan(config, blend, size, masks, rules if split == "train" else None)
+            planned, parts = plan.of(blend, size, trained=size[0] == "train")
         blends.append(planned)
-        training = parts if split == "train" else training
+        training = parts if size[0] == "train" else training
     return {"blend_per_split": blends}, training
 
 
-def _plan(config, blend: Blend, size: int | None, masks, rules: _Rules | None,
-          share: tuple[float, float] = (0.0, 1.0)) -> tuple[Blend, list[BlendPart]]:
-    """The blend without what masks empty, and its parts. rules: None if it is not trained on."""
-    prefixes, weights = blend
-    size_left = max((size or 0) - (rules.num_consumed if rules else 0), 0)
-    rule = rules.blend_weights if rules else "keep"
-    parts = plan_blend(prefixes, weights, masks, seq_length=config.sequence_length,
-                       num_sequences=size_left, blend_weights=rule,
-                       max_epochs=rules.max_epochs if rules else None, share=share)
-    vocab_size = getattr(config.tokenizer, "vocab_size", None)
-    for part in parts:
-        if vocab_size is not None:
-            indexed.require_tokens_below(part.prefix, vocab_size)
-    used = [part.prefix for part in parts]
-    if rule == "tokens" and size is not None and len(prefixes) > 1:
-        return (used, [part.weight for part in parts]), parts
-    if weights is not None:
-        # As given, to the last bit: Megatron rounds up counts that are computed from them.
-        given = dict(zip(prefixes, weights, strict=True))
-        return (used, [given[prefix] for prefix in used]), parts
-    available = num_sequences_in(parts, config.sequence_length)
-    if rules and len(used) > 1 and size is not None and size > available:
-        raise UserError(
-            f"a blend without weights is one epoch, and that has {available} sequences where "
-            f"the training asks for {size}. Give weights, or --blend-weights tokens, so that "
-            "datasets are seen more than once, or train on less.")
-    return (used, None), parts
+@dataclass(frozen=True)
+class _Plan:
+    """config: a GPTDatasetConfig."""
 
+    config: Any
+    masks: Mapping[str, SampleMask]
+    rules: BlendRules
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    def of(self, blend: tuple, size: _Size, share: tuple[float, float] = (0.0, 1.0), *,
+           trained: bool = True) -> tuple[tuple, list[BlendPart]]:
+        """Megatron's blend without what masks empty, and its parts."""
+        asked = Blend(*blend)
+        _, whole, left = size
+        rules = self.rules if trained else BlendRules()
+        parts = plan_blend(asked, self.masks,
+                           Demand(self.config.sequence_length, left or 0, share), rules)
+        vocab_size = getattr(self.config.tokenizer, "vocab_size", None)
+        for part in parts:
+            if vocab_size is not None:
+                indexed.require_tokens_below(part.prefix, vocab_size)
+        used = [part.prefix for part in parts]
+        if rules.blend_weights == "tokens" and whole is not None and len(asked.prefixes) > 1:
+            return (used, [part.weight for part in parts]), parts
+        if asked.weights is not None:
+            # As given, to the last bit: Megatron rounds up counts that are computed from them.
+            given = dict(zip(asked.prefixes, asked.weights, strict=True))
+            return (used, [given[prefix] for prefix in used]), parts
+        available = num_sequences_in(parts, self.config.sequence_length)
+        if trained and len(used) > 1 and whole is not None and whole > available:
+            raise UserError(
+                f"a blend without weights is one epoch, and that has {available} sequences where "
+                f"the training asks for {whole}. Give weights, or --blend-weights tokens, so that "
+                "datasets are seen more than once, or train on less.")
+        return (used, None), parts

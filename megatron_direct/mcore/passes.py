@@ -12,28 +12,30 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from megatron_direct.data.samples import MicroBatch, Samples
+from megatron_direct.data.samples import MicroBatch, PassShape, SampleSource
 from megatron_direct.mcore import grid
 from megatron_direct.runtime import host
 
 
-def of_samples(chunks: Sequence[torch.nn.Module], samples: Samples, numbers: np.ndarray,
-           micro_batch_size: int, first_pass: int = 0) -> Iterator[list[MicroBatch]]:
+def of_samples(chunks: Sequence[torch.nn.Module], samples: SampleSource, numbers: np.ndarray,
+               micro_batch_size: int, done: np.ndarray | None = None) -> Iterator[list[MicroBatch]]:
     """This data-parallel rank's share of the samples, in passes that suit the layout.
 
     A pipeline of p stages is busy m / (m + p - 1) of the time with m micro-batches: 4 p of them
     keep it busy 4/5 of the time. The interleaved schedule takes multiples of p only. Ranks that
-    share experts exchange tokens all the time, and go through equal passes in step. The passes
-    before ``first_pass`` are left out.
+    share experts exchange tokens all the time, and go through equal passes in step. done: [samples]
+    bool, what need not be computed any more.
     """
     layout = chunks[0].config
     stages = layout.pipeline_model_parallel_size
-    return samples.passes(
-        numbers, micro_batch_size, 1 if stages == 1 else 4 * stages,
-        share=grid.data_rank(), num_shares=grid.data_size(), first_pass=first_pass,
+    return samples.passes(numbers, PassShape(
+        micro_batch_size,
+        micro_batches_per_pass=1 if stages == 1 else 4 * stages,
+        share=grid.data_rank(),
+        num_shares=grid.data_size(),
+        length_multiple=layout.tensor_model_parallel_size if layout.sequence_parallel else 1,
         count_multiple=stages,
-        in_step=layout.expert_model_parallel_size > 1,
-        length_multiple=layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
+        in_step=layout.expert_model_parallel_size > 1), done)
 
 
 def run_pass(

@@ -6,7 +6,9 @@ pipeline schedule are Megatron-Core's. Here they are put together, fed and watch
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,17 +66,23 @@ def make_trainer(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig,
     return Trainer(list(chunks), wrapped, megatron_optimizer, scheduler)
 
 
-def anneal_over(trainer: Trainer, optimizer: OptimizerConfig, onset: int, done: int,
-                decay_iters: int, batch: BatchConfig) -> None:
-    """Lets the learning rate decay over ``decay_iters`` iterations (the D of WSD).
+@dataclass(frozen=True)
+class DecaySteps:
+    """The D of a WSD schedule. onset: the schedule's steps, in samples, at its beginning; done:
+    iterations of it that are past; iterations: all of them."""
 
-    onset: the schedule's steps at the beginning of the annealing; done: iterations of it that
-    are behind.
-    """
-    decay = decay_iters * batch.global_batch_size
-    trainer.scheduler = _scheduler(trainer.optimizer, optimizer, 0, decay_ends=onset + decay,
-                                   decay_steps=decay)
-    trainer.scheduler.step(onset + done * batch.global_batch_size)
+    onset: int
+    done: int
+    iterations: int
+
+
+def anneal_over(trainer: Trainer, optimizer: OptimizerConfig, batch: BatchConfig,
+                steps: DecaySteps) -> None:
+    """Lets the learning rate decay from here on."""
+    decay = steps.iterations * batch.global_batch_size
+    trainer.scheduler = _scheduler(trainer.optimizer, optimizer, 0,
+                                   decay_ends=steps.onset + decay, decay_steps=decay)
+    trainer.scheduler.step(steps.onset + steps.done * batch.global_batch_size)
 
 
 def _scheduler(megatron_optimizer, optimizer: OptimizerConfig, warmup_steps: int,
@@ -111,37 +119,52 @@ class Step:
     grad_norm: float | None
 
 
-def train(trainer: Trainer, dataset, batch: BatchConfig, iterations: range, *, first_sequence: int,
-          description: str, after_step: Callable[[Step], None]) -> None:
-    """Iterations over the dataset's sequences in order, from number ``first_sequence`` on.
+@dataclass(frozen=True)
+class Feed:
+    """Sequences of a dataset in order, from number ``first_sequence`` on, in batches."""
 
-    iterations: the numbers that the steps are reported under. Raises FloatingPointError, on all
-    ranks, when the loss is not finite.
+    dataset: Sequence
+    batch: BatchConfig
+    first_sequence: int = 0
+
+    def micro_batches(self, iteration: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """This rank's of an iteration, counted from 0, one at a time: (tokens, labels, loss_mask,
+        position_ids), each [b, s]. They come in the order of Megatron-LM's sampler: ranks side by
+        side."""
+        size, device = self.batch.micro_batch_size, host.device()
+        consumed = self.first_sequence + iteration * self.batch.global_batch_size
+        for number in range(self.batch.num_microbatches(grid.data_size())):
+            start = consumed + (number * grid.data_size() + grid.data_rank()) * size
+            rows = [self.dataset[index] for index in range(start, start + size)]
+            yield tuple(torch.stack([row[key] for row in rows]).to(device)
+                        for key in ("tokens", "labels", "loss_mask", "position_ids"))
+
+
+def train(trainer: Trainer, feed: Feed, iterations: range, description: str,
+          after_step: Callable[[Step], None]) -> None:
+    """Iterations over the feed. iterations: the numbers that the steps are reported under.
+
+    Raises FloatingPointError, on all ranks, when the loss is not finite.
     """
-    consumed = first_sequence
     progress = tqdm(iterations, desc=description, unit="it",
                     disable=None if parallel.is_rank_zero() else True)
-    for iteration in progress:
-        loss, grad_norm = _step(trainer, dataset, batch, consumed)
-        if not torch.isfinite(torch.tensor(loss)):
+    for index, iteration in enumerate(progress):
+        loss, grad_norm = _step(trainer, feed, index)
+        if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of iteration {iteration} is {loss}. "
                                      "Lower --lr, or check the data.")
         lr = trainer.optimizer.param_groups[0]["lr"]
-        trainer.scheduler.step(batch.global_batch_size)
-        consumed += batch.global_batch_size
+        trainer.scheduler.step(feed.batch.global_batch_size)
         progress.set_postfix(loss=f"{loss:.3f}")
         after_step(Step(iteration, loss, lr, grad_norm))
 
 
-def _step(trainer: Trainer, dataset, batch: BatchConfig, consumed: int,
-          ) -> tuple[float, float | None]:
+def _step(trainer: Trainer, feed: Feed, index: int) -> tuple[float, float | None]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    num_microbatches = batch.num_microbatches(grid.data_size())
     for chunk in trainer.wrapped:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    micro_batches = list(_micro_batches(dataset, batch, consumed, num_microbatches))
     sums = torch.zeros(2, dtype=torch.float64, device=host.device())  # loss, tokens
 
     def forward_step(iterator, chunk):
@@ -155,27 +178,21 @@ def _step(trainer: Trainer, dataset, batch: BatchConfig, consumed: int,
 
         return output, loss_sum
 
+    # Each chunk reads the batch for itself, one micro-batch at a time.
+    batches = [feed.micro_batches(index) for _ in trainer.wrapped]
+    first = next(batches[0])
+    batches[0] = itertools.chain([first], batches[0])
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(micro_batches) for _ in trainer.wrapped],
+        data_iterator=batches,
         model=trainer.wrapped,
-        num_microbatches=num_microbatches,
-        seq_length=micro_batches[0][0].shape[1],
-        micro_batch_size=batch.micro_batch_size,
+        num_microbatches=feed.batch.num_microbatches(grid.data_size()),
+        seq_length=first[0].shape[1],
+        micro_batch_size=feed.batch.micro_batch_size,
     )
     _, grad_norm, _ = trainer.optimizer.step()
     loss, tokens = grid.sum_over_data(grid.share_from_last_stage(sums)).tolist()
     return loss / tokens, None if grad_norm is None else float(grad_norm)
-
-
-def _micro_batches(dataset, batch: BatchConfig, consumed: int, count: int) -> Iterator[tuple]:
-    """This rank's micro-batches, in the order of Megatron-LM's sampler: ranks side by side."""
-    size, device = batch.micro_batch_size, host.device()
-    for number in range(count):
-        start = consumed + (number * grid.data_size() + grid.data_rank()) * size
-        rows = [dataset[index] for index in range(start, start + size)]
-        yield tuple(torch.stack([row[key] for row in rows]).to(device)
-                    for key in ("tokens", "labels", "loss_mask", "position_ids"))
 
 
 class MetricsLog:

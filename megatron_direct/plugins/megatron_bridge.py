@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron.bridge.training.config import DatasetProvider, GPTDatasetConfig
 
-from megatron_direct.data.blend_plan import MAX_EPOCHS
+from megatron_direct.data.blend_plan import MAX_EPOCHS, BlendRules
 from megatron_direct.data.mask_files import find_mask_files, load_masks
 from megatron_direct.errors import UserError
 from megatron_direct.mcore.blend import masked_builder
@@ -65,7 +65,7 @@ class MaskedDatasetProvider(DatasetProvider):
             prefixes, list(self.sample_mask.items()), self.sample_masks)))
         builder, parts = masked_builder(
             [context.train_samples, context.valid_samples, context.test_samples], lambda: True,
-            self.gpt, masks, blend_weights=self.blend_weights, max_epochs=self.max_epochs)
+            self.gpt, masks, BlendRules(self.blend_weights, self.max_epochs))
         for part in parts:
             parallel.say(f"> {part}")
         return tuple(builder.build())

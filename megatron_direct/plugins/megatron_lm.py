@@ -23,12 +23,12 @@ import sys
 from collections.abc import Callable, Iterator
 
 from megatron_direct.data import checks
-from megatron_direct.data.blend_plan import BLEND_WEIGHTS, MAX_EPOCHS
+from megatron_direct.data.blend_plan import BLEND_WEIGHTS, MAX_EPOCHS, BlendRules
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.mask_files import find_mask_files, load_masks
 from megatron_direct.errors import UserError
 from megatron_direct.mcore.blend import is_gpt_dataset, masked_builder
-from megatron_direct.runtime import files, parallel
+from megatron_direct.runtime import parallel
 
 _BUILDER = "BlendedMegatronDatasetBuilder"
 
@@ -84,8 +84,8 @@ def _builder(args, dataset_class, sizes, is_built_on_rank, config):
                         "either.")
     masks = _load_masks(args, config)
     builder, parts = masked_builder(
-        sizes, is_built_on_rank, config, masks, blend_weights=args.blend_weights,
-        max_epochs=args.max_epochs, num_consumed=_num_consumed(args))
+        sizes, is_built_on_rank, config, masks,
+        BlendRules(args.blend_weights, args.max_epochs), _num_consumed(args))
     for part in parts:
         parallel.say(f"> {part}")
     return builder
@@ -97,7 +97,7 @@ def _load_masks(args, config) -> dict[str, SampleMask]:
         blends = [config.blend] if config.blend else config.blend_per_split
         prefixes = list(dict.fromkeys(p for blend in blends if blend for p in blend[0]))
         model = getattr(args, "tokenizer_model", None)
-        digest = files.file_digest(model) if model and os.path.isfile(model) else None
+        digest = digests.file_digest(model) if model and os.path.isfile(model) else None
         checks.require_one_vocabulary(prefixes, config.tokenizer.vocab_size, digest)
         return find_mask_files(prefixes, args.sample_mask or (), args.sample_masks)
 

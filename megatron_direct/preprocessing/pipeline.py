@@ -25,7 +25,7 @@ from megatron_direct.preprocessing.documents import Document, Fields
 from megatron_direct.preprocessing.excluded import ExcludedDataset
 from megatron_direct.preprocessing.processes import Ranks
 from megatron_direct.preprocessing.reading import Shard, Stream
-from megatron_direct.runtime import files
+from megatron_direct.runtime import digests, files
 
 # A --domain-key that names something else, such as an address, would make a file a document.
 MAX_DOMAINS = 1000
@@ -80,11 +80,11 @@ def prepare_tokenizer(flags: argparse.Namespace, settings: shards.Settings,
     """The tokenizer's digest. It is trained first if it is to be, and was not for these shards."""
     if flags.train_tokenizer:
         path = flags.tokenizer_model
-        plan = path.is_file() and plan_of(flags, settings, files.file_digest(path))
+        plan = path.is_file() and plan_of(flags, settings, digests.file_digest(path))
         if not plan or shards.read_plan(settings.folder) != files.as_json(plan):
             tokenizer.train(path, training_texts(flags, settings, work, shard_bytes),
                             flags.vocab_size)
-    return files.file_digest(tokenizer.model_file(flags.tokenizer_model))
+    return digests.file_digest(tokenizer.model_file(flags.tokenizer_model))
 
 
 def training_texts(flags: argparse.Namespace, settings: shards.Settings,

@@ -18,6 +18,9 @@ import torch.distributed as dist
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import host, ranks
 
+# After so long a rank that waits for rank 0 looks again whether there is anything to wait for.
+_PATIENCE_SECONDS = 20.0
+
 
 def world_size() -> int:
     """Ranks that were started: known before anything is initialised."""
@@ -74,7 +77,9 @@ def barrier() -> None:
 def on_rank_zero(work: Callable):
     """What ``work()`` returns on rank 0, on every rank; what it raises there is raised everywhere.
 
-    So a mistake that only rank 0 can see ends all ranks with the same message, and none waits.
+    So a mistake that only rank 0 can see ends all ranks with the same message, and none waits. The
+    work may take as long as it needs: the others wait for word that it is done, not in a
+    collective, which would give up.
     """
     outcome = [None, None]
     if dist.get_rank() == 0:
@@ -83,10 +88,32 @@ def on_rank_zero(work: Callable):
         except Exception as error:
             outcome[1] = _portable(error)
     if dist.get_world_size() > 1:
+        _wait_for_rank_zero()
         dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+_turns: tuple[object, int] = (None, 0)  # the process group's store, and how often rank 0 worked
+
+
+def _wait_for_rank_zero() -> None:
+    global _turns
+    store = dist.distributed_c10d._get_default_store()
+    turn = _turns[1] + 1 if _turns[0] is store else 1
+    _turns = (store, turn)
+    key = f"rank-zero/{turn}"
+    if dist.get_rank() == 0:
+        store.set(key, "done")
+        return
+    while True:
+        try:
+            store.wait([key], datetime.timedelta(seconds=_PATIENCE_SECONDS))
+            return
+        except dist.DistStoreError as error:
+            if "timeout" not in str(error).lower():
+                raise  # the store is gone, and rank 0 with it
 
 
 def kept_on_rank_zero(work: Callable):

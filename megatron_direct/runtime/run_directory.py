@@ -1,23 +1,23 @@
-"""A run directory, and the record in it of what each stage was asked and with what it ran.
+"""A run directory, and the record in it of what was asked of it and with what it ran.
 
-``run.json`` holds, for every stage, its *identity* (each flag and digest that its result depends
-on; the layout of ranks is not one of them), whether it is finished, and the versions and layout it
-ran with. A stage that finds its own identity there carries on or has nothing to do; one that finds
-another is refused, since the directory belongs to another run.
+``run.json`` holds every call that made something: its flags, versions and layout, enough to repeat
+it. Nothing is decided by it: each artefact in the directory carries a key of its own
+(:mod:`megatron_direct.runtime.manifest`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 from pathlib import Path
 
 from megatron_direct import __version__
-from megatron_direct.config import flag_name
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import files
+from megatron_direct.runtime import files, ranks
 
 _RECORD = "run.json"
+_FORMAT = 2
 
 
 class RunDirectory:
@@ -26,57 +26,67 @@ class RunDirectory:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def record(self) -> dict:
-        """stage -> what was written of it; {} for a new directory."""
-        path = self.path / _RECORD
-        return files.read_json(path)["stages"] if path.is_file() else {}
+    def record(self) -> list[dict]:
+        """The calls, in order: command, flags, provenance; [] for a new directory.
 
-    def stage(self, name: str) -> dict:
-        """The record of a finished stage. Raises UserError if there is none."""
-        found = self.record().get(name)
-        if found is None or not found["finished"]:
-            raise UserError(f"{self.path} holds no finished {name}. Run `megatron-direct {name} "
-                            f"--run-dir {self.path}` first, or correct --run-dir.")
-        return found
-
-    def begin(self, name: str, identity: dict, layout: dict) -> bool:
-        """Enters a stage into the record; True if it is there already, and finished.
-
-        Raises UserError, before anything is touched, if the directory is another run's.
+        Raises UserError for a directory that is not a run directory, or of another version's.
         """
-        identity = files.as_json(identity)
-        stages = self.record()
-        if not stages and self.path.is_dir() and any(self.path.iterdir()):
-            raise UserError(f"{self.path} is not empty and holds no {_RECORD}: it is no run "
-                            "directory. Choose another --run-dir.")
-        known = stages.get(name)
-        if known is not None:
-            self._require_same(name, known["identity"], identity)
-            if known["finished"]:
-                return True
-        stages[name] = {"identity": identity, "layout": layout, "versions": versions(),
-                        "finished": False}
-        self._write(stages)
-        return False
+        path = self.path / _RECORD
+        if not path.is_file():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise UserError(f"{self.path} is not empty and holds no {_RECORD}: it is not a run "
+                                "directory. Choose another --run-dir.")
+            return []
+        found = files.read_json(path)
+        if found.get("format") != _FORMAT:
+            version = _version_of(found)
+            raise UserError(
+                f"{self.path} was made by megatron-direct {version}, whose run directories this "
+                f"version ({__version__}) cannot carry on. Use {version} for it, or choose another "
+                "--run-dir.")
+        return found["commands"]
 
-    def finish(self, name: str) -> None:
-        stages = self.record()
-        stages[name]["finished"] = True
-        self._write(stages)
+    def enter(self, command: str, request) -> None:
+        """Adds a call to the record. request: a dataclass of groups of settings."""
+        calls = self.record()
+        call = {"command": command, "flags": _flags(request), "provenance": provenance()}
+        if not calls or calls[-1] != call:
+            files.write_json(self.path / _RECORD, {"format": _FORMAT, "commands": [*calls, call]})
 
-    def _write(self, stages: dict) -> None:
-        files.write_json(self.path / _RECORD, {"stages": stages})
+    def require(self) -> None:
+        """Raises UserError for a directory in which nothing was done."""
+        if not self.record():
+            raise UserError(f"{self.path} holds no run. Run `megatron-direct select --run-dir "
+                            f"{self.path}` first, or correct --run-dir.")
 
-    def _require_same(self, name: str, known: dict, identity: dict) -> None:
-        for key in sorted(known.keys() | identity.keys()):
-            before, now = known.get(key), identity.get(key)
-            if before != now:
-                raise UserError(
-                    f"{self.path} belongs to another run: its {name} had {flag_name(key)} "
-                    f"{before}, this one has {now}. Choose another --run-dir, or delete that one.")
+
+def provenance() -> dict:
+    """By what an artefact was made."""
+    return {"versions": versions(), "ranks": ranks.discover().world_size}
 
 
 def versions() -> dict[str, str]:
+    """Of this package and of those its results depend on; "unknown" for what runs from a path."""
     packages = ("torch", "megatron-core", "numpy", "sentencepiece")
     return {"megatron-direct": __version__, "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in packages}}
+            **{package: _version(package) for package in packages}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _version_of(record: dict) -> str:
+    """The version that wrote the record of an older, or newer, run directory."""
+    stages = list(record.get("stages", {}).values()) or [
+        call["provenance"] for call in record.get("commands", [])]
+    return stages[0]["versions"]["megatron-direct"] if stages else "another version"
+
+
+def _flags(request) -> dict:
+    """By group, every setting; of what a checkpoint supplies, what was given."""
+    return files.as_json({name: dataclasses.asdict(group) for name, group in vars(request).items()
+                          if dataclasses.is_dataclass(group)})

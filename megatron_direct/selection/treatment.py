@@ -15,25 +15,26 @@ packs samples into sequences, in which each token counts alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_direct.config import flag
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.errors import UserError
 from megatron_direct.selection import shrinkage
 from megatron_direct.selection.problem import Selection, stiff_budget
 from megatron_direct.selection.solver import solve_selection
+from megatron_direct.settings import Settings, flag
 
 
 @dataclass(frozen=True)
-class SelectionConfig:
+class SelectionConfig(Settings):
     """Selection problem."""
 
     num_select: int | None = flag(
-        None, "K, samples to select; left out: a quarter of the pool", type=int)
+        None, "K, samples to select; left out: a quarter of the pool", type=int, at_least=1)
     objective: str = flag(
         "descent", "what the selected samples maximise; flat-energy is the paper's",
         choices=("flat-energy", "alignment", "descent"))
@@ -42,21 +43,24 @@ class SelectionConfig:
         "behind the elbow whose eigenvalues are above zero", choices=("complement", "bulk"))
     stiff_budget_fraction: float = flag(
         0.05, "budget of stiff cost: 0 is the least that K samples can cost, 1 that of K average "
-        "samples; --objective descent has none unless --stiff-budget is given")
+        "samples; --objective descent has none unless --stiff-budget is given", at_least=0,
+        at_most=1)
     stiff_budget: float | None = flag(
-        None, "budget of stiff cost in absolute terms, in place of the fraction", type=float)
+        None, "budget of stiff cost in absolute terms, in place of the fraction", type=float,
+        at_least=0, at_most=math.inf)
     step_size: float = flag(
         1.0, "--objective descent: length of the step, over 1 / lambda_max (longer ones are worse "
-        "on the embedded text: docs/selection.md)")
+        "on the embedded text: docs/selection.md)", above=0)
     normalize_gradients: bool = flag(
         True, "--objective descent: gradients of equal length")
     weight_by_tokens: bool = flag(
         True, "--objective descent: a sample counts by the tokens that it is trained on")
     shrinkage_clusters: int = flag(
         8, "--objective descent: clusters of the pools towards whose means gradients are shrunk; "
-        "0: no shrinkage")
+        "0: no shrinkage", at_least=0)
     kept_deviation: float = flag(
-        0.5, "share of a gradient's deviation from its cluster's mean that is kept, 0 to 1")
+        0.5, "share of a gradient's deviation from its cluster's mean that is kept", at_least=0,
+        at_most=1)
     quotas: tuple = flag(
         (), "least and greatest number of samples from a pool, as NAME:LEAST:GREATEST with either "
         "left empty at will; NAME is the last part of its prefix", nargs="+")
@@ -65,10 +69,6 @@ class SelectionConfig:
         "over the ranks; auto: spread if they take more than a quarter of rank 0's free "
         "memory",
         choices=("auto", "gathered", "spread"))
-
-    def __post_init__(self):
-        if not 0.0 <= self.kept_deviation <= 1.0:
-            raise UserError(f"--kept-deviation {self.kept_deviation} must lie between 0 and 1.")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""The curvature stage of ``select``: leading directions, and what they are once sketched."""
+"""Leading directions of the validation set's curvature, and what they are once sketched."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_direct.config import flag
 from megatron_direct.curvature.density import SpectralDensity, spectral_density
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
@@ -20,128 +19,205 @@ from megatron_direct.curvature.lanczos import AsymmetricOperator, Spectrum, lanc
 from megatron_direct.curvature.preconditioner import PreconditionedOperator
 from megatron_direct.curvature.resume import LanczosLog
 from megatron_direct.curvature.sketched import SketchedFisherOperator
-from megatron_direct.curvature.spectrum import (
-    PAPER_ENERGY_SHARE,
-    Directions,
-    Elbow,
-    find_elbow,
-)
+from megatron_direct.curvature.spectrum import PAPER_ENERGY_SHARE, Directions, find_elbow
 from megatron_direct.curvature.symmetry import check_symmetry
 from megatron_direct.curvature.vectors import ParameterSpace
-from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
-from megatron_direct.gradients.sketch import Sketch
+from megatron_direct.gradients.per_sample import GradientModel
 from megatron_direct.mcore import grid
-from megatron_direct.mcore.model import ParameterShard
 from megatron_direct.runtime import files, parallel
+from megatron_direct.runtime.manifest import Artefact, Key
+from megatron_direct.settings import Settings, flag
+from megatron_direct.steps.sketch import Drawn, SketchesKey
 
 OPERATORS = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator,
              "fisher": FisherOperator}
+SKETCHED_FISHER = "sketched-fisher"
 
 
 @dataclass(frozen=True)
-class CurvatureConfig:
+class CurvatureConfig(Settings):
     """Curvature."""
 
     curvature: str = flag(
-        "sketched-fisher", "operator whose leading directions are the stiff ones; sketched-fisher "
+        SKETCHED_FISHER, "operator whose leading directions are the stiff ones; sketched-fisher "
         "comes out of the validation set's sketches and costs no pass",
-        choices=(*OPERATORS, "sketched-fisher"))
+        choices=(*OPERATORS, SKETCHED_FISHER))
     num_eigenpairs: int = flag(
-        64, "leading eigenpairs that are computed; stiff are those up to the elbow")
+        64, "leading eigenpairs that are computed; stiff are those up to the elbow", at_least=1)
     energy_share: float = flag(
-        PAPER_ENERGY_SHARE, "share of the energy that the stiff directions hold")
+        PAPER_ENERGY_SHARE, "share of the energy that the stiff directions hold", above=0,
+        at_most=1)
     lanczos_tol: float = flag(
-        1e-3, "residual of an eigenpair, over the largest eigenvalue, at which Lanczos stops")
-    max_matvecs: int = flag(200, "most operator products that Lanczos may take")
+        1e-3, "residual of an eigenpair, over the largest eigenvalue, at which Lanczos stops",
+        above=0, below=1)
+    max_matvecs: int = flag(200, "most operator products that Lanczos may take", at_least=2)
     num_curvature_samples: int = flag(
-        0, "of the validation samples, those that operator products run over, at most; 0: all")
+        0, "of the validation samples, those that operator products run over, at most; 0: all",
+        at_least=0)
     density_samples: int = flag(
         0, "random vectors for the spectral density and the trace, at least 2; 0: neither, and "
-        "the elbow of --curvature hessian and gauss-newton is told among the computed pairs")
-    density_steps: int = flag(16, "Lanczos steps from each of these vectors")
+        "the elbow of --curvature hessian and gauss-newton is looked for among the computed pairs",
+        at_least=0)
+    density_steps: int = flag(16, "Lanczos steps from each of these vectors", at_least=2)
+
+    def check(self) -> None:
+        if self.density_samples == 1:
+            raise UserError("--density-samples is 1: it must be 0, or at least 2 for an estimate "
+                            "with a standard error.")
 
 
-def leading_directions(config: CurvatureConfig, chunks: Sequence[torch.nn.Module],
-                       shards: Sequence[ParameterShard], sketch: Sketch, samples: Samples,
-                       numbers: np.ndarray, micro_batch_size: int, *, seed: int,
-                       scales: Mapping[str, torch.Tensor] | None, sample_loss: str,
-                       valid_rows: np.ndarray, identity: dict, folder: Path) -> Directions:
-    """Computes them, or reads them if ``folder`` holds them already; all ranks call this.
+@dataclass(frozen=True)
+class SpectrumKey(Key):
+    """What eigenpairs depend on. How many were asked for is no part of it: more carry on."""
 
-    scales: of the preconditioner, by shard; the curvature is then D H D. valid_rows: [M, k]
-    sketches of the validation samples, of gradients of their mean or summed losses. identity: of
-    checkpoint, data and layout; a Lanczos run of another identity is begun anew.
+    sketches_digest: str
+    valid_digests: tuple[str, ...]
+    num_valid_samples: int
+    curvature: str
+    lanczos_tol: float
+    seed: int
+    num_curvature_samples: int = 0
+    density_samples: int = 0
+    density_steps: int = 16
+
+
+def spectrum_key(config: CurvatureConfig, sketches: SketchesKey, valid: Drawn) -> SpectrumKey:
+    return SpectrumKey(sketches.digest(), tuple(valid.digests), len(valid.numbers),
+                       config.curvature, config.lanczos_tol, sketches.seed,
+                       config.num_curvature_samples, config.density_samples, config.density_steps)
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """What a spectrum folder holds. sketches: [p, k] of the eigenvectors; rank: the largest that
+    the operator can have; total_energy: the sum of all positive eigenvalues, or None if that is not
+    known."""
+
+    eigenvalues: np.ndarray
+    sketches: np.ndarray
+    rank: int
+    max_matvecs: int
+    converged: bool
+    total_energy: float | None
+
+    def serve(self, config: CurvatureConfig) -> bool:
+        """Whether they are all that the flags ask for."""
+        if self.converged:
+            return len(self.eigenvalues) >= min(config.num_eigenpairs, self.rank)
+        return self.max_matvecs >= config.max_matvecs
+
+    def directions(self, config: CurvatureConfig) -> Directions:
+        """The leading pairs that the flags ask for, those up to the elbow stiff."""
+        values = self.eigenvalues[: config.num_eigenpairs]
+        elbow = find_elbow(values, config.energy_share, total_energy=self.total_energy)
+        return Directions(values, self.sketches[: len(values)], elbow.num_stiff)
+
+
+def known_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path) -> Directions | None:
+    """Those of an earlier run, if they are all that is asked for; all ranks call this."""
+    def read() -> Directions | None:
+        if not Artefact(folder, "a spectrum").matches(key):
+            return None
+        found = _read(folder)
+        return found.directions(config) if found.serve(config) else None
+
+    return parallel.on_rank_zero(read)
+
+
+def leading_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path, valid: Drawn,
+                       valid_rows: np.ndarray, gradients: GradientModel | None) -> Directions:
+    """Computes them, or carries on to more of them; all ranks call this.
+
+    valid_rows: [M, k] sketches of the validation samples. gradients: None will do for the sketched
+    Fisher, which needs no pass.
     """
-    if parallel.on_rank_zero(lambda: (folder / "spectrum.json").is_file()):
-        return parallel.on_rank_zero(lambda: _read(folder))
-    if config.curvature == "sketched-fisher":
+    if config.curvature == SKETCHED_FISHER:
+        numbers = valid.numbers
         operator = SketchedFisherOperator(valid_rows, numbers)
-        space = operator  # it is its own space: vectors are sketches
-        spectrum, density = _compute(config, operator, space, seed, None)
-        sketches = np.stack(spectrum.eigenvectors)
+        work = _Lanczos(config, operator, operator, key)  # it is its own space
     else:
-        space = ParameterSpace(shards)
-        count = config.num_curvature_samples
-        if 0 < count < len(numbers):  # spread evenly over the datasets, as the drawn ones are
-            numbers = numbers[np.arange(count) * len(numbers) // count]
-        operator = OPERATORS[config.curvature](chunks, space, samples, numbers, micro_batch_size)
-        if scales is not None:
-            operator = PreconditionedOperator(operator, space, scales)
-        log = LanczosLog(folder / "lanczos", {**identity, "curvature": config.curvature})
-        spectrum, density = _compute(config, operator, space, seed, log)
-        sketches = grid.sum_over_model(torch.stack(
-            [sketch.of_vector(space.split(v), shards) for v in spectrum.eigenvectors])
-        ).cpu().numpy()
-    elbow = find_elbow(spectrum.eigenvalues, config.energy_share,
-                       total_energy=_total_energy(config, density, valid_rows, sample_loss))
-    notes = [str(elbow), *getattr(operator, "notes", lambda: [])()]
-    rank = _largest_rank(config, operator, space)
-    if rank < config.num_eigenpairs:
-        notes.append(f"the operator's rank is at most {rank}: no more than {rank} of "
-                     f"--num-eigenpairs {config.num_eigenpairs} were looked for")
-    parallel.on_rank_zero(lambda: _write(folder, config, spectrum, elbow, density, sketches,
-                                         len(numbers), space.dimension, notes))
-    if config.curvature != "sketched-fisher":
-        log.remove()
+        numbers = _evenly(valid.numbers, config.num_curvature_samples)
+        space = ParameterSpace(gradients.shards)
+        operator = OPERATORS[config.curvature](gradients.chunks, space, valid.samples, numbers,
+                                               gradients.micro_batch_size)
+        if gradients.scales is not None:
+            operator = PreconditionedOperator(operator, space, gradients.scales)
+        work = _Lanczos(config, operator, space, key,
+                        LanczosLog(folder / "lanczos", key.digest(), gradients.shards))
+    spectrum, density = work.run()
+    sketches = np.stack(spectrum.eigenvectors) if config.curvature == SKETCHED_FISHER else \
+        grid.sum_over_model(torch.stack([
+            gradients.sketch.of_vector(work.space.split(v), gradients.shards)
+            for v in spectrum.eigenvectors])).cpu().numpy()
+    found = Eigenpairs(spectrum.eigenvalues, sketches, work.rank, config.max_matvecs,
+                       spectrum.converged,
+                       _total_energy(config, density, valid_rows, gradients))
+    notes = _notes(config, found, operator)
+    parallel.on_rank_zero(lambda: _write(folder, key, found, {
+        **_summary(spectrum, density), "operator": config.curvature,
+        "num_valid_samples": len(numbers), "dimension": work.space.dimension,
+        "elbow": vars(find_elbow(found.eigenvalues, config.energy_share,
+                                 total_energy=found.total_energy)), "notes": notes}))
     parallel.say(f"curvature: {'; '.join(notes)}; {spectrum.num_matvecs} products, "
                  f"{spectrum.status}")
-    return Directions(spectrum.eigenvalues, sketches, elbow.num_stiff)
+    return found.directions(config)
 
 
-def _compute(config: CurvatureConfig, operator, space, seed: int, log: LanczosLog | None,
-             ) -> tuple[Spectrum, SpectralDensity | None]:
-    """Leading eigenpairs, and the density if it is asked for.
+def _evenly(numbers: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` of them (all for 0), spread evenly over the datasets, as they are."""
+    if 0 < count < len(numbers):
+        return numbers[np.arange(count) * len(numbers) // count]
+    return numbers
 
-    space: what has ``dimension``, ``dot`` and ``random_signs``, and ``block_dot`` if it can.
-    """
-    count = min(config.num_eigenpairs, _largest_rank(config, operator, space))
-    block_dot = getattr(space, "block_dot", None)
-    with tqdm(desc=f"lanczos ({config.curvature})", unit="product",
-              disable=None if parallel.is_rank_zero() else True) as progress:
-        matvec = _counted(operator.matvec, progress)
+
+class _Lanczos:
+    """One run over an operator. space: has ``dimension``, ``dot``, ``random_signs`` and, if it can,
+    ``block_dot``. log: of its state, from which a run that was killed, or that is asked for more
+    pairs, carries on."""
+
+    def __init__(self, config: CurvatureConfig, operator, space, key: SpectrumKey,
+                 log: LanczosLog | None = None):
+        self.config, self.operator, self.space = config, operator, space
+        self.rank = space.dimension
+        if "fisher" in config.curvature:
+            self.rank = min(self.rank, operator.num_samples)
+        self._seed, self._log = key.seed, log
+
+    def run(self) -> tuple[Spectrum, SpectralDensity | None]:
+        """Leading eigenpairs, and the density if it is asked for."""
+        config, space, log = self.config, self.space, self._log
+        block_dot = getattr(space, "block_dot", None)
+        with tqdm(desc=f"lanczos ({config.curvature})", unit="product",
+                  disable=None if parallel.is_rank_zero() else True) as progress:
+            matvec = _counted(self.operator.matvec, progress)
+            try:
+                spectrum = lanczos(
+                    matvec, space.random_signs(self._seed), min(config.num_eigenpairs, self.rank),
+                    dot=space.dot, block_dot=block_dot, random_vector=space.random_signs,
+                    dimension=space.dimension, tol=config.lanczos_tol,
+                    max_matvecs=config.max_matvecs,
+                    state=None if log is None else log.load(),
+                    on_step=None if log is None else log.write)
+            except AsymmetricOperator as error:
+                raise UserError(f"--curvature {config.curvature}: {error}"
+                                f"{self._likely_cause()}") from error
+            if config.density_samples == 0:
+                return spectrum, None
+            return spectrum, spectral_density(
+                matvec, space.random_signs, config.density_samples, config.density_steps,
+                dot=space.dot, block_dot=block_dot, eigenvalues=spectrum.eigenvalues,
+                eigenvectors=spectrum.eigenvectors)
+
+    def _likely_cause(self) -> str:
+        """The kind of layer at which the asymmetry is largest, where the space has layers."""
+        if not isinstance(self.space, ParameterSpace):
+            return ""
         try:
-            spectrum = lanczos(
-                matvec, space.random_signs(seed), count, dot=space.dot, block_dot=block_dot,
-                random_vector=space.random_signs, dimension=space.dimension,
-                tol=config.lanczos_tol, max_matvecs=config.max_matvecs,
-                state=None if log is None else log.load(),
-                on_step=None if log is None else log.write)
-        except AsymmetricOperator as error:
-            raise UserError(f"--curvature {config.curvature}: {error}"
-                            f"{_likely_cause(operator, space)}") from error
-        if config.density_samples == 0:
-            return spectrum, None
-        return spectrum, spectral_density(
-            matvec, space.random_signs, config.density_samples, config.density_steps,
-            dot=space.dot, block_dot=block_dot, eigenvalues=spectrum.eigenvalues,
-            eigenvectors=spectrum.eigenvectors)
-
-
-def _largest_rank(config: CurvatureConfig, operator, space) -> int:
-    if "fisher" in config.curvature:
-        return min(space.dimension, operator.num_samples)
-    return space.dimension
+            check_symmetry(self.operator.matvec, self.space)
+        except UserError as error:
+            return f" ({error})"
+        return ""
 
 
 def _counted(matvec: Callable, progress: tqdm) -> Callable:
@@ -152,19 +228,8 @@ def _counted(matvec: Callable, progress: tqdm) -> Callable:
     return counted
 
 
-def _likely_cause(operator, space) -> str:
-    """The kind of layer at which the asymmetry is largest, where the space has layers."""
-    if not isinstance(space, ParameterSpace):
-        return ""
-    try:
-        check_symmetry(operator.matvec, space)
-    except UserError as error:
-        return f" ({error})"
-    return ""
-
-
 def _total_energy(config: CurvatureConfig, density: SpectralDensity | None,
-                  valid_rows: np.ndarray, sample_loss: str) -> float | None:
+                  valid_rows: np.ndarray, gradients: GradientModel | None) -> float | None:
     """The sum of all positive eigenvalues, where it is known.
 
     That of the empirical Fisher is its trace, (1/M) sum_i ||g_i||^2, known from the sketches if
@@ -172,38 +237,49 @@ def _total_energy(config: CurvatureConfig, density: SpectralDensity | None,
     """
     if density is not None:
         return density.positive_trace.value
-    if config.curvature == "sketched-fisher" or (
-            config.curvature == "fisher" and sample_loss == "mean"):
+    if config.curvature == SKETCHED_FISHER or (
+            config.curvature == "fisher" and gradients.sample_loss == "mean"):
         return float(np.mean(np.sum(valid_rows.astype(np.float64) ** 2, axis=1)))
     return None
 
 
-def _write(folder: Path, config: CurvatureConfig, spectrum: Spectrum, elbow: Elbow,
-           density: SpectralDensity | None, sketches: np.ndarray, num_samples: int,
-           dimension: int, notes: list[str]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, eigenvalues=spectrum.eigenvalues, sketches=sketches,
-             num_stiff=elbow.num_stiff)
-    with files.written_whole(folder / "directions.npz") as file:
-        file.write(buffer.getvalue())
-    files.write_json(folder / "spectrum.json", {
-        "operator": config.curvature,
-        "num_valid_samples": num_samples,
-        "dimension": dimension,
+def _notes(config: CurvatureConfig, found: Eigenpairs, operator) -> list[str]:
+    elbow = find_elbow(found.eigenvalues, config.energy_share, total_energy=found.total_energy)
+    notes = [str(elbow), *getattr(operator, "notes", lambda: [])()]
+    if found.rank < config.num_eigenpairs:
+        notes.append(f"the operator's rank is at most {found.rank}: no more than {found.rank} of "
+                     f"--num-eigenpairs {config.num_eigenpairs} were looked for")
+    return notes
+
+
+def _summary(spectrum: Spectrum, density: SpectralDensity | None) -> dict:
+    return {
         "eigenvalues": spectrum.eigenvalues.tolist(),
         "residuals": spectrum.residuals.tolist(),
         "converged": spectrum.converged,
         "status": spectrum.status,
         "num_matvecs": spectrum.num_matvecs,
         "smallest_ritz": spectrum.smallest_ritz,
-        "elbow": vars(elbow),
-        "notes": notes,
         "density": None if density is None else {
             "nodes": density.nodes.tolist(), "weights": density.weights.tolist(),
-            "trace": vars(density.trace), "positive_trace": vars(density.positive_trace)},
-    })
+            "trace": vars(density.trace), "positive_trace": vars(density.positive_trace)}}
 
 
-def _read(folder: Path) -> Directions:
+def _write(folder: Path, key: SpectrumKey, found: Eigenpairs, summary: dict) -> None:
+    artefact = Artefact(folder, "a spectrum")
+    artefact.begin(key)  # what is there is of another run, or is about to be replaced by more
+    buffer = io.BytesIO()
+    total = np.nan if found.total_energy is None else found.total_energy
+    np.savez(buffer, **{**vars(found), "total_energy": total})
+    with files.written_whole(folder / "directions.npz") as file:
+        file.write(buffer.getvalue())
+    files.write_json(folder / "spectrum.json", summary)
+    artefact.finish(key)
+
+
+def _read(folder: Path) -> Eigenpairs:
     with np.load(folder / "directions.npz") as data:
-        return Directions(data["eigenvalues"], data["sketches"], int(data["num_stiff"]))
+        total = float(data["total_energy"])
+        return Eigenpairs(data["eigenvalues"], data["sketches"], int(data["rank"]),
+                          int(data["max_matvecs"]), bool(data["converged"]),
+                          None if np.isnan(total) else total)

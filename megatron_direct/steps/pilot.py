@@ -13,48 +13,93 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_direct.commands import anneal
-from megatron_direct.config import (
-    BatchConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    flag,
-)
+from megatron_direct.config import ModelConfig, OptimizerConfig
 from megatron_direct.mcore import blend, checkpoint, grid, model
 from megatron_direct.runtime import parallel
+from megatron_direct.runtime.manifest import Artefact, Key, State
+from megatron_direct.settings import Settings, flag
+from megatron_direct.steps.decay import Decay, Segment, decay
+from megatron_direct.steps.onset import Onset
 
 
 @dataclass(frozen=True)
-class PilotConfig:
+class PilotConfig(Settings):
     """Pilot annealing."""
 
     pilot_iters: int = flag(
         20, "iterations of a pilot annealing over the whole pool, at whose end gradients are "
-        "taken; 0: gradients at the checkpoint itself")
+        "taken; 0: gradients at the checkpoint itself", at_least=0)
 
 
-def measured_at(config: PilotConfig, found: Path, folder: Path, architecture: ModelConfig,
-                layout: ParallelConfig, optimizer: OptimizerConfig, batch: BatchConfig,
-                pools: list[str], tokenizer_digest: str | None, seed: int) -> Path:
-    """The checkpoint at which gradients are taken; all ranks call this.
+@dataclass(frozen=True)
+class PilotKey(Key):
+    """What the pilot's weights depend on."""
 
-    found: the checkpoint at the onset; folder: for the pilot's checkpoint and metrics. A pilot that
-    is there already is not run again, one that was killed begins anew.
+    checkpoint_digest: str
+    pool_digests: tuple[str, ...]
+    pilot_iters: int
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    global_batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class GradientPoint:
+    """The weights at which gradients are taken. digest: of all that they depend on."""
+
+    path: Path
+    digest: str
+
+
+def gradient_point(config: PilotConfig, onset: Onset, folder: Path, seed: int) -> GradientPoint:
+    """The end of the pilot, run if it is not there, or the checkpoint; all ranks call this.
+
+    folder: for the pilot's checkpoint and metrics. A pilot that was killed begins anew.
     """
     if config.pilot_iters == 0:
-        return found
-    done = parallel.on_rank_zero(lambda: checkpoint.latest(folder / "checkpoints"))
-    if done is None:
-        with grid.model_parallel(layout, layout.num_model_chunks(architecture)):
-            dataset, _ = blend.build_blend(
-                pools, None, {}, seq_length=architecture.seq_length,
-                num_sequences=config.pilot_iters * batch.global_batch_size, seed=seed,
-                cache=folder / "cache", vocabulary=blend.Vocabulary(
-                    architecture.vocab_size, str(tokenizer_digest)))
-            chunks = model.build(architecture, layout)
-            anneal.decay(chunks, dataset, found, optimizer, batch, config.pilot_iters, folder,
-                         description="pilot", load_optim=checkpoint.has_optimizer(found),
-                         save_interval=config.pilot_iters)
-        done = checkpoint.latest(folder / "checkpoints")
-    return done
+        return GradientPoint(onset.checkpoint.path, onset.checkpoint.digest)
+    key = PilotKey(onset.checkpoint.digest, onset.digests_of(onset.pool), config.pilot_iters,
+                   onset.job.model, onset.job.optimizer, onset.job.batch.global_batch_size, seed)
+    artefact = Artefact(folder, "a pilot")
+    earlier = parallel.on_rank_zero(lambda: _of_fewer_pools(artefact, key))
+    if earlier is not None:
+        parallel.say(f"pilot: {folder} was annealed over a part of these pools, and is kept, so "
+                     "that the sketches taken there can be taken up.")
+        return GradientPoint(_checkpoint_in(folder), earlier)
+    if parallel.on_rank_zero(lambda: artefact.state(key)) is not State.FINISHED:
+        parallel.on_rank_zero(lambda: artefact.begin(key))
+        _anneal(config, onset, folder, seed)
+        parallel.on_rank_zero(lambda: artefact.finish(key))
+    return GradientPoint(_checkpoint_in(folder), key.digest())
+
+
+def _of_fewer_pools(artefact: Artefact, key: PilotKey) -> str | None:
+    """The digest of a finished pilot that differs in this alone: pools were added since (rank 0).
+    """
+    found = artefact.read()
+    if found is None or not found["finished"]:
+        return None
+    different = key.differences(found["key"])
+    if [name for name, _, _ in different] != ["pool_digests"]:
+        return None
+    _, before, now = different[0]
+    return found["digest"] if set(before) < set(now) else None
+
+
+def _anneal(config: PilotConfig, onset: Onset, folder: Path, seed: int) -> None:
+    job = onset.job
+    with grid.model_parallel(job.layout, job.num_model_chunks):
+        dataset, _ = blend.build_blend(
+            blend.Blend(onset.pool.prefixes), {}, blend.BlendRequest(
+                seq_length=job.model.seq_length, seed=seed, cache=folder / "cache",
+                num_sequences=config.pilot_iters * job.batch.global_batch_size,
+                vocabulary=blend.Vocabulary(job.model.vocab_size,
+                                            str(onset.checkpoint.tokenizer_digest))))
+        decay(Decay(job, onset.checkpoint, [Segment(0, dataset)], config.pilot_iters, folder,
+                    "pilot", load_optim=onset.checkpoint.has_optimizer,
+                    save_interval=config.pilot_iters), model.build(job))
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    return parallel.on_rank_zero(lambda: checkpoint.latest(folder / "checkpoints"))

@@ -1,24 +1,119 @@
-"""The sketching stage of ``select``: one sketch for each sample, on disk."""
+"""One sketch for each sample of the pool and of the validation set, on disk."""
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from megatron_direct.config import Job, ModelConfig
+from megatron_direct.curvature.preconditioner import adam_scales
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
-from megatron_direct.gradients import store
-from megatron_direct.gradients.per_sample import sketch_samples
+from megatron_direct.gradients.per_sample import SAMPLE_LOSSES, GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
-from megatron_direct.mcore import grid
-from megatron_direct.mcore.model import ParameterShard
+from megatron_direct.gradients.store import DTYPES, Entries, Sketches, SketchStore
+from megatron_direct.mcore import checkpoint, grid, model
+from megatron_direct.mcore.shards import ParameterShard, parameter_shards
 from megatron_direct.runtime import files, parallel
+from megatron_direct.runtime.manifest import Artefact, Key, State
+from megatron_direct.settings import Settings, flag
+from megatron_direct.steps.pilot import GradientPoint
+
+
+@dataclass(frozen=True)
+class SketchConfig(Settings):
+    """Samples and sketches."""
+
+    sketch_size: int = flag(2048, "coordinates of a sketch (as in the authors' experiments)",
+                            at_least=2, at_most=1 << 24)
+    sketch_dtype: str = flag("fp32", "sketches on disk; bf16 takes half the space and rounds each "
+                             "coordinate to 3 digits", choices=DTYPES)
+    sketch_parameters: tuple = flag(
+        (), "glob patterns of the parameters that are sketched; '!PATTERN' leaves some out; left "
+        "out: all", nargs="+")
+    sample_loss: str = flag(
+        "mean", "a sample's gradient is that of the mean, or of the sum, of its token losses",
+        choices=SAMPLE_LOSSES)
+    precondition: str = flag(
+        "none", "adam: gradients are multiplied by the checkpoint's second moments of Adam to the "
+        "power -1/4, in sketches and curvature alike", choices=("none", "adam"))
+    micro_batch_size: int = flag(8, "samples a rank computes at once", at_least=1)
+    num_valid_samples: int = flag(
+        256, "validation samples that curvature is computed on, at most; 0: all", at_least=0)
+    seed: int = flag(1234, "seed of hashes, of the draw of validation samples and of the solver",
+                     at_least=0, at_most=2**32 - 1)
+
+
+@dataclass(frozen=True)
+class SketchesKey(Key):
+    """What a row depends on, beside the document that it is of."""
+
+    point_digest: str
+    model: ModelConfig
+    sketch_size: int
+    sketch_dtype: str = "fp32"
+    sketch_parameters: tuple[str, ...] = ()
+    sample_loss: str = "mean"
+    precondition: str = "none"
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Some documents of some datasets. what: how messages call them; numbers: [n], ascending, of
+    the samples that are meant; digests: of the datasets, in their order."""
+
+    what: str
+    samples: Samples
+    numbers: np.ndarray
+    digests: Sequence[str]
+
+
+def sketches_key(config: SketchConfig, job: Job, point: GradientPoint) -> SketchesKey:
+    return SketchesKey(point.digest, job.model, config.sketch_size, config.sketch_dtype,
+                       tuple(config.sketch_parameters), config.sample_loss, config.precondition,
+                       config.seed)
+
+
+def open_store(folder: Path, key: SketchesKey) -> SketchStore:
+    """The store of these sketches, made if it is not there; all ranks call this.
+
+    Raises UserError if the folder holds sketches of another key. Whether the rows that are needed
+    are in it, only its entries say.
+    """
+    def enter():
+        artefact = Artefact(folder, "sketches")
+        if artefact.state(key) is State.NEW:
+            artefact.finish(key)
+
+    parallel.on_rank_zero(enter)
+    return SketchStore(folder, key.sketch_size, key.sketch_dtype)
+
+
+def draw(usable: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """At most ``count`` of the samples, drawn without replacement, ascending; all for 0."""
+    if count == 0 or len(usable) <= count:
+        return usable
+    return np.sort(np.random.default_rng(seed).choice(usable, count, replace=False))
+
+
+@contextlib.contextmanager
+def gradient_model(config: SketchConfig, job: Job, point: GradientPoint) -> Iterator[GradientModel]:
+    """The model at a point, on its ranks for as long as the context lasts; all ranks call this."""
+    with grid.model_parallel(job.layout, job.num_model_chunks):
+        chunks = model.build(job)
+        checkpoint.load_model(point.path, chunks)
+        shards = sketched_shards(parameter_shards(chunks), config.sketch_parameters)
+        scales = adam_scales(point.path, chunks, shards) if config.precondition == "adam" else None
+        yield GradientModel(chunks, shards, Sketch(shards, config.sketch_size, config.seed, scales),
+                            scales, config.sample_loss, config.micro_batch_size)
 
 
 def sketched_shards(shards: Sequence[ParameterShard], patterns: Sequence[str],
@@ -45,54 +140,107 @@ def sketched_shards(shards: Sequence[ParameterShard], patterns: Sequence[str],
     return [shard for shard in shards if shard.name in chosen]
 
 
-def write_sketches(folder: Path, identity: dict, layout: dict, chunks: Sequence[torch.nn.Module],
-                   shards: Sequence[ParameterShard], sketch: Sketch, samples: Samples,
-                   numbers: np.ndarray, micro_batch_size: int, *, dtype: str, sample_loss: str,
-                   ) -> None:
-    """Sketches of ``numbers`` into ``folder``, unless it holds them already; all ranks call this.
+def num_missing(store: SketchStore, drawn: Drawn) -> int:
+    """How many of the samples drawn have no row; all ranks call this."""
+    return parallel.on_rank_zero(
+        lambda: len(drawn.numbers) - len(_rows_of(store, drawn)[1]))
 
-    identity: of the checkpoint and the hashes; that of the samples is added here. layout: all else
-    that the order and the last bits of the rows depend on; a run that was killed is carried on
-    with in the layout it was begun in, and begun anew in any other.
-    """
-    identity = {**identity, "samples": files.digest(np.ascontiguousarray(numbers).tobytes())}
-    if parallel.on_rank_zero(lambda: store.is_finished(folder, identity)):
+
+def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -> None:
+    """Rows of all that is drawn and has none yet; all ranks call this."""
+    planned, done = parallel.on_rank_zero(lambda: _plan(store, drawn))
+    num_left = int((~done[planned]).sum())
+    if num_left == 0:
         return
-    plan = {**identity, **layout, "micro_batch_size": micro_batch_size}
-    carried_on = parallel.on_rank_zero(lambda: store.begin(folder, plan))
-    done, rows_done = _finished(folder, sketch.size, dtype)
-    if carried_on and rows_done:
-        parallel.say(f"sketch {folder.name}: {rows_done} of {len(numbers)} samples are there")
-    writer = None
-    if grid.is_first_model_rank():
-        writer = store.SketchWriter(folder, grid.data_rank(), sketch.size, dtype, done)
+    if num_left < len(drawn.numbers):
+        parallel.say(f"sketch {drawn.what}: {len(drawn.numbers) - num_left} of "
+                     f"{len(drawn.numbers)} samples are there")
+    numbers = {digest: number for number, digest in enumerate(store.datasets())}
+    dataset_numbers = np.array([numbers[digest] for digest in drawn.digests])
+    writer = store.writer(grid.data_rank()) if grid.is_first_model_rank() else None
     begun = time.perf_counter()
-    with tqdm(total=len(numbers), initial=rows_done, desc=f"sketch {folder.name}",
-              unit="sample", disable=None if parallel.is_rank_zero() else True) as progress:
-        for rows, ids, losses in sketch_samples(
-                chunks, shards, sketch, samples, numbers, micro_batch_size,
-                sample_loss=sample_loss, first_pass=done):
+    with tqdm(total=num_left, desc=f"sketch {drawn.what}", unit="sample",
+              disable=None if parallel.is_rank_zero() else True) as progress:
+        for rows, samples, losses in sketch_samples(gradients, drawn.samples, planned, done):
             if writer is not None:
-                writer.append(rows, ids, losses)
+                which = drawn.samples.dataset_of(samples)
+                writer.append(rows, dataset_numbers[which],
+                              samples - drawn.samples.first[which], losses)
             # The other data-parallel ranks are about as far.
-            progress.update(min(len(ids) * grid.data_size(), len(numbers) - progress.n))
+            progress.update(min(len(samples) * grid.data_size(), num_left - progress.n))
     if writer is not None:
         writer.close()
     parallel.barrier()
-    seconds, data_size = time.perf_counter() - begun, grid.data_size()
-    parallel.on_rank_zero(lambda: store.finish(folder, identity, sketch.size, data_size, dtype))
-    parallel.say(f"sketch {folder.name}: {len(numbers) - rows_done} samples in {seconds:.1f} s "
-                 f"({(len(numbers) - rows_done) / seconds:.1f} samples/s)")
+    parallel.on_rank_zero(lambda: _plan_path(store, drawn).unlink(missing_ok=True))
+    left = num_missing(store, drawn)
+    if left:
+        raise UserError(f"{store.folder} lacks {left} of {len(drawn.numbers)} {drawn.what} samples "
+                        "that were computed: rows were lost on their way to the disk. Check it, "
+                        "and run the command again: it computes what is missing.")
+    seconds = time.perf_counter() - begun
+    parallel.say(f"sketch {drawn.what}: {num_left} samples in {seconds:.1f} s "
+                 f"({num_left / seconds:.1f} samples/s)")
 
 
-def _finished(folder: Path, size: int, dtype: str) -> tuple[int, int]:
-    """(passes that this rank's copy of the model has finished, rows that all copies have)."""
-    own = grid.data_rank()
-    ends = parallel.gather_objects(
-        (own, store.finished_passes(folder, own, size, dtype).tolist()))
-    of_copies = dict(ends)  # ranks of one copy have read the same file
-    passes = {rank: len(rows) for rank, rows in of_copies.items()}
-    if grid.expert_size() > 1:  # they go through their passes in step
-        passes = dict.fromkeys(passes, min(passes.values()))
-    rows_done = sum(rows[passes[rank] - 1] for rank, rows in of_copies.items() if passes[rank])
-    return passes[own], rows_done
+def read_sketches(store: SketchStore, drawn: Drawn, share: int = 0, num_shares: int = 1,
+                  ) -> Sketches:
+    """The rows of what is drawn, or an even share of them, by ascending sample number."""
+    entries, samples = _rows_of(store, drawn)
+    mine = np.array_split(np.argsort(samples), num_shares)[share]
+    return store.read(entries[mine], samples[mine])
+
+
+def _rows_of(store: SketchStore, drawn: Drawn) -> tuple[Entries, np.ndarray]:
+    """(entries, [n] sample numbers) of those that are drawn and have a row, one row each."""
+    entries = store.entries()
+    order = {digest: number for number, digest in enumerate(drawn.digests)}
+    places = np.array([order.get(digest, -1) for digest in store.datasets()], np.int64)
+    place = places[entries.dataset] if len(places) else np.empty(0, np.int64)
+    sample = np.where(place >= 0, drawn.samples.first[place] + entries.document, -1)
+    is_drawn = np.zeros(len(drawn.samples) + 1, dtype=bool)  # one more, for samples of others
+    is_drawn[drawn.numbers] = True
+    # A row may be there twice, if two ranks computed it: one of them serves.
+    found, first = np.unique(np.where(is_drawn[sample], sample, -1), return_index=True)
+    first = first[found >= 0]
+    return entries[first], sample[first]
+
+
+_PLANNED = np.dtype([("dataset", "<i4"), ("document", "<i8")])
+
+
+def _plan_path(store: SketchStore, drawn: Drawn) -> Path:
+    return store.folder / f"plan-{drawn.what}.npy"
+
+
+def _plan(store: SketchStore, drawn: Drawn) -> tuple[np.ndarray, np.ndarray]:
+    """([p] samples in which passes are planned, [samples] bool whether it has a row) (rank 0).
+
+    The plan is kept until all of it is done, so that a run that was killed goes through the same
+    micro-batches, and ends with the same bytes.
+    """
+    store.number_datasets(drawn.digests)
+    done = np.zeros(len(drawn.samples), dtype=bool)
+    done[_rows_of(store, drawn)[1]] = True
+    missing = drawn.numbers[~done[drawn.numbers]]
+    path = _plan_path(store, drawn)
+    if path.is_file():
+        planned = _sample_numbers(store, drawn, np.load(path))
+        if np.isin(missing, planned).all():
+            return planned, done
+    which = drawn.samples.dataset_of(missing)
+    known = store.datasets()
+    plan = np.empty(len(missing), _PLANNED)
+    plan["dataset"] = np.array([known.index(digest) for digest in drawn.digests])[which]
+    plan["document"] = missing - drawn.samples.first[which]
+    with files.written_whole(path) as file:
+        np.save(file, plan)
+    return missing, done
+
+
+def _sample_numbers(store: SketchStore, drawn: Drawn, plan: np.ndarray) -> np.ndarray:
+    """[p] of what a plan names and is drawn, ascending."""
+    order = {digest: number for number, digest in enumerate(drawn.digests)}
+    places = np.array([order.get(digest, -1) for digest in store.datasets()], np.int64)
+    place = places[plan["dataset"]]
+    numbers = drawn.samples.first[place] + plan["document"]
+    return np.intersect1d(numbers[place >= 0], drawn.numbers)

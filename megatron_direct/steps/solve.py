@@ -1,25 +1,50 @@
-"""The last stage of ``select``: the selection problem, on rank 0, and the masks it yields."""
+"""The selection problem, solved on rank 0 or over all ranks, and the masks it yields."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.data import indexed
-from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
-from megatron_direct.gradients import store
-from megatron_direct.runtime import files, parallel
+from megatron_direct.gradients.store import Sketches
+from megatron_direct.runtime import parallel
+from megatron_direct.runtime.manifest import Key
 from megatron_direct.selection import InfeasibleSelection, treatment
 from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.treatment import Evidence, SelectionConfig
+from megatron_direct.steps import sketch as sketch_step
+from megatron_direct.steps.curvature import CurvatureConfig
+from megatron_direct.steps.measure import Measured
+from megatron_direct.steps.selected import (
+    SampleCounts,
+    SelectionSummary,
+    composition,
+    masks_of,
+    write_masks,
+)
+
+
+@dataclass(frozen=True)
+class SelectionKey(Key):
+    """What a selection depends on. ``problem.num_select`` is the number it came to; where the rows
+    lie while it is solved is left at its default."""
+
+    pool_digests: tuple[str, ...]
+    sketches_digest: str
+    spectrum_digest: str
+    num_eigenpairs: int
+    energy_share: float
+    problem: SelectionConfig
+    seed: int
 
 
 def num_to_select(config: SelectionConfig, num_usable: int) -> int:
@@ -29,6 +54,15 @@ def num_to_select(config: SelectionConfig, num_usable: int) -> int:
         raise UserError(f"--num-select {count} must lie between 1 and the pool's {num_usable} "
                         "samples. Give a smaller number, or more pools in --data-path.")
     return count
+
+
+def selection_key(config: SelectionConfig, curvature: CurvatureConfig, measured: Measured,
+                  seed: int) -> SelectionKey:
+    problem = dataclasses.replace(
+        config, num_select=num_to_select(config, len(measured.pool.numbers)),
+        sketch_rows=SelectionConfig().sketch_rows)
+    return SelectionKey(tuple(measured.pool.digests), measured.sketches, measured.spectrum,
+                        curvature.num_eigenpairs, curvature.energy_share, problem, seed)
 
 
 def parse_quotas(texts: Sequence[str], names: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -72,134 +106,95 @@ def in_terms_of_flags(config: SelectionConfig) -> Iterator[None]:
         raise UserError(f"--quotas: {error}") from error
 
 
-def solve(config: SelectionConfig, samples: Samples, folder: Path, directions: Directions, *,
-          seed: int) -> None:
-    """Writes ``selection.json`` and ``masks/``; all ranks call this.
+def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, folder: Path) -> None:
+    """Writes ``selection.json`` and ``masks/`` into ``folder``; all ranks call this.
 
     Raises UserError, on all ranks, if no K samples keep the budget and the quotas.
     """
-    pool = folder / "sketches" / "pool"
-    if parallel.on_rank_zero(lambda: _is_spread(config, pool)):
-        rank, size = parallel.rank_and_size()
-        outcome = _solve(config, samples, folder, directions, seed, store.load(pool, rank, size),
-                         parallel.sum_over_world)
-        parallel.on_rank_zero(lambda: _write(folder, samples, *outcome))
-    else:
-        parallel.on_rank_zero(lambda: _write(folder, samples, *_solve(
-            config, samples, folder, directions, seed, store.load(pool), lambda array: array)))
+    if parallel.on_rank_zero(lambda: _is_spread(config, measured)):
+        share = _Share(measured, sketch_step.read_sketches(
+            measured.store, measured.pool, *parallel.rank_and_size()), parallel.sum_over_world)
+        summary, chosen = _solve(config, share, seed)
+        parallel.on_rank_zero(lambda: _write(folder, measured, summary, chosen))
+        return
+
+    def alone() -> None:
+        share = _Share(measured, sketch_step.read_sketches(measured.store, measured.pool))
+        _write(folder, measured, *_solve(config, share, seed))
+
+    parallel.on_rank_zero(alone)
 
 
-def _is_spread(config: SelectionConfig, pool: Path) -> bool:
+def _is_spread(config: SelectionConfig, measured: Measured) -> bool:
     if config.sketch_rows != "auto":
         return config.sketch_rows == "spread"
     # The rows, those that are finite, and two copies for the solver's and the clusters' sake.
-    return store.num_bytes(pool) > psutil.virtual_memory().available // 4
+    needed = measured.store.num_bytes(len(measured.pool.numbers))
+    return needed > psutil.virtual_memory().available // 4
 
 
-def _solve(config: SelectionConfig, samples: Samples, folder: Path, directions: Directions,
-           seed: int, part: store.Sketches, all_reduce_sum: Callable[[np.ndarray], np.ndarray],
-           ) -> tuple[np.ndarray, dict]:
-    """(numbers of the chosen samples, summary), from this rank's part of the rows."""
+@dataclass(frozen=True)
+class _Share:
+    """This rank's part of the rows of the pool."""
 
-    def everywhere(values: np.ndarray) -> np.ndarray:
-        """[samples] what each rank knows of its own samples, 0 for those that have no row."""
-        whole = np.zeros(len(samples))
-        whole[part.samples] = values
-        return all_reduce_sum(whole)
+    measured: Measured
+    part: Sketches
+    all_reduce_sum: Callable[[np.ndarray], np.ndarray] = lambda array: array
 
-    has_row, finite = everywhere(np.ones(len(part.samples))) > 0, everywhere(part.finite) > 0
+    def everywhere(self, values: np.ndarray) -> np.ndarray:
+        """[samples] what each rank knows of its own, 0 for those that have no row."""
+        whole = np.zeros(len(self.measured.pool.samples))
+        whole[self.part.samples] = values
+        return self.all_reduce_sum(whole)
+
+
+def _solve(config: SelectionConfig, share: _Share, seed: int,
+           ) -> tuple[SelectionSummary, np.ndarray]:
+    """(summary without what the masks add, numbers of the samples selected)."""
+    samples, part = share.measured.pool.samples, share.part
+    has_row = share.everywhere(np.ones(len(part.samples))) > 0
+    finite = share.everywhere(part.finite) > 0
     candidates = np.flatnonzero(finite)
     count = num_to_select(config, int(has_row.sum()))
     if count > len(candidates):
         raise UserError(f"--num-select {count} is more than the {len(candidates)} samples whose "
                         "gradients are finite. Give a smaller number, or check the checkpoint.")
     here = part.samples[part.finite]
-    evidence = Evidence(part.rows[part.finite], samples.num_labels[here],
-                        samples.dataset_of(here), len(samples.prefixes),
-                        np.searchsorted(candidates, here),
-                        store.load(folder / "sketches" / "valid").rows, directions, all_reduce_sum)
+    directions = share.measured.directions
+    evidence = Evidence(
+        part.rows[part.finite], samples.num_labels[here], samples.dataset_of(here),
+        len(samples.prefixes), np.searchsorted(candidates, here),
+        sketch_step.read_sketches(share.measured.store, share.measured.valid).rows, directions,
+        share.all_reduce_sum)
     with in_terms_of_flags(config):
         found, cost = treatment.solve(config, evidence, count, seed,
-                                     **limits(config, samples, here))
+                                      **limits(config, samples, here))
     chosen = candidates[found.indices]
-    losses = everywhere(np.where(part.finite, part.losses, 0.0))
-    counts = {"in_pools": len(samples), "too_short": samples.num_unusable, "cut": samples.num_cut,
-              "cut_tokens": samples.num_cut_tokens, "not_finite": int((has_row & ~finite).sum())}
-    mean_loss = {"pool": float(losses[candidates].mean()), "selected": float(losses[chosen].mean())}
-    return chosen, {"objective": config.objective, "num_select": len(chosen),
-                    **_in_numbers(found, cost), "samples": counts, "mean_loss": mean_loss}
+    losses = share.everywhere(np.where(part.finite, part.losses, 0.0))
+    not_finite = np.flatnonzero(has_row & ~finite)
+    return SelectionSummary(
+        **_in_numbers(config, found, cost), num_stiff=directions.num_stiff,
+        samples=SampleCounts(len(samples), samples.num_unusable, samples.num_cut,
+                             samples.num_cut_tokens, len(not_finite)),
+        mean_loss={"pool": float(losses[candidates].mean()),
+                   "selected": float(losses[chosen].mean())},
+        composition=composition(samples, chosen), mask_digests={},
+        not_finite=not_finite.tolist()), chosen
 
 
-def _in_numbers(found: Selection, cost: np.ndarray) -> dict:
+def _in_numbers(config: SelectionConfig, found: Selection, cost: np.ndarray) -> dict:
     """What the solver said, beside the least and the average that K samples cost."""
     count = len(found.indices)
-    return {"objective_value": found.objective, "upper_bound": found.upper_bound,
+    return {"objective": config.objective, "num_select": count,
+            "objective_value": found.objective, "upper_bound": found.upper_bound,
             "status": found.status, "stiff_cost": found.stiff_cost,
             "stiff_budget": found.stiff_budget,
             "least_stiff_cost": float(np.sort(cost)[:count].sum()),
             "average_stiff_cost": float(cost.mean() * count), "history": found.history}
 
 
-def _write(folder: Path, samples: Samples, chosen: np.ndarray, summary: dict) -> None:
-    names = indexed.prefix_names(samples.prefixes)
-    masks = masks_of(samples, chosen)
-    for prefix, mask in masks.items():
-        mask.save(mask_path(folder, names[prefix]))
-    summary = {**summary, "composition": composition(samples, chosen),
-               "mask_digests": {names[prefix]: mask.digest for prefix, mask in masks.items()}}
-    files.write_json(folder / "selection.json", summary)
-    parallel.say(_in_words(summary))
-
-
-def masks_of(samples: Samples, chosen: np.ndarray) -> dict[str, SampleMask]:
-    """One mask for each dataset, from the numbers of the samples that were chosen."""
-    keep = np.zeros(len(samples), dtype=bool)
-    keep[chosen] = True
-    return {prefix: SampleMask(keep[samples.first[i]: samples.first[i + 1]],
-                               indexed.dataset_digest(prefix))
-            for i, prefix in enumerate(samples.prefixes)}
-
-
-def mask_path(folder: Path, name: str) -> Path:
-    return folder / "masks" / f"{name}.mask.npz"
-
-
-def load_masks(folder: Path, prefixes: Sequence[str]) -> dict[str, SampleMask]:
-    """The masks of a run, or of an arm, read on rank 0 and given to all ranks."""
-    names = indexed.prefix_names(list(prefixes))
-
-    def read():
-        return {prefix: SampleMask.load(mask_path(folder, names[prefix])) for prefix in prefixes}
-
-    masks = parallel.on_rank_zero(read)
-    digests = ", ".join(f"{names[prefix]}: {mask.digest}" for prefix, mask in masks.items())
-    parallel.require_same_on_all_ranks(digests, "digests of the masks")
-    return masks
-
-
-def composition(samples: Samples, chosen: np.ndarray) -> dict[str, dict[str, int]]:
-    """By dataset: candidates, selected, and how many of each were corrupted on purpose."""
-    names = indexed.prefix_names(samples.prefixes)
-    is_chosen = np.zeros(len(samples), dtype=bool)
-    is_chosen[chosen] = True
-    result = {}
-    for i, prefix in enumerate(samples.prefixes):
-        here = slice(samples.first[i], samples.first[i + 1])
-        selected, corrupted = is_chosen[here], samples.corrupted[here]
-        result[names[prefix]] = {
-            "samples": len(selected), "selected": int(selected.sum()),
-            "corrupted": int(corrupted.sum()),
-            "selected_corrupted": int((selected & corrupted).sum())}
-    return result
-
-
-def _in_words(summary: dict) -> str:
-    counts = summary["samples"]
-    lines = [f"selection: {summary['num_select']} of {counts['in_pools']} samples by "
-             f"{summary['objective']}, {summary['status']}; {counts['cut']} cut at the sequence "
-             f"length, {counts['too_short']} too short, {counts['not_finite']} not finite"]
-    for name, part in summary["composition"].items():
-        corrupted = (f" (corrupted: {part['selected_corrupted']} of {part['corrupted']})"
-                     if part["corrupted"] else "")
-        lines.append(f"  {name}: {part['selected']} of {part['samples']}{corrupted}")
-    return "\n".join(lines)
+def _write(folder: Path, measured: Measured, summary: SelectionSummary, chosen: np.ndarray) -> None:
+    masks = masks_of(measured.pool.samples, measured.pool.digests, chosen)
+    summary = dataclasses.replace(summary, mask_digests=write_masks(folder, masks))
+    summary.write(folder)
+    parallel.say(str(summary))

@@ -21,13 +21,14 @@ from weights import assemble, fill_by_hash, pieces
 
 from megatron_direct.cli import main as cli
 from megatron_direct.commands.evaluate import EvaluateConfig, best_choice, evaluate, summary
-from megatron_direct.config import ModelConfig
+from megatron_direct.config import Job, ModelConfig
 from megatron_direct.errors import UserError
 from megatron_direct.evaluation import questions as multiple_choice
 from megatron_direct.mcore import checkpoint, grid
 from megatron_direct.mcore import model as models
+from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.preprocessing import tokenizer
-from megatron_direct.runtime import files
+from megatron_direct.runtime import digests
 
 WORDS = ("the a sky grass sea is was looks blue green red deep far in on under day night when it "
          "rains we walk home slowly").split()
@@ -89,13 +90,13 @@ def weights(folder):
 
 
 def _save(folder):
-    digest = files.file_digest(folder / "tokenizer.model")
+    digest = digests.file_digest(folder / "tokenizer.model")
     right = tokenizer.load(folder / "tokenizer.model", None, False).encode([f"x {RIGHT}"])[0][1:]
     with grid.model_parallel(Layout().config()):
         for name, model in (("theta", MODEL), ("experts", EXPERTS), ("biased", MODEL),
                             ("diverged", MODEL), ("unnamed", MODEL)):
-            chunks = models.build(model, Layout().config())
-            shards = models.parameter_shards(chunks)
+            chunks = models.build(Job(model, Layout().config()))
+            shards = parameter_shards(chunks)
             fill_by_hash(shards)
             if name == "theta":
                 whole = pieces(shards, [s.parameter for s in shards])
@@ -226,9 +227,9 @@ def test_experts_that_are_spread_over_ranks_score_alike(folder, weights, layout)
 def test_the_output_says_what_was_scored(folder, scored):
     output, _ = scored(Layout())
     assert output["checkpoint"]["iteration"] == 1
-    assert output["tokenizer"]["digest"] == files.file_digest(folder / "tokenizer.model")
+    assert output["tokenizer"]["digest"] == digests.file_digest(folder / "tokenizer.model")
     assert output["tokenizer"]["named_by_checkpoint"]
-    assert output["tasks"]["mixed"]["digest"] == files.file_digest(folder / "mixed.jsonl")
+    assert output["tasks"]["mixed"]["digest"] == digests.file_digest(folder / "mixed.jsonl")
     assert (output["seq_length"], output["layout"]["ranks"]) == (48, 1)
     questions = multiple_choice.read(folder / "mixed.jsonl")
     assert [q["answer"] for q in output["tasks"]["mixed"]["questions"]] == \

@@ -17,7 +17,7 @@ from ranks import LAYOUTS, Layout, on_layout
 from tiny_models import VOCAB_SIZE
 from weights import assemble, fill_by_hash, pieces
 
-from megatron_direct.config import ModelConfig, ParallelConfig
+from megatron_direct.config import Job, ModelConfig, ParallelConfig
 from megatron_direct.curvature import tangents
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
@@ -28,6 +28,7 @@ from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import grid
 from megatron_direct.mcore import model as models
+from megatron_direct.mcore.shards import parameter_shards
 
 OPERATORS = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator}
 ALL_OPERATORS = {**OPERATORS, "fisher": FisherOperator}
@@ -63,8 +64,8 @@ def prefix(tmp_path_factory) -> str:
 
 
 def _build(model: ModelConfig, layout: ParallelConfig, prefix: str, dtype=torch.float64):
-    chunks = models.build(model, layout, dtype=dtype)
-    shards = models.parameter_shards(chunks)
+    chunks = models.build(Job(model, layout, dtype=dtype))
+    shards = parameter_shards(chunks)
     fill_by_hash(shards)
     return chunks, ParameterSpace(shards), Samples([prefix], model.seq_length, VOCAB_SIZE)
 

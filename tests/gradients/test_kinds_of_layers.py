@@ -7,10 +7,12 @@ import torch
 from ranks import Layout, on_layout
 from tiny_models import MODELS
 
+from megatron_direct.config import Job
 from megatron_direct.errors import UserError
 from megatron_direct.gradients import transformer_engine
 from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.mcore import model as models
+from megatron_direct.mcore.shards import parameter_shards
 
 
 class _NormAndLinear(torch.nn.Module):
@@ -72,15 +74,15 @@ def _in_transformer_engine(model, layout):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    local, = models.build(model, layout)
+    local, = models.build(Job(model, layout))
     fused = GPTModel(
         config=local.config, vocab_size=model.padded_vocab_size,
         transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(
             qk_layernorm=model.qk_layernorm),
         max_sequence_length=model.seq_length, position_embedding_type="rope",
         share_embeddings_and_output_weights=True).cuda()
-    weights = {shard.name: shard.parameter for shard in models.parameter_shards([local])}
-    shards = models.parameter_shards([fused])
+    weights = {shard.name: shard.parameter for shard in parameter_shards([local])}
+    shards = parameter_shards([fused])
     with torch.no_grad():
         for shard in shards:
             shard.parameter.copy_(weights[shard.name])
@@ -93,7 +95,7 @@ def _in_transformer_engine(model, layout):
         def add(_batch, shard, piece, sums=sums):
             sums.add_(piece.inner_products(torch.ones_like(shard.parameter)))
 
-        with PieceHooks([chunk], models.parameter_shards([chunk]), add):
+        with PieceHooks([chunk], parameter_shards([chunk]), add):
             chunk(tokens, positions, None, labels=tokens).sum().backward()
         products.append(sums)
     return float(((products[0] - products[1]) / products[0]).abs().max())
@@ -109,8 +111,8 @@ def test_transformer_engine_models(name):
 
 
 def _refusals(model, layout):
-    chunks = models.build(model, layout)
-    shards = models.parameter_shards(chunks)
+    chunks = models.build(Job(model, layout))
+    shards = parameter_shards(chunks)
     for field, value, match in (
             ("moe_aux_loss_coeff", 0.01, "--moe-aux-loss-coeff 0"),
             ("moe_z_loss_coeff", 1e-3, "no --moe-z-loss-coeff"),
@@ -134,7 +136,7 @@ def _exact_products(model, layout):
     from megatron_direct.curvature.requirements import require_exact_products
 
     with pytest.raises(UserError) as caught:
-        require_exact_products(models.build(model, layout))
+        require_exact_products(models.build(Job(model, layout)))
     return str(caught.value)
 
 

@@ -10,7 +10,7 @@ from megatron_direct.gradients import hashing
 from megatron_direct.gradients.kernels import outer_products
 from megatron_direct.gradients.pieces import Entries, OuterProducts, RoutedOuterProducts, RowSums
 from megatron_direct.gradients.sketch import Sketch
-from megatron_direct.mcore.model import ParameterShard
+from megatron_direct.mcore.shards import ParameterShard
 
 
 def _shard(name, rows, columns):

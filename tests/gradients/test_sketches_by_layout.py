@@ -19,6 +19,7 @@ from ranks import LAYOUTS, Layout, RankError, on_layout
 from tiny_models import MODELS, VOCAB_SIZE
 from weights import assemble, fill_by_hash, fill_expert_bias, pieces
 
+from megatron_direct.config import Job
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import Samples
@@ -28,6 +29,7 @@ from megatron_direct.gradients.per_sample import sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import grid
 from megatron_direct.mcore import model as models
+from megatron_direct.mcore.shards import parameter_shards
 
 SKETCH_SIZE, SEED = 64, 5
 MICRO_BATCH_SIZE = 5  # 13 micro-batches of the 64 samples, so that shares are uneven
@@ -48,8 +50,8 @@ def prefix(tmp_path_factory) -> str:
 
 def _on_ranks(model, layout, prefix):
     """This rank's rows by sample, its losses, and one Fisher product."""
-    chunks = models.build(model, layout)
-    shards = models.parameter_shards(chunks)
+    chunks = models.build(Job(model, layout))
+    shards = parameter_shards(chunks)
     fill_by_hash(shards)
     fill_expert_bias(chunks)
     samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
@@ -177,8 +179,8 @@ def _check(ranks, name, prefix):
 
 
 def _product_over_the_first_layer(model, layout, prefix):
-    chunks = models.build(model, layout)
-    shards = models.parameter_shards(chunks)
+    chunks = models.build(Job(model, layout))
+    shards = parameter_shards(chunks)
     fill_by_hash(shards)
     space = ParameterSpace([s for s in shards if s.name.startswith("decoder.layers.0.")])
     samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
@@ -236,9 +238,9 @@ def test_tokens_dispatched_by_alltoall(prefix):
 
 
 def _with_a_layer_no_hook_knows(model, layout):
-    chunks = models.build(model, layout)
+    chunks = models.build(Job(model, layout))
     chunks[0].decoder.extra = torch.nn.Conv1d(1, 1, 1)
-    shards = models.parameter_shards(models.build(model, layout))
+    shards = parameter_shards(models.build(Job(model, layout)))
     odd = models.ParameterShard("decoder.extra.weight", chunks[0].decoder.extra.weight,
                                 torch.arange(1), torch.arange(1), True, True)
     with PieceHooks(chunks, [*shards, odd], lambda *_: None):

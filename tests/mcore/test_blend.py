@@ -13,7 +13,7 @@ import pytest
 from indexed_files import random_documents, write_dataset
 from ranks import LAYOUTS, Layout, RankError, on_layout, run_on_ranks
 
-from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig
+from megatron_direct.config import BatchConfig, Job, ModelConfig, OptimizerConfig
 from megatron_direct.data.mask import SampleMask
 
 VOCAB, POISON, LENGTH = 60, 60, 16
@@ -87,7 +87,7 @@ def _train(model, layout, prefixes, masks, folder):
     from megatron_direct.mcore import model as models
     from megatron_direct.mcore import training
 
-    chunks = models.build(model, layout)
+    chunks = models.build(Job(model, layout))
     batch = BatchConfig(micro_batch_size=2, global_batch_size=8)
     trainer = training.make_trainer(chunks, OptimizerConfig(), batch)
     dataset = _Watched(_build(prefixes, masks, folder / "cache")[0])

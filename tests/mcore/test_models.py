@@ -11,10 +11,11 @@ from ranks import Layout, RankError, on_layout, run_on_ranks
 from tiny_models import MODELS, VOCAB_SIZE
 from weights import assemble, fill_by_hash, fill_expert_bias, pieces
 
-from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig, expert_layers
+from megatron_direct.config import BatchConfig, Job, ModelConfig, OptimizerConfig, expert_layers
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import checkpoint, grid, training
 from megatron_direct.mcore import model as models
+from megatron_direct.mcore.shards import num_parameters, parameter_shards
 from megatron_direct.mcore.specs import local as layer_specs
 
 EXPERTS = [Layout(dp=2, ep=2), Layout(tp=2, dp=2, ep=2, sp=True)]
@@ -90,15 +91,15 @@ def _enter(layout):
 
 def _state(chunks):
     """This rank's weights, and its buffers by name."""
-    shards = models.parameter_shards(chunks)
+    shards = parameter_shards(chunks)
     buffers = {name: buffer.numpy() for chunk in chunks for name, buffer in chunk.named_buffers()
                if name.endswith("expert_bias")}
     return pieces(shards, [s.parameter for s in shards]), buffers
 
 
 def _save(model, layout, folder):
-    chunks = models.build(model, layout)
-    fill_by_hash(models.parameter_shards(chunks))
+    chunks = models.build(Job(model, layout))
+    fill_by_hash(parameter_shards(chunks))
     fill_expert_bias(chunks)
     checkpoint.save(folder, 1, chunks, None, None, vars(model))
     return _state(chunks)
@@ -108,7 +109,7 @@ def _load(model, layout, folder):
     found = checkpoint.require(folder)
     carried = ModelConfig(**checkpoint.architecture(checkpoint.read_args(found)))
     assert carried == model
-    chunks = models.build(carried, layout, seed=5)
+    chunks = models.build(Job(carried, layout), seed=5)
     checkpoint.load_model(found, chunks)
     return _state(chunks)
 
@@ -144,8 +145,8 @@ def _sequences(count: int, length: int) -> list[dict[str, torch.Tensor]]:
 
 def _train(model, layout):
     """Losses and gradient norms of three steps."""
-    chunks = models.build(model, layout)
-    fill_by_hash(models.parameter_shards(chunks), scale=0.2)
+    chunks = models.build(Job(model, layout))
+    fill_by_hash(parameter_shards(chunks), scale=0.2)
     fill_expert_bias(chunks)
     batch = BatchConfig(micro_batch_size=2, global_batch_size=8)
     trainer = training.make_trainer(chunks, OptimizerConfig(lr=1e-3, lr_warmup_iters=1), batch)
@@ -183,7 +184,7 @@ def test_latent_attention_needs_its_position_gradients_added_up():
 
 
 def _count(model, layout):
-    return models.num_parameters(models.build(model, layout))
+    return num_parameters(models.build(Job(model, layout)))
 
 
 @pytest.mark.parametrize("layout", EXPERTS, ids=str)

@@ -180,7 +180,7 @@ def _loss_and_masks(folder, layout, batches, valid):
     import torch
 
     from megatron_direct.commands.select import SelectConfig, select
-    from megatron_direct.config import ModelConfig, ParallelConfig
+    from megatron_direct.config import Job, ModelConfig, ParallelConfig
     from megatron_direct.mcore import checkpoint, grid, model
     from megatron_direct.steps.curvature import CurvatureConfig
     from megatron_direct.steps.pilot import PilotConfig
@@ -190,7 +190,7 @@ def _loss_and_masks(folder, layout, batches, valid):
     architecture = ModelConfig(**checkpoint.architecture(checkpoint.read_args(found)))
     assert checkpoint.read_iteration(found) == 4
     with grid.model_parallel(ParallelConfig()):
-        chunk, = chunks = model.build(architecture, ParallelConfig())
+        chunk, = chunks = model.build(Job(architecture, ParallelConfig()))
         checkpoint.load_model(found, chunks)
         tokens, labels = (torch.from_numpy(np.concatenate(batches[name][8:10]))
                           for name in ("tokens", "labels"))  # of the fifth iteration

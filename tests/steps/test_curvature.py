@@ -13,7 +13,7 @@ from weights import fill_by_hash
 from megatron_direct.commands.pretrain import PretrainConfig, pretrain
 from megatron_direct.commands.report import write_page
 from megatron_direct.commands.select import SelectConfig, select
-from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig
+from megatron_direct.config import BatchConfig, Job, ModelConfig, OptimizerConfig
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.sketched import SketchedFisherOperator
 from megatron_direct.curvature.vectors import ParameterSpace
@@ -24,6 +24,7 @@ from megatron_direct.gradients.per_sample import sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import grid
 from megatron_direct.mcore import model as models
+from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.steps.curvature import CurvatureConfig
 from megatron_direct.steps.pilot import PilotConfig
@@ -152,8 +153,8 @@ def test_a_killed_lanczos_carries_on_and_ends_with_the_same_bytes(folder, layout
 
 def _projections(model, layout, prefix, sketch_size):
     """<g_i, v> for random unit v: exact, and between sketches; and the norms |g_i|."""
-    chunks = models.build(model, layout)
-    shards = models.parameter_shards(chunks)
+    chunks = models.build(Job(model, layout))
+    shards = parameter_shards(chunks)
     fill_by_hash(shards)
     samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
     space = ParameterSpace(shards)

@@ -14,7 +14,7 @@ from weights import assemble, pieces
 
 from megatron_direct.commands.pretrain import PretrainConfig, pretrain
 from megatron_direct.commands.select import SelectConfig, select
-from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig
+from megatron_direct.config import BatchConfig, Job, ModelConfig, OptimizerConfig
 from megatron_direct.curvature.preconditioner import adam_scales
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.mask import SampleMask
@@ -23,6 +23,7 @@ from megatron_direct.gradients import store
 from megatron_direct.gradients.per_sample import sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import checkpoint, grid, model, training
+from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.steps import sketch as sketches_stage
 from megatron_direct.steps.curvature import OPERATORS, CurvatureConfig
 from megatron_direct.steps.pilot import PilotConfig
@@ -108,10 +109,10 @@ def test_samples_without_finite_gradients_are_counted_and_never_selected(folder)
 
 def _sketches(folder, layout, settings):
     """(rows by sample, scales by parameter, names sketched) of one pass over the pool."""
-    chunks = model.build(MODEL, layout)
+    chunks = model.build(Job(MODEL, layout))
     found = checkpoint.require(folder / "theta")
     checkpoint.load_model(found, chunks)
-    shards = model.parameter_shards(chunks)
+    shards = parameter_shards(chunks)
     scales = adam_scales(found, chunks, shards)
     sketch = Sketch(shards, SIZE, 1, scales if settings.get("precondition") else None)
     samples = Samples([str(folder / "pool")], MODEL.seq_length, VOCAB_SIZE)
@@ -131,11 +132,11 @@ def _in_layout(folder, layout, settings):
 def _adam_state(folder):
     """Second moments as torch's own optimizer holds them, the checkpoint loaded for training."""
     with grid.model_parallel(Layout().config()):
-        chunks = model.build(MODEL, Layout().config())
+        chunks = model.build(Job(MODEL, Layout().config()))
         trainer = training.make_trainer(chunks, OPTIMIZER, BATCH)
         checkpoint.load_training(checkpoint.require(folder / "theta"), chunks, trainer.optimizer,
                                  trainer.scheduler)
-        shards = model.parameter_shards(chunks)
+        shards = parameter_shards(chunks)
         state = trainer.optimizer.optimizer.state
         return pieces(shards, [state[s.parameter]["exp_avg_sq"] for s in shards])
 
@@ -188,9 +189,9 @@ def test_select_with_every_option_in_two_layouts(folder):
 def _products_over_some_parameters(folder, layout):
     """(H v restricted to some parameters, and the product of the operator over these alone)."""
     with grid.model_parallel(layout.config()):
-        chunks = model.build(MODEL, layout.config())
+        chunks = model.build(Job(MODEL, layout.config()))
         checkpoint.load_model(checkpoint.require(folder / "theta"), chunks)
-        shards = model.parameter_shards(chunks)
+        shards = parameter_shards(chunks)
         some = sketched_shards(shards, ["*layernorm*", "*mlp*", "!*fc2*"])
         names = {shard.name for shard in some}
         samples = Samples([str(folder / "valid")], MODEL.seq_length, VOCAB_SIZE)
@@ -231,11 +232,11 @@ def test_a_checkpoint_without_an_optimizer_cannot_precondition(folder):
 
 def _save_weights_alone(folder):
     with grid.model_parallel(Layout().config()):
-        chunks = model.build(MODEL, Layout().config())
+        chunks = model.build(Job(MODEL, Layout().config()))
         checkpoint.save(folder / "bare", 1, chunks, None, None, vars(MODEL))
 
 
 def _scales_of(folder):
     with grid.model_parallel(Layout().config()), torch.no_grad():
-        chunks = model.build(MODEL, Layout().config())
-        adam_scales(checkpoint.require(folder / "bare"), chunks, model.parameter_shards(chunks))
+        chunks = model.build(Job(MODEL, Layout().config()))
+        adam_scales(checkpoint.require(folder / "bare"), chunks, parameter_shards(chunks))

@@ -1,0 +1,83 @@
+"""Flags made from groups of settings, and settings made from flags.
+
+Flags carry no defaults of their own (``argparse.SUPPRESS``), so that a value that was given can be
+told from one that was not; the dataclass fills in its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+
+from megatron_direct.config import BatchConfig, Given, ModelConfig, OptimizerConfig
+from megatron_direct.settings import Settings, flag_name, flag_type
+
+# The groups whose flags may be given where the rest comes from a checkpoint.
+_OF_CHECKPOINT = {"model": ModelConfig, "optimizer": OptimizerConfig, "batch": BatchConfig}
+
+
+def add_flags(parser: argparse.ArgumentParser, request: type) -> None:
+    """The flags of a request: a dataclass with a field for each group of settings.
+
+    One argument group for each, titled by the first line of its docstring. A flag that two groups
+    share (--seed) is one flag, and fills both.
+    """
+    known: set[str] = set()
+    for group_type in groups(request):
+        group = parser.add_argument_group(group_type.__doc__.splitlines()[0].rstrip("."))
+        for f in fields(group_type):
+            if f.name not in known:
+                _add_flag(group, f)
+                known.add(f.name)
+
+
+def request_from(request: type, arguments: argparse.Namespace):
+    """The request with the values that were given on the command line.
+
+    Raises UserError for a value that is out of its range.
+    """
+    values = {}
+    for name, kind in typing.get_type_hints(request).items():
+        if kind is Given:
+            wanted = _given_groups(request)
+            values[name] = Given(**{key: _given(group, arguments)
+                                    for key, group in _OF_CHECKPOINT.items() if key in wanted})
+        else:
+            values[name] = kind(**_given(kind, arguments))
+    return request(**values)
+
+
+def groups(request: type) -> Iterator[type[Settings]]:
+    """The groups of settings that a request is made of."""
+    for kind in typing.get_type_hints(request).values():
+        if kind is Given:
+            yield from (_OF_CHECKPOINT[key] for key in _given_groups(request))
+        else:
+            yield kind
+
+
+def _given_groups(request: type) -> Sequence[str]:
+    """What of a checkpoint's settings the command lets a user give again."""
+    given = next(f for f in fields(request) if f.name == "given")
+    return given.metadata.get("groups", tuple(_OF_CHECKPOINT))
+
+
+def _given(group: type[Settings], arguments: argparse.Namespace) -> dict:
+    return {f.name: getattr(arguments, f.name) for f in fields(group) if hasattr(arguments, f.name)}
+
+
+def _add_flag(group, f: dataclasses.Field) -> None:
+    meta = f.metadata
+    common = {"dest": f.name, "default": argparse.SUPPRESS}
+    if isinstance(f.default, bool):
+        action = argparse.BooleanOptionalAction
+        group.add_argument(flag_name(f.name), action=action, help=meta["help"], **common)
+        return
+    help_text = meta["help"].replace("%", "%%")
+    if f.default not in (None, dataclasses.MISSING, (), ""):
+        help_text += f" (default {f.default})".replace("%", "%%")
+    group.add_argument(flag_name(f.name), type=flag_type(f), choices=meta["choices"],
+                       nargs=meta["nargs"], required=meta["required"], help=help_text, **common)

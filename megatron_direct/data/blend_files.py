@@ -1,0 +1,53 @@
+"""Blends as users write them: on the command line, in a file, or in a file by split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_direct.data.blend_plan import Blend
+from megatron_direct.errors import UserError
+
+_SPLITS = ("train", "valid", "test")
+
+
+def parse_data_path(data_path: Sequence[str]) -> Blend:
+    """``--data-path`` as Megatron takes it: prefixes, or weights and prefixes by turns."""
+    values = list(data_path)
+    if len(values) % 2 == 0 and all(_is_number(value) for value in values[::2]):
+        return Blend(values[1::2], [float(value) for value in values[::2]])
+    return Blend(values)
+
+
+def read_data_args(path: str) -> Blend:
+    """``--data-args-path``: a file with what ``--data-path`` would say."""
+    return parse_data_path(_read(path).split())
+
+
+def read_per_split_data_args(path: str) -> dict[str, Blend | None]:
+    """``--per-split-data-args-path``: JSON with a ``--data-path`` for train, valid and test."""
+    try:
+        found = json.loads(_read(path))
+        texts = {split: found[split] for split in _SPLITS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a JSON object with the keys train, valid and test "
+                        f"({type(error).__name__}: {error}). Mend the file.") from error
+    return {split: None if not text else
+            parse_data_path(text.split() if isinstance(text, str) else text)
+            for split, text in texts.items()}
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). Correct the path.") from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,179 @@
+"""A selection on disk: its summary, and a mask for each pool."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from megatron_direct.data import indexed
+from megatron_direct.data.mask import SampleMask
+from megatron_direct.data.samples import Samples
+from megatron_direct.errors import UserError
+from megatron_direct.runtime import files, parallel
+from megatron_direct.runtime.manifest import Artefact
+
+
+@dataclass(frozen=True)
+class SelectionOrigin:
+    """On what a selection was made: paths as they were given, digests of all of them by prefix, and
+    the values of the ModelConfig."""
+
+    load: str
+    checkpoint_digest: str
+    data_path: tuple[str, ...]
+    valid_data_path: tuple[str, ...]
+    digests: Mapping[str, str]
+    model: Mapping[str, object]
+
+
+def selection_folder(run_path: Path, name: str) -> Path:
+    return run_path / "selections" / name
+
+
+def arm_folder(run_path: Path, arm: str) -> Path:
+    return run_path / "anneal" / arm
+
+
+def is_annealed(folder: Path) -> bool:
+    """Whether an arm was begun on the selection of this folder."""
+    return arm_folder(folder.parents[1], folder.name).is_dir()
+
+
+def find_selection(run_path: Path, name: str) -> tuple[SelectionOrigin, SelectionSummary]:
+    """Of a finished selection (rank 0). Raises UserError if there is none of this name."""
+    found = Artefact(selection_folder(run_path, name), "a selection").read()
+    if found is None or not found["finished"]:
+        there = sorted(path.parent.name for path in run_path.glob("selections/*/manifest.json"))
+        raise UserError(
+            f"{run_path} holds no finished selection called {name}"
+            + (f" (there is {', '.join(there)})" if there else "") + ". Run `megatron-direct "
+            f"select --run-dir {run_path}` first, or correct --selection or --run-dir.")
+    details = found["details"]
+    return SelectionOrigin(**{**details, "data_path": tuple(details["data_path"]),
+                              "valid_data_path": tuple(details["valid_data_path"])}), \
+        SelectionSummary.read(selection_folder(run_path, name))
+
+
+@dataclass(frozen=True)
+class PoolComposition:
+    """Of one pool: candidates, selected, and how many of each were corrupted on purpose."""
+
+    samples: int
+    selected: int
+    corrupted: int
+    selected_corrupted: int
+
+
+@dataclass(frozen=True)
+class SampleCounts:
+    """in_pools: documents; cut: at the sequence length, so many tokens of them; not_finite: without
+    a finite gradient."""
+
+    in_pools: int
+    too_short: int
+    cut: int
+    cut_tokens: int
+    not_finite: int
+
+
+@dataclass(frozen=True)
+class SelectionSummary:
+    """``selection.json``. mean_loss: before annealing, of pool and selected; composition: by pool;
+    mask_digests: by pool; not_finite: numbers of samples that can never be selected."""
+
+    objective: str
+    num_select: int
+    objective_value: float
+    upper_bound: float | None
+    status: str
+    stiff_cost: float
+    stiff_budget: float | None
+    least_stiff_cost: float
+    average_stiff_cost: float
+    num_stiff: int
+    samples: SampleCounts
+    mean_loss: Mapping[str, float]
+    composition: Mapping[str, PoolComposition]
+    mask_digests: Mapping[str, str]
+    not_finite: Sequence[int] = ()
+    history: Sequence[dict] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> SelectionSummary:
+        found = files.read_json(folder / "selection.json")
+        return cls(**{**found, "samples": SampleCounts(**found["samples"]), "composition": {
+            name: PoolComposition(**part) for name, part in found["composition"].items()}})
+
+    def write(self, folder: Path) -> None:
+        files.write_json(folder / "selection.json", asdict(self))
+
+    def __str__(self) -> str:
+        counts = self.samples
+        lines = [f"selection: {self.num_select} of {counts.in_pools} samples by {self.objective}, "
+                 f"{self.status}; {counts.cut} cut at the sequence length, {counts.too_short} too "
+                 f"short, {counts.not_finite} not finite"]
+        for name, part in self.composition.items():
+            corrupted = (f" (corrupted: {part.selected_corrupted} of {part.corrupted})"
+                         if part.corrupted else "")
+            lines.append(f"  {name}: {part.selected} of {part.samples}{corrupted}")
+        return "\n".join(lines)
+
+
+def masks_of(samples: Samples, digests: Sequence[str], chosen: np.ndarray) -> dict[str, SampleMask]:
+    """One mask for each dataset, from the numbers of the samples that were chosen."""
+    keep = np.zeros(len(samples), dtype=bool)
+    keep[chosen] = True
+    return {prefix: SampleMask(keep[samples.first[i]: samples.first[i + 1]], digest)
+            for i, (prefix, digest) in enumerate(zip(samples.prefixes, digests, strict=True))}
+
+
+def write_masks(folder: Path, masks: Mapping[str, SampleMask]) -> dict[str, str]:
+    """{name of the pool: digest of its mask}, of masks that name the folder as their origin."""
+    names = indexed.prefix_names(list(masks))
+    for prefix, mask in masks.items():
+        mask.with_run(str(folder)).save(mask_path(folder, names[prefix]))
+    return {names[prefix]: mask.digest for prefix, mask in masks.items()}
+
+
+def mask_path(folder: Path, name: str) -> Path:
+    return folder / "masks" / f"{name}.mask.npz"
+
+
+def load_masks(folder: Path, prefixes: Sequence[str], digests: Mapping[str, str],
+               ) -> dict[str, SampleMask]:
+    """The masks of a selection, read on rank 0 and given to all ranks.
+
+    digests: by name of the pool, as the selection recorded them. Raises UserError for a mask that
+    is another one.
+    """
+    names = indexed.prefix_names(list(prefixes))
+
+    def read() -> dict[str, SampleMask]:
+        masks = {}
+        for prefix in prefixes:
+            path = mask_path(folder, names[prefix])
+            masks[prefix] = SampleMask.load(path)
+            if masks[prefix].digest != digests.get(names[prefix]):
+                raise UserError(f"{path} is not the mask that was written there: it was exchanged, "
+                                "or changed. Delete the folder of the selection, and select again.")
+        return masks
+
+    return parallel.on_rank_zero(read)
+
+
+def composition(samples: Samples, chosen: np.ndarray) -> dict[str, PoolComposition]:
+    """By name of the pool."""
+    names = indexed.prefix_names(samples.prefixes)
+    is_chosen = np.zeros(len(samples), dtype=bool)
+    is_chosen[chosen] = True
+    result = {}
+    for i, prefix in enumerate(samples.prefixes):
+        here = slice(samples.first[i], samples.first[i + 1])
+        selected, corrupted = is_chosen[here], samples.corrupted[here]
+        result[names[prefix]] = PoolComposition(
+            len(selected), int(selected.sum()), int(corrupted.sum()),
+            int((selected & corrupted).sum()))
+    return result
