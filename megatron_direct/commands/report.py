@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_direct.commands.anneal import ARMS, arm_folder
+from megatron_direct.config import ParallelConfig
 from megatron_direct.curvature.density import Estimate, SpectralDensity
 from megatron_direct.mcore.training import read_metrics
 from megatron_direct.reports import html
-from megatron_direct.runtime import files
+from megatron_direct.runtime import files, parallel
 from megatron_direct.runtime.run_directory import RunDirectory
-from megatron_direct.settings import flag
+from megatron_direct.settings import Settings, flag
+from megatron_direct.steps.selected import arm_folder
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """Report."""
 
     run_dir: str = flag("", "folder of a finished select", required=True)
 
 
-def report(config: ReportConfig) -> None:
-    """Writes ``report.html`` and prints the table (rank 0)."""
+@dataclass(frozen=True)
+class ReportRequest:
+    report: ReportConfig
+    layout: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def report(request: ReportRequest) -> None:
+    """Writes ``report.html`` and prints the table."""
+    parallel.on_rank_zero(lambda: _report(request.report))
+
+
+def _report(config: ReportConfig) -> None:
     run = RunDirectory(config.run_dir)
-    run.stage("select")
+    run.require()
     rows = loss_table(run)
     write_page(run, rows)
     print(format_table(rows), flush=True)
@@ -35,9 +46,8 @@ def report(config: ReportConfig) -> None:
 
 def arm_results(run: RunDirectory) -> dict[str, dict]:
     """arm -> result.json, of the arms that are finished."""
-    record = run.record()
-    return {arm: files.read_json(arm_folder(run.path, arm) / "result.json") for arm in ARMS
-            if record.get(f"anneal {arm}", {}).get("finished")}
+    return {path.parent.name: files.read_json(path)
+            for path in sorted((run.path / "anneal").glob("*/result.json"))}
 
 
 def loss_table(run: RunDirectory) -> list[list[str]]:
@@ -66,7 +76,7 @@ def format_table(rows: list[list[str]]) -> str:
 
 
 def write_page(run: RunDirectory, rows: list[list[str]]) -> None:
-    selection = files.read_json(run.path / "selection.json")
+    selection = files.read_json(run.path / "selections" / "direct" / "selection.json")
     spectrum = files.read_json(run.path / "curvature" / "spectrum.json")
     sections = [
         ("Losses", "Mean loss a token, documents cut at the sequence length. The random arm has "
@@ -113,11 +123,11 @@ def _problem(selection: dict) -> list[list[str]]:
 
 def _record(run: RunDirectory) -> list[list[str]]:
     rows = [["stage", "layout", "versions"]]
-    for name, record in run.record().items():
-        layout = record["layout"]
-        rows.append([name, f"TP {layout['tensor_model_parallel_size']} x PP "
+    for call in run.record():
+        layout = call["flags"]["layout"]
+        rows.append([call["command"], f"TP {layout['tensor_model_parallel_size']} x PP "
                      f"{layout['pipeline_model_parallel_size']}",
-                     ", ".join(f"{k} {v}" for k, v in record["versions"].items())])
+                     ", ".join(f"{k} {v}" for k, v in call["provenance"]["versions"].items())])
     return rows
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_direct.data import indexed
 from megatron_direct.errors import UserError
@@ -54,3 +54,13 @@ def require_disjoint(**lists: Sequence[str]) -> None:
                     f"{prefix} is listed as a {seen[file]} and as a {kind}. Selecting on the data "
                     "one is judged by is no selection: keep them apart.")
         seen |= dict.fromkeys(files, kind)
+
+
+def require_different(digests: Mapping[str, str]) -> None:
+    """Raises UserError where two of the datasets, by prefix, hold the same documents."""
+    seen: dict[str, str] = {}
+    for prefix, digest in digests.items():
+        if digest in seen:
+            raise UserError(f"{prefix} holds the same documents as {seen[digest]}. List one of "
+                            "them.")
+        seen[digest] = prefix

@@ -96,7 +96,8 @@ def is_gpt_dataset(dataset_class: type) -> bool:
 
 
 def masked_builder(sizes: Sequence[int | None], is_built_on_rank: Callable, config,
-                   masks: Mapping[str, SampleMask], rules: BlendRules, num_consumed: int = 0):
+                   masks: Mapping[str, SampleMask], rules: BlendRules | None = None,
+                   num_consumed: int = 0):
     """(BlendedMegatronDatasetBuilder over MaskedGPTDatasets, BlendParts of the training split).
 
     config: a GPTDatasetConfig, for which Megatron would have built GPTDatasets; what masks empty is
@@ -117,7 +118,8 @@ def masked_builder(sizes: Sequence[int | None], is_built_on_rank: Callable, conf
     left = [sizes[0] and max(sizes[0] - num_consumed, 0), *sizes[1:]]
     plan = _plan_one_blend if config.blend is not None else _plan_each_split
     blends, parts = parallel.on_rank_zero(
-        lambda: plan(_Plan(config, masks, rules), list(zip(_SPLITS, sizes, left, strict=True))))
+        lambda: plan(_Plan(config, masks, rules or BlendRules()),
+                     list(zip(_SPLITS, sizes, left, strict=True))))
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTDatasetConfig)
               if f.init}
     masked = MaskedGPTDatasetConfig(**{**values, **blends, "sample_masks": dict(masks)})

@@ -81,6 +81,8 @@ def on_rank_zero(work: Callable):
     work may take as long as it needs: the others wait for word that it is done, not in a
     collective, which would give up.
     """
+    if not dist.is_initialized():  # alone, in a program that is no launch
+        return work()
     outcome = [None, None]
     if dist.get_rank() == 0:
         try:

@@ -65,7 +65,9 @@ def open_onset(config: OnsetConfig, layout: ParallelConfig, given: Given,
     if len(valid_samples.usable) == 0:
         raise UserError(f"{', '.join(valid)}: no document of two tokens or more. Curvature needs "
                         "at least one validation sample; correct --valid-data-path.")
-    return Onset(checkpoint, job, pool_samples, valid_samples, dataset_digests([*pools, *valid]))
+    digests = dataset_digests([*pools, *valid])
+    checks.require_different(digests)
+    return Onset(checkpoint, job, pool_samples, valid_samples, digests)
 
 
 def job_of(checkpoint: Checkpoint, layout: ParallelConfig, given: Given,

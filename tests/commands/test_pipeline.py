@@ -10,22 +10,24 @@ import json
 import shutil
 from pathlib import Path
 
+import flat_requests
 import numpy as np
 import pytest
 import torch
 from indexed_files import random_documents, write_dataset
 from ranks import Layout, RankError, run_on_ranks
 
-from megatron_direct.commands.anneal import AnnealConfig, anneal, arm_folder
-from megatron_direct.commands.pretrain import PretrainConfig, pretrain
-from megatron_direct.commands.report import ReportConfig, report
-from megatron_direct.commands.select import SelectConfig, select
-from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig
+from megatron_direct.commands.anneal import AnnealRequest, anneal
+from megatron_direct.commands.pretrain import PretrainConfig, PretrainRequest, pretrain
+from megatron_direct.commands.report import ReportConfig, ReportRequest, report
+from megatron_direct.commands.select import SelectRequest, select
+from megatron_direct.config import BatchConfig, Given, ModelConfig, OptimizerConfig
+from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.data.mask import SampleMask
-from megatron_direct.gradients import store
-from megatron_direct.steps.curvature import CurvatureConfig
-from megatron_direct.steps.pilot import PilotConfig
-from megatron_direct.steps.solve import SelectionConfig
+from megatron_direct.data.samples import Samples
+from megatron_direct.gradients.store import SketchStore
+from megatron_direct.steps import selected
+from megatron_direct.steps.sketch import Drawn, read_sketches
 
 VOCAB_SIZE = 90
 MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2,
@@ -56,33 +58,45 @@ def folder(tmp_path_factory) -> Path:
 
 
 def _pretrain(folder, layout, optimizer, name):
-    pretrain(PretrainConfig(data_path=(str(folder / "a"), str(folder / "b")),
-                            save=str(folder / name), train_iters=12, save_interval=12),
-             MODEL, layout.config(), optimizer, BATCH)
+    pretrain(PretrainRequest(
+        PretrainConfig(data_path=(str(folder / "a"), str(folder / "b")), save=str(folder / name),
+                       train_iters=12, save_interval=12),
+        MODEL, layout.config(), optimizer, BATCH))
 
 
 def _select(folder, layout, name, theta="theta", **settings):
-    kinds = {kind: {k: v for k, v in settings.items() if k in kind.__dataclass_fields__}
-             for kind in (SelectConfig, PilotConfig, CurvatureConfig, SelectionConfig)}
-    select(SelectConfig(**{
+    select(flat_requests.make(SelectRequest, layout.config(), **{
         "load": str(folder / theta), "data_path": (str(folder / "a"), str(folder / "b")),
         "valid_data_path": (str(folder / "valid"),), "run_dir": str(folder / name),
-        "sketch_size": 256, "micro_batch_size": 4, **kinds[SelectConfig]}),
-        {}, layout.config(),
-        CurvatureConfig(**{"curvature": "fisher", "num_eigenpairs": 6, "lanczos_tol": 1e-5,
-                           **kinds[CurvatureConfig]}),
-        SelectionConfig(**{"num_select": 40, **kinds[SelectionConfig]}),
-        PilotConfig(**{"pilot_iters": 0, **kinds[PilotConfig]}))
+        "sketch_size": 256, "micro_batch_size": 4, "curvature": "fisher", "num_eigenpairs": 6,
+        "lanczos_tol": 1e-5, "num_select": 40, "pilot_iters": 0, **settings}))
 
 
 def _select_with(folder, layout, name, settings):
     _select(folder, layout, name, **settings)
 
 
-def _anneal(folder, layout, name, arm="direct", given=None, **settings):
-    anneal(AnnealConfig(run_dir=str(folder / name), selection=arm, lr_wsd_decay_iters=ITERATIONS,
-                        test_data_path=(str(folder / "test"),), save_interval=3, **settings),
-           given or {}, layout.config())
+def _anneal(folder, layout, name, arm="direct", optimizer=None, **settings):
+    anneal(flat_requests.make(
+        AnnealRequest, layout.config(), Given(optimizer=optimizer or {}),
+        run_dir=str(folder / name), selection=arm, lr_wsd_decay_iters=ITERATIONS,
+        test_data_path=(str(folder / "test"),), save_interval=3, **settings))
+
+
+def arm_folder(run, arm) -> Path:
+    return selected.arm_folder(run, arm)
+
+
+def _selection(run, name="direct") -> dict:
+    return json.loads((selected.selection_folder(run, name) / "selection.json").read_text())
+
+
+def _sketches(run):
+    """Those of the pools, as the run's selections see them."""
+    prefixes = [str(run.parent / name) for name in "ab"]
+    samples = Samples(prefixes, MODEL.seq_length, VOCAB_SIZE)
+    return read_sketches(SketchStore(run / "sketches", 256), Drawn(
+        "pool", samples, samples.usable, [dataset_digest(prefix) for prefix in prefixes]))
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +112,8 @@ def _metrics(run, arm="direct"):
 
 
 def _kept(run):
-    return np.concatenate([SampleMask.load(run / "masks" / f"{name}.mask.npz").keep
-                           for name in "ab"])
+    masks = selected.selection_folder(run, "direct") / "masks"
+    return np.concatenate([SampleMask.load(masks / f"{name}.mask.npz").keep for name in "ab"])
 
 
 @pytest.mark.parametrize("objective", ["flat-energy", "descent"])
@@ -110,8 +124,7 @@ def test_the_layout_changes_neither_sketches_nor_selection(folder, layout, objec
         run_on_ranks(1, _select_with, folder, Layout(), first, {"objective": objective})
     run_on_ranks(layout.world_size, _select_with, folder, layout, other,
                  {"objective": objective})
-    one = store.load(folder / first / "sketches" / "pool")
-    many = store.load(folder / other / "sketches" / "pool")
+    one, many = _sketches(folder / first), _sketches(folder / other)
     np.testing.assert_array_equal(one.samples, many.samples)
     errors = np.linalg.norm(one.rows - many.rows, axis=1) / np.linalg.norm(one.rows, axis=1)
     assert errors.max() < 1e-4
@@ -119,8 +132,7 @@ def test_the_layout_changes_neither_sketches_nor_selection(folder, layout, objec
     assert kept.sum() == kept_there.sum() == 40
     # The pools share some documents: of such copies both layouts take the ones of lower numbers.
     np.testing.assert_array_equal(kept, kept_there)
-    values = [json.loads((folder / name / "selection.json").read_text())["objective_value"]
-              for name in (first, other)]
+    values = [_selection(folder / name)["objective_value"] for name in (first, other)]
     assert values[0] == pytest.approx(values[1], rel=1e-4)
     spectra = [json.loads((folder / name / "curvature" / "spectrum.json").read_text())
                for name in (first, other)]
@@ -133,7 +145,7 @@ def test_a_pilot_depends_on_the_layout_by_rounding_alone(folder, layout, run):
     if not (folder / "pilot-1").exists():
         run_on_ranks(1, _select_with, folder, Layout(), "pilot-1", settings)
     run_on_ranks(layout.world_size, _select_with, folder, layout, f"pilot-{layout}", settings)
-    here, there, onset = (store.load(path / "sketches" / "pool").rows for path in (
+    here, there, onset = (_sketches(path).rows for path in (
         folder / "pilot-1", folder / f"pilot-{layout}", run))
     # Training multiplies rounding, as it does in the annealing itself, whose losses are held to the
     # same bound; what the pilot does to the sketches is far more.
@@ -142,15 +154,15 @@ def test_a_pilot_depends_on_the_layout_by_rounding_alone(folder, layout, run):
     kept, kept_there = (_kept(path) for path in (folder / "pilot-1", folder / f"pilot-{layout}"))
     assert (kept & kept_there).sum() >= 39
     # The annealing begins at the checkpoint, not at the pilot.
-    assert json.loads((folder / "pilot-1" / "run.json").read_text())["stages"]["select"][
-        "identity"]["load"] == str(folder / "theta")
+    origin, _ = selected.find_selection(folder / "pilot-1", "direct")
+    assert origin.load == str(folder / "theta" / "iter_0000012")
 
 
 def _anneal_with_masks_of(folder, layout, run, name, optimizer_flags):
     if torch.distributed.get_rank() == 0:
         shutil.copytree(run, folder / name, ignore=shutil.ignore_patterns("anneal"))
     torch.distributed.barrier()
-    _anneal(folder, layout, name, given={OptimizerConfig: optimizer_flags})
+    _anneal(folder, layout, name, optimizer=optimizer_flags)
 
 
 @pytest.fixture(scope="module")
@@ -202,13 +214,17 @@ def test_a_resumed_annealing_prints_the_losses_of_an_unbroken_one(folder, layout
     checkpoints = arm_folder(run, "direct") / "checkpoints"
     shutil.rmtree(checkpoints / f"iter_{ITERATIONS:07d}")
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("6")
-    record = json.loads((run / "run.json").read_text())
-    record["stages"]["anneal direct"]["finished"] = False
-    (run / "run.json").write_text(json.dumps(record))
+    _unfinish(arm_folder(run, "direct"))
     with open(arm_folder(run, "direct") / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 9, "lo')  # cut short by the kill
     run_on_ranks(layout.world_size, _anneal, folder, layout, name)
     assert (arm_folder(run, "direct") / "metrics.jsonl").read_text() == unbroken
+
+
+def _unfinish(artefact: Path) -> None:
+    """As if the run had been killed before the artefact was finished."""
+    manifest = json.loads((artefact / "manifest.json").read_text())
+    (artefact / "manifest.json").write_text(json.dumps({**manifest, "finished": False}))
 
 
 def _select_and_anneal(folder, layout, name, theta):
@@ -239,7 +255,7 @@ def test_arms_differ_in_their_masks_alone(folder, annealed):
 
 
 def test_the_report_shows_both_arms(folder, annealed, capsys):
-    report(ReportConfig(run_dir=str(annealed)))
+    report(ReportRequest(ReportConfig(run_dir=str(annealed))))
     printed = capsys.readouterr().out
     for row in ("(before annealing)", "direct", "random"):
         assert row in printed
@@ -250,10 +266,85 @@ def test_the_report_shows_both_arms(folder, annealed, capsys):
         assert word in page
 
 
-def test_a_finished_stage_is_not_done_again(folder, run):
+def test_a_finished_selection_is_not_made_again(folder, run):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
     run_on_ranks(1, _select, folder, Layout(), "run")
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
+
+
+# --- what is taken up, whatever else changed ------------------------------------------------------
+
+
+def _select_without_a_model(folder, layout, name, settings):
+    """select, in which nothing may build a model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("megatron_direct.mcore.model.build")
+        _select(folder, layout, name, **settings)
+
+
+@pytest.mark.parametrize("settings", [
+    {"num_select": 30}, {"objective": "flat-energy"}, {"quotas": ("a:20:20",)},
+    {"objective": "flat-energy", "stiff_budget_fraction": 0.5}, {"energy_share": 0.5},
+    {"num_eigenpairs": 3}, {"micro_batch_size": 3, "sketch_rows": "gathered"}], ids=str)
+def test_another_problem_in_the_same_run_only_solves(folder, run, settings):
+    """And gives what a run of its own would have given."""
+    name, alone = "again-" + str(settings), "alone-" + str(settings)
+    shutil.copytree(run, folder / name, ignore=shutil.ignore_patterns("anneal"))
+    measured = {p: p.read_bytes() for part in ("sketches", "curvature")
+                for p in (folder / name / part).rglob("*") if p.is_file()}
+    run_on_ranks(1, _select_without_a_model, folder, Layout(), name,
+                 {**settings, "selection_name": "other"})
+    assert {p: p.read_bytes() for p in measured} == measured
+    run_on_ranks(1, _select_with, folder, Layout(), alone, settings)
+    other, expected = _selection(folder / name, "other"), _selection(folder / alone)
+    assert other["mask_digests"] == expected["mask_digests"]
+    assert _selection(folder / name)["num_select"] == 40  # the first one stays as it was
+
+
+def test_a_selection_gives_way_to_another_of_its_name_until_it_is_annealed(folder, run, annealed):
+    shutil.copytree(run, folder / "replaced", ignore=shutil.ignore_patterns("anneal"))
+    run_on_ranks(1, _select_with, folder, Layout(), "replaced", {"num_select": 20})
+    assert _selection(folder / "replaced")["num_select"] == 20 == _kept(folder / "replaced").sum()
+    shutil.copytree(annealed, folder / "used")
+    with pytest.raises(RankError, match="was annealed. Give this one a name of its own with "
+                                        "--selection-name"):
+        run_on_ranks(1, _select_with, folder, Layout(), "used", {"num_select": 20})
+    assert _selection(folder / "used")["num_select"] == 40
+
+
+def test_more_pools_sketch_only_what_is_new(folder):
+    paths = {"data_path": (str(folder / "a"),)}
+    run_on_ranks(1, _select_with, folder, Layout(), "grows", paths)
+    rows = folder / "grows" / "sketches" / "rows-0.f32"
+    before = rows.read_bytes()
+    run_on_ranks(1, _select_with, folder, Layout(), "grows", {})
+    assert rows.read_bytes()[: len(before)] == before
+    assert rows.stat().st_size == 4 * 256 * (90 + 60 + 24)
+    run_on_ranks(1, _select_with, folder, Layout(), "whole", {})
+    np.testing.assert_array_equal(_kept(folder / "grows"), _kept(folder / "whole"))
+
+
+def test_a_pilot_is_kept_when_pools_are_added(folder):
+    paths = {"data_path": (str(folder / "a"),), "pilot_iters": 2}
+    run_on_ranks(1, _select_with, folder, Layout(), "pilot-grows", paths)
+    pilot = (folder / "pilot-grows" / "pilot" / "manifest.json").read_bytes()
+    run_on_ranks(1, _select_with, folder, Layout(), "pilot-grows", {"pilot_iters": 2})
+    assert (folder / "pilot-grows" / "pilot" / "manifest.json").read_bytes() == pilot
+    assert len(_sketches(folder / "pilot-grows").samples) == 150
+
+
+def test_datasets_are_known_by_what_they_hold_not_by_their_paths(folder, run):
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("a", "b", "valid"):
+        for suffix in ("idx", "bin"):
+            shutil.copy(folder / f"{name}.{suffix}", elsewhere)
+    before = {p: p.stat().st_mtime_ns for part in ("sketches", "curvature", "selections")
+              for p in (run / part).rglob("*") if p.is_file()}
+    run_on_ranks(1, _select_with, folder, Layout(), "run", {
+        "data_path": (str(elsewhere / "a"), str(elsewhere / "b")),
+        "valid_data_path": (str(elsewhere / "valid"),)})
+    assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 # --- what is refused, and that it leaves earlier results as they were -----------------------------
@@ -268,9 +359,26 @@ def _refused(match, folder, function, *arguments, world_size=1):
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_the_directory_of_another_run_is_refused(folder, run):
-    _refused("run belongs to another run: its select had --num-select 40, this one has 41",
-             folder, _select_with, Layout(), "run", {"num_select": 41})
+def test_sketches_of_another_kind_are_refused(folder, run):
+    shutil.copytree(run, folder / "other-seed", ignore=shutil.ignore_patterns("anneal"))
+    with pytest.raises(RankError, match="sketches holds sketches of another kind: it was made with "
+                                        "--seed 1234, and now 5 is asked for. Choose another"):
+        run_on_ranks(1, _select_with, folder, Layout(), "other-seed", {"seed": 5})
+
+
+def test_a_directory_of_the_version_before_is_refused(folder):
+    (folder / "old").mkdir()
+    (folder / "old" / "run.json").write_text(json.dumps(
+        {"stages": {"select": {"versions": {"megatron-direct": "0.1.0"}}}}))
+    _refused("was made by megatron-direct 0.1.0, whose run directories this version .* Use 0.1.0",
+             folder, _select_with, Layout(), "old", {})
+
+
+def test_one_dataset_under_two_paths_is_refused(folder):
+    for suffix in ("idx", "bin"):
+        shutil.copy(folder / f"a.{suffix}", folder / f"copy.{suffix}")
+    _refused("copy holds the same documents as .*a. List one of them", folder, _select_with,
+             Layout(), "twice", {"data_path": (str(folder / "a"), str(folder / "copy"))})
 
 
 def test_more_samples_than_the_pool_has_are_refused(folder):
@@ -289,9 +397,10 @@ def test_a_pool_that_is_also_the_validation_set_is_refused(folder):
 
 
 def _select_wider(folder):
-    select(SelectConfig(load=str(folder / "theta"), data_path=(str(folder / "a"),),
-                        valid_data_path=(str(folder / "valid"),), run_dir=str(folder / "new")),
-           {"hidden_size": 64}, Layout().config(), CurvatureConfig(), SelectionConfig())
+    select(flat_requests.make(
+        SelectRequest, Layout().config(), Given(model={"hidden_size": 64}),
+        load=str(folder / "theta"), data_path=(str(folder / "a"),),
+        valid_data_path=(str(folder / "valid"),), run_dir=str(folder / "new")))
 
 
 def test_a_checkpoint_of_another_shape_is_refused(folder):
@@ -304,19 +413,46 @@ def test_a_layout_that_does_not_fit_is_refused(folder):
 
 
 def test_a_budget_that_no_selection_meets_names_the_smallest(folder):
-    run_on_ranks(1, _select, folder, Layout(), "tight")
-    shutil.rmtree(folder / "tight" / "masks")
-    record = json.loads((folder / "tight" / "run.json").read_text())["stages"]["select"]
-    assert record["finished"]
     with pytest.raises(RankError, match=r"Give --stiff-budget of at least \d"):
         run_on_ranks(1, _select_with, folder, Layout(), "too-tight", {"stiff_budget": 1e-9})
-    assert not (folder / "too-tight" / "masks").exists()
-    assert not json.loads((folder / "too-tight" / "run.json").read_text())[
-        "stages"]["select"]["finished"]
+    there = selected.selection_folder(folder / "too-tight", "direct")
+    assert not (there / "masks").exists()
+    assert not json.loads((there / "manifest.json").read_text())["finished"]
+    run_on_ranks(1, _select, folder, Layout(), "too-tight")  # the corrected command carries on
+    assert _kept(folder / "too-tight").sum() == 40
 
 
 def test_anneal_without_a_selection_is_refused(folder):
-    _refused("never holds no finished select", folder, _anneal, Layout(), "never")
+    _refused("never holds no run", folder, _anneal, Layout(), "never")
+
+
+def _annealed_name(folder, name):
+    _anneal(folder, Layout(), "annealed", name)
+
+
+def test_an_arm_that_is_no_selection_is_refused(folder, annealed):
+    _refused("holds no finished selection called drect .there is direct.", folder, _annealed_name,
+             "drect")
+
+
+def test_exchanged_masks_are_refused(folder, run):
+    shutil.copytree(run, folder / "exchanged", ignore=shutil.ignore_patterns("anneal"))
+    masks = selected.selection_folder(folder / "exchanged", "direct") / "masks"
+    mask = SampleMask.load(masks / "a.mask.npz")
+    SampleMask(~mask.keep, mask.dataset_digest).save(masks / "a.mask.npz")
+    with pytest.raises(RankError, match="a.mask.npz is not the mask that was written there"):
+        run_on_ranks(1, _anneal, folder, Layout(), "exchanged")
+
+
+def test_a_test_set_that_was_remade_between_two_arms_is_refused(folder, annealed):
+    shutil.copytree(annealed, folder / "remade", ignore=shutil.ignore_patterns("random"))
+    _unfinish(arm_folder(folder / "remade", "direct"))
+    write_dataset(folder / "test", _documents(77, 12))
+    try:
+        with pytest.raises(RankError, match="it was made with other test"):
+            run_on_ranks(1, _anneal, folder, Layout(), "remade")
+    finally:
+        write_dataset(folder / "test", _documents(3, 12))
 
 
 def test_a_pool_that_changed_since_is_refused(folder, run):
@@ -338,20 +474,20 @@ def test_a_pool_that_changed_since_is_refused(folder, run):
     pytest.param({"objective": "alignment", "flat_subspace": "bulk", "energy_share": 0.3},
                  marks=pytest.mark.slow)], ids=str)
 def test_rows_spread_over_the_ranks_give_the_gathered_selection(folder, settings):
-    """The rows were written by two data-parallel ranks; four solve, two of them without rows."""
+    """The rows were written by two data-parallel ranks; four solve, each with a quarter of them."""
     names = [f"{where}-{settings}" for where in ("gathered", "spread")]
     for where, name in zip(("gathered", "spread"), names, strict=True):
         run_on_ranks(4, _select_with, folder, Layout(tp=2, dp=2), name,
                      {**settings, "sketch_rows": where})
     np.testing.assert_array_equal(_kept(folder / names[0]), _kept(folder / names[1]))
-    summaries = [json.loads((folder / name / "selection.json").read_text()) for name in names]
+    summaries = [_selection(folder / name) for name in names]
     assert summaries[0]["mask_digests"] == summaries[1]["mask_digests"]
     assert summaries[0]["stiff_cost"] == pytest.approx(summaries[1]["stiff_cost"], rel=1e-9)
 
 
 def test_quotas_are_kept(folder):
     run_on_ranks(1, _select_with, folder, Layout(), "quotas", {"quotas": ("a:25:25", "b::20")})
-    composition = json.loads((folder / "quotas" / "selection.json").read_text())["composition"]
+    composition = _selection(folder / "quotas")["composition"]
     assert (composition["a"]["selected"], composition["b"]["selected"]) == (25, 15)
 
 
