@@ -17,8 +17,7 @@ from ranks import LAYOUTS, Layout, on_layout
 from tiny_models import VOCAB_SIZE
 from weights import assemble, fill_by_hash, pieces
 
-from megatron_direct.config import Job, ModelConfig, ParallelConfig
-from megatron_direct.curvature import tangents
+from megatron_direct.config import Job, ModelConfig, ParallelConfig, Precision
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
 from megatron_direct.curvature.hessian import HessianOperator
@@ -26,7 +25,7 @@ from megatron_direct.curvature.symmetry import check_symmetry
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import grid
+from megatron_direct.mcore import dual_functions, grid
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import parameter_shards
 
@@ -64,7 +63,8 @@ def prefix(tmp_path_factory) -> str:
 
 
 def _build(model: ModelConfig, layout: ParallelConfig, prefix: str, dtype=torch.float64):
-    chunks = models.build(Job(model, layout, dtype=dtype))
+    precision = Precision("fp64" if dtype == torch.float64 else "fp32")
+    chunks = models.build(Job(model, layout, precision=precision))
     shards = parameter_shards(chunks)
     fill_by_hash(shards)
     return chunks, ParameterSpace(shards), Samples([prefix], model.seq_length, VOCAB_SIZE)
@@ -286,7 +286,7 @@ def _with_stock_functions(model, layout, prefix):
     operator = _operator("hessian", model, layout, prefix)
     with pytest.MonkeyPatch.context() as patch, \
             pytest.raises((RuntimeError, NotImplementedError)) as caught:
-        patch.setattr(tangents, "_replacements", lambda chunks, rules: ())
+        patch.setattr(dual_functions, "_replacements", lambda chunks, rules: ())
         operator.matvec(operator.space.random_signs(2))
     return str(caught.value)
 
@@ -325,12 +325,12 @@ def test_double_backward_through_stock_functions_is_wrong(prefix):
 
 def _without(name):
     """Replacements but one, which leaves Megatron's function in place, tangents passed through."""
-    every = tangents._replacements
+    every = dual_functions._replacements
 
     def all_but_one(chunks, rules):
         for owner, attribute, replacement in every(chunks, rules):
             if attribute == name:
-                yield owner, attribute, tangents._Applied(lambda tensor, *_: tensor)
+                yield owner, attribute, dual_functions._Applied(lambda tensor, *_: tensor)
             else:
                 yield owner, attribute, replacement
 
@@ -339,7 +339,7 @@ def _without(name):
 
 def _with_copy_as_identity(model, layout, prefix):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tangents, "_replacements", _without("_CopyToModelParallelRegion"))
+        patch.setattr(dual_functions, "_replacements", _without("_CopyToModelParallelRegion"))
         operator = _operator("hessian", model, layout, prefix)
         space = operator.space
         product = operator.matvec(space.random_signs(2))

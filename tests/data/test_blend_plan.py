@@ -7,7 +7,14 @@ import pytest
 from indexed_files import write_dataset
 
 from megatron_direct import SampleMask
-from megatron_direct.data.blend_plan import num_sequences_in, plan_blend, require_something_left
+from megatron_direct.data.blend_plan import (
+    Blend,
+    BlendRules,
+    Demand,
+    num_sequences_in,
+    plan_blend,
+    require_something_left,
+)
 from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.errors import UserError
 
@@ -24,8 +31,8 @@ def _mask(prefix, keep):
     return SampleMask(np.array(keep, dtype=bool), dataset_digest(prefix))
 
 
-def _plan(blend, weights, masks, **settings):
-    return plan_blend(blend, weights, masks, **{"seq_length": 4, "num_sequences": 10, **settings})
+def _plan(prefixes, weights, masks, share=(0.0, 1.0), **rules):
+    return plan_blend(Blend(prefixes, weights), masks, Demand(4, 10, share), BlendRules(**rules))
 
 
 def test_parts_count_what_is_left(blend):
@@ -96,3 +103,9 @@ def test_a_mask_of_another_dataset_is_refused(blend):
     a, b = blend
     with pytest.raises(UserError, match="a has .*: the dataset is another one"):
         _plan(blend, None, {a: _mask(b, [1] * 4)})
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -0.5])
+def test_a_weight_that_is_no_share_is_refused(weight):
+    with pytest.raises(UserError, match="gives b the weight .*: it must be a finite number"):
+        Blend(["a", "b"], [1.0, weight])

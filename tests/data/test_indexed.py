@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from indexed_files import write_dataset
+from indexed_files import random_documents, write_dataset
 
 from megatron_direct.data import indexed
 from megatron_direct.errors import UserError
@@ -41,12 +41,59 @@ def test_a_path_with_its_suffix_gets_a_hint(prefix):
 
 
 @pytest.mark.parametrize(("suffix", "keep", "match"), [
-    (".idx", 20, "is no Megatron index, or is truncated"),
+    (".idx", 20, "is not a Megatron index, or is truncated"),
     (".idx", 60, "set.idx is truncated: its header promises"),
     (".bin", 8, "set.bin is truncated: .*set.idx promises 40 bytes, it has 8"),
 ])
 def test_truncated_file_is_named(prefix, suffix, keep, match):
     os.truncate(prefix + suffix, keep)
+    with pytest.raises(UserError, match=match):
+        indexed.open_indexed(prefix)
+
+
+def test_what_is_read_is_what_megatron_reads(tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    prefix = write_dataset(tmp_path / "many", random_documents(40, 90))
+    ours, theirs = indexed.open_indexed(prefix), IndexedDataset(prefix)
+    assert len(ours) == len(theirs)
+    np.testing.assert_array_equal(ours.sequence_lengths, theirs.sequence_lengths)
+    np.testing.assert_array_equal(ours.document_indices, theirs.document_indices)
+    np.testing.assert_array_equal(ours.sequence_pointers, theirs.index.sequence_pointers)
+    for sequence in range(len(ours)):
+        np.testing.assert_array_equal(ours.get(sequence), theirs[sequence])
+
+
+# Where the fields of an index lie: a header of 34 bytes, then lengths, offsets and boundaries.
+_LENGTHS, _OFFSETS, _BOUNDARIES = 34, 34 + 4 * 4, 34 + 12 * 4
+
+
+@pytest.mark.parametrize(("place", "value", "match"), [
+    (9, 2, "version 2 and number type 4"),
+    (17, 9, "version 1 and number type 9"),
+    (_LENGTHS, 7, "sequence 1 has length 2 and begins at byte 12"),
+    (_LENGTHS + 3, 255, "sequence 0 has length -"),
+    (_OFFSETS + 8, 13, "begins at byte 13, which is not where the sequence before it ends"),
+    (_BOUNDARIES, 1, "boundaries of its documents do not rise from 0 to its 4 sequences"),
+    (_BOUNDARIES + 8, 4, "boundaries of its documents do not rise"),
+    (_BOUNDARIES + 24, 3, "boundaries of its documents do not rise"),
+])
+def test_an_index_that_contradicts_itself_is_refused(prefix, place, value, match):
+    with open(prefix + ".idx", "r+b") as file:
+        file.seek(place)
+        file.write(bytes([value]))
+    with pytest.raises(UserError, match=rf"set.idx is damaged.*{match}"):
+        indexed.open_indexed(prefix)
+
+
+@pytest.mark.parametrize(("suffix", "tail", "match"), [
+    (".idx", b"0", "set.idx is damaged: its header promises"),
+    (".bin", b"0000", "set.bin is damaged: .*set.idx promises 40 bytes, it has 44"),
+    (".bin", b"0", "its 41 bytes are not a whole number of 4-byte tokens"),
+])
+def test_a_file_that_is_too_long_is_refused(prefix, suffix, tail, match):
+    with open(prefix + suffix, "ab") as file:
+        file.write(tail)
     with pytest.raises(UserError, match=match):
         indexed.open_indexed(prefix)
 

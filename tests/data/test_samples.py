@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from indexed_files import random_documents, write_dataset
 
-from megatron_direct.data.samples import Samples
+from megatron_direct.data.samples import PassShape, Samples
 from megatron_direct.errors import UserError
 
 
@@ -27,7 +27,7 @@ def test_what_is_cut_and_what_is_too_short_is_counted(samples):
 
 
 def test_a_micro_batch_holds_shifted_tokens_and_masks_the_padding(samples):
-    (batch,), = samples.passes(samples.usable, 4)
+    (batch,), = samples.passes(samples.usable, PassShape(4))
     np.testing.assert_array_equal(batch.samples, [3, 0, 2])  # by length
     np.testing.assert_array_equal(batch.tokens.numpy(), [
         [11, 0, 0, 0], [1, 2, 0, 0], [5, 6, 7, 8], [0, 0, 0, 0]])
@@ -44,7 +44,7 @@ def test_shares_divide_the_same_micro_batches(tmp_path, num_shares):
 
     def micro_batches(shares):
         return {tuple(batch.samples) for share in range(shares)
-                for group in samples.passes(samples.usable, 4, 2, share=share, num_shares=shares)
+                for group in samples.passes(samples.usable, PassShape(4, 2, share, shares))
                 for batch in group if len(batch.samples)}
 
     assert micro_batches(num_shares) == micro_batches(1)
@@ -55,7 +55,8 @@ def test_shares_divide_the_same_micro_batches(tmp_path, num_shares):
 def test_a_pass_has_one_shape_and_is_filled_up(tmp_path):
     prefix = write_dataset(tmp_path / "c", random_documents(22, 50))
     samples = Samples([prefix], seq_length=16)
-    for group in samples.passes(samples.usable, 4, 4, count_multiple=2, length_multiple=3):
+    shape = PassShape(4, 4, count_multiple=2, length_multiple=3)
+    for group in samples.passes(samples.usable, shape):
         assert len(group) % 2 == 0
         assert len({tuple(batch.tokens.shape) for batch in group}) == 1
         assert group[0].tokens.shape[1] % 3 == 0
@@ -65,13 +66,32 @@ def test_a_pass_has_one_shape_and_is_filled_up(tmp_path):
 def test_shares_in_step_have_equal_passes(tmp_path, num_shares):
     prefix = write_dataset(tmp_path / "c", random_documents(22, 50))
     samples = Samples([prefix], seq_length=16)
-    shares = [list(samples.passes(samples.usable, 4, 2, share=share, num_shares=num_shares,
-                                  in_step=True)) for share in range(num_shares)]
+    shares = [list(samples.passes(samples.usable, PassShape(
+        4, 2, share, num_shares, in_step=True))) for share in range(num_shares)]
     for passes in zip(*shares, strict=True):
         assert len({(len(group), tuple(batch.tokens.shape)) for group in passes
                     for batch in group}) == 1
     numbers = [n for passes in shares for group in passes for batch in group for n in batch.samples]
     assert sorted(numbers) == samples.usable.tolist()
+
+
+def test_what_is_done_leaves_its_place_empty_and_the_others_as_they_were(tmp_path):
+    prefix = write_dataset(tmp_path / "c", random_documents(30, 50))
+    samples = Samples([prefix], seq_length=16)
+    shape = PassShape(4, 2)
+    whole = list(samples.passes(samples.usable, shape))
+    done = np.zeros(len(samples), dtype=bool)
+    for batch in whole[0]:
+        done[batch.samples] = True  # a whole pass
+    done[whole[1][1].samples[1:]] = True  # and a part of a micro-batch
+    left = list(samples.passes(samples.usable, shape, done))
+    assert len(left) == len(whole) - 1
+    assert left[0][1].samples.tolist() == whole[1][1].samples[:1].tolist()
+    assert left[0][0].samples.tolist() == whole[1][0].samples.tolist()
+    for before, after in zip(whole[1:], left, strict=True):
+        assert [b.tokens.shape for b in before] == [b.tokens.shape for b in after]
+    numbers = [n for group in left for batch in group for n in batch.samples]
+    assert sorted(numbers) == np.flatnonzero(~done).tolist()
 
 
 def test_a_token_outside_the_vocabulary_names_its_dataset(samples):
@@ -83,3 +103,9 @@ def test_a_token_outside_the_vocabulary_names_its_dataset(samples):
 def test_a_dataset_listed_twice_is_refused(samples):
     with pytest.raises(UserError, match="is listed twice"):
         Samples([samples.prefixes[0]] * 2, seq_length=4)
+
+
+def test_a_token_below_zero_is_refused(tmp_path):
+    prefix = write_dataset(tmp_path / "negative", [[[1, -2, 3]]])
+    with pytest.raises(UserError, match="negative holds token -2"):
+        Samples([prefix], seq_length=4, vocab_size=16).tokens(0)

@@ -25,11 +25,11 @@ from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import Samples
 from megatron_direct.gradients import hashing
 from megatron_direct.gradients.hooks import PieceHooks
-from megatron_direct.gradients.per_sample import sketch_samples
+from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import grid
 from megatron_direct.mcore import model as models
-from megatron_direct.mcore.shards import parameter_shards
+from megatron_direct.mcore.shards import ParameterShard, parameter_shards
 
 SKETCH_SIZE, SEED = 64, 5
 MICRO_BATCH_SIZE = 5  # 13 micro-batches of the 64 samples, so that shares are uneven
@@ -57,8 +57,8 @@ def _on_ranks(model, layout, prefix):
     samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
     sketch = Sketch(shards, SKETCH_SIZE, SEED)
     rows, losses = {}, {}
-    for sketches, numbers, values in sketch_samples(chunks, shards, sketch, samples,
-                                                    samples.usable, MICRO_BATCH_SIZE):
+    model = GradientModel(chunks, shards, sketch, micro_batch_size=MICRO_BATCH_SIZE)
+    for sketches, numbers, values in sketch_samples(model, samples, samples.usable):
         rows.update(zip(numbers.tolist(), sketches, strict=True))
         losses.update(zip(numbers.tolist(), values.tolist(), strict=True))
     space = ParameterSpace(shards)
@@ -241,8 +241,8 @@ def _with_a_layer_no_hook_knows(model, layout):
     chunks = models.build(Job(model, layout))
     chunks[0].decoder.extra = torch.nn.Conv1d(1, 1, 1)
     shards = parameter_shards(models.build(Job(model, layout)))
-    odd = models.ParameterShard("decoder.extra.weight", chunks[0].decoder.extra.weight,
-                                torch.arange(1), torch.arange(1), True, True)
+    odd = ParameterShard("decoder.extra.weight", chunks[0].decoder.extra.weight,
+                         torch.arange(1), torch.arange(1), True, True)
     with PieceHooks(chunks, [*shards, odd], lambda *_: None):
         pass
 

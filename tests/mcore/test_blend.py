@@ -14,7 +14,10 @@ from indexed_files import random_documents, write_dataset
 from ranks import LAYOUTS, Layout, RankError, on_layout, run_on_ranks
 
 from megatron_direct.config import BatchConfig, Job, ModelConfig, OptimizerConfig
+from megatron_direct.data import blend_files
+from megatron_direct.data.blend_plan import Blend, BlendRules
 from megatron_direct.data.mask import SampleMask
+from megatron_direct.errors import UserError
 
 VOCAB, POISON, LENGTH = 60, 60, 16
 
@@ -43,9 +46,8 @@ def make_pools(folder, counts=(50, 30), keep_share=0.5):
 def _build(prefixes, masks, cache, num_sequences=64, weights=None, seed=3):
     from megatron_direct.mcore import blend
 
-    return blend.build_blend(
-        prefixes, weights, masks, seq_length=LENGTH, num_sequences=num_sequences, seed=seed,
-        vocabulary=blend.Vocabulary(VOCAB + 1, "test"), cache=cache)
+    return blend.build_blend(Blend(prefixes, weights), masks, blend.BlendRequest(
+        LENGTH, num_sequences, seed, cache, blend.Vocabulary(VOCAB + 1, "test")))
 
 
 def _tokens(dataset, count):
@@ -91,8 +93,7 @@ def _train(model, layout, prefixes, masks, folder):
     batch = BatchConfig(micro_batch_size=2, global_batch_size=8)
     trainer = training.make_trainer(chunks, OptimizerConfig(), batch)
     dataset = _Watched(_build(prefixes, masks, folder / "cache")[0])
-    training.train(trainer, dataset, batch, range(3), first_sequence=0, description="",
-                   after_step=lambda step: None)
+    training.train(trainer, training.Feed(dataset, batch), range(3), "", lambda step: None)
     return dataset.taken
 
 
@@ -203,9 +204,7 @@ def test_a_mask_of_another_dataset_is_refused(tmp_path):
     (["a", "b", "c"], ["a", "b", "c"], None),
 ])
 def test_data_path_as_megatron_takes_it(given, prefixes, weights):
-    from megatron_direct.mcore.blend import parse_data_path
-
-    assert parse_data_path(given) == (prefixes, weights)
+    assert blend_files.parse_data_path(given) == Blend(prefixes, weights)
 
 
 def _config(folder, blend, **settings):
@@ -260,10 +259,11 @@ def _built(folder, blend, sizes, masks_of, **settings):
     masks = {p: m for p, m in masks.items() if os.path.basename(p) in masks_of}
     names = dict(zip(("pool0", "pool1"), prefixes, strict=True))
     given = ([names[name] for name in blend[0]], blend[1])
-    keywords = {k: settings.pop(k) for k in ("blend_weights", "num_consumed", "max_epochs")
-                if k in settings}
+    consumed = settings.pop("num_consumed", 0)
+    rules = BlendRules(**{k: settings.pop(k) for k in ("blend_weights", "max_epochs")
+                          if k in settings})
     builder, parts = masked_builder(sizes, lambda: True, _config(folder, given, **settings), masks,
-                                    **keywords)
+                                    rules, consumed)
     return [dataset and len(dataset) for dataset in builder.build()], parts
 
 
@@ -307,43 +307,37 @@ def _refused(folder, settings):
 
 @pytest.mark.parametrize(("text", "expected"), [
     ('{"train": "0.3 a 0.7 b", "valid": ["c"], "test": null}',
-     {"train": (["a", "b"], [0.3, 0.7]), "valid": (["c"], None), "test": None}),
+     {"train": Blend(["a", "b"], [0.3, 0.7]), "valid": Blend(["c"]), "test": None}),
 ])
 def test_blends_from_files(tmp_path, text, expected):
-    from megatron_direct.mcore.blend import read_data_args, read_per_split_data_args
-
     (tmp_path / "splits.json").write_text(text)
-    assert read_per_split_data_args(str(tmp_path / "splits.json")) == expected
+    assert blend_files.read_per_split_data_args(str(tmp_path / "splits.json")) == expected
     (tmp_path / "args").write_text("0.3 a\n0.7 b\n")
-    assert read_data_args(str(tmp_path / "args")) == (["a", "b"], [0.3, 0.7])
+    assert blend_files.read_data_args(str(tmp_path / "args")) == Blend(["a", "b"], [0.3, 0.7])
 
 
 def test_damaged_blend_files_are_named(tmp_path):
-    from megatron_direct.errors import UserError
-    from megatron_direct.mcore.blend import read_data_args, read_per_split_data_args
-
     (tmp_path / "splits.json").write_text('{"train": "a"}')
-    with pytest.raises(UserError, match="splits.json is no JSON object with the keys train, valid"):
-        read_per_split_data_args(str(tmp_path / "splits.json"))
+    with pytest.raises(UserError, match="splits.json is not a JSON object with the keys train"):
+        blend_files.read_per_split_data_args(str(tmp_path / "splits.json"))
     with pytest.raises(UserError, match="gone cannot be read .No such file"):
-        read_data_args(str(tmp_path / "gone"))
-
-
-_RUN = {"data_path": ["a", "b"], "valid_data_path": ["v"]}
+        blend_files.read_data_args(str(tmp_path / "gone"))
 
 
 def _blend_of_annealing(**settings):
     from megatron_direct.commands.anneal import AnnealConfig, _blend
+    from megatron_direct.steps.selected import SelectionOrigin
 
-    return _blend(AnnealConfig(run_dir="runs/x", **settings), _RUN)
+    origin = SelectionOrigin("theta", "digest", ("a", "b"), ("v",), {}, {})
+    return _blend(AnnealConfig(run_dir="runs/x", **settings), origin)
 
 
 def test_an_annealing_takes_the_pools_of_its_run_or_the_blend_it_is_given(tmp_path):
     (tmp_path / "splits.json").write_text('{"train": "1 a 2 c", "valid": "v", "test": "t"}')
     (tmp_path / "args").write_text("1 a 2 c")
-    assert _blend_of_annealing() == ((["a", "b"], None), [])
-    assert _blend_of_annealing(data_path=("a", "b")) == ((["a", "b"], None), [])
-    given = (["a", "c"], [1.0, 2.0])
+    assert _blend_of_annealing() == (Blend(["a", "b"]), [])
+    assert _blend_of_annealing(data_path=("a", "b")) == (Blend(["a", "b"]), [])
+    given = Blend(["a", "c"], [1.0, 2.0])
     assert _blend_of_annealing(data_path=("1", "a", "2", "c"), test_data_path=("u",)) == \
         (given, ["u"])
     assert _blend_of_annealing(data_args_path=str(tmp_path / "args")) == (given, [])
@@ -352,8 +346,6 @@ def test_an_annealing_takes_the_pools_of_its_run_or_the_blend_it_is_given(tmp_pa
 
 
 def test_an_annealing_refuses_two_blends_and_another_validation_set(tmp_path):
-    from megatron_direct.errors import UserError
-
     (tmp_path / "splits.json").write_text('{"train": "a", "valid": "w", "test": null}')
     with pytest.raises(UserError, match="--data-path and --data-args-path both say what the blend"):
         _blend_of_annealing(data_path=("c",), data_args_path="x")

@@ -16,7 +16,7 @@ from megatron_direct.errors import UserError
 from megatron_direct.mcore import checkpoint, grid, training
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import num_parameters, parameter_shards
-from megatron_direct.mcore.specs import local as layer_specs
+from megatron_direct.mcore.specs import SPECS
 
 EXPERTS = [Layout(dp=2, ep=2), Layout(tp=2, dp=2, ep=2, sp=True)]
 
@@ -65,13 +65,13 @@ def test_the_arguments_that_megatron_lm_carries_for_a_dense_model_are_accepted()
 ])
 def test_layouts_that_do_not_fit_are_refused(name, layout, match):
     with pytest.raises(UserError, match=match):
-        layout.config().check(MODELS[name], layout.world_size)
+        layout.config().require_fits(MODELS[name], layout.world_size)
 
 
 def test_context_parallelism_is_refused():
     layout = dataclasses.replace(Layout().config(), context_parallel_size=2)
     with pytest.raises(UserError, match="--context-parallel-size 2 is not supported"):
-        layout.check(MODELS["llama-tied"], 2)
+        layout.require_fits(MODELS["llama-tied"], 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is not refused")
@@ -106,11 +106,11 @@ def _save(model, layout, folder):
 
 
 def _load(model, layout, folder):
-    found = checkpoint.require(folder)
-    carried = ModelConfig(**checkpoint.architecture(checkpoint.read_args(found)))
+    found = checkpoint.open_checkpoint(folder)
+    carried = found.settings(ModelConfig, {})
     assert carried == model
     chunks = models.build(Job(carried, layout), seed=5)
-    checkpoint.load_model(found, chunks)
+    checkpoint.load_model(found.path, chunks)
     return _state(chunks)
 
 
@@ -151,8 +151,8 @@ def _train(model, layout):
     batch = BatchConfig(micro_batch_size=2, global_batch_size=8)
     trainer = training.make_trainer(chunks, OptimizerConfig(lr=1e-3, lr_warmup_iters=1), batch)
     steps = []
-    training.train(trainer, _sequences(24, model.seq_length), batch, range(1, 4), first_sequence=0,
-                   description="train", after_step=steps.append)
+    training.train(trainer, training.Feed(_sequences(24, model.seq_length), batch), range(1, 4),
+                   "train", steps.append)
     return [(step.loss, step.grad_norm) for step in steps]
 
 
@@ -172,7 +172,8 @@ def test_training_in_a_layout_is_training_on_one_rank(name, layout):
 
 def _train_as_megatron_does(model, layout):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_specs, "add_up_position_gradients", lambda chunk: None)
+        patch.setitem(SPECS, "local", dataclasses.replace(SPECS["local"],
+                                                          finish=lambda chunk: None))
         return _train(model, layout)
 
 
