@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import json
 
+import flat_requests
 import numpy as np
 import pytest
 from indexed_files import random_documents, write_dataset
 from ranks import Layout, RankError, on_layout, run_on_ranks
 from weights import fill_by_hash
 
-from megatron_direct.commands.pretrain import PretrainConfig, pretrain
-from megatron_direct.commands.report import write_page
-from megatron_direct.commands.select import SelectConfig, select
+from megatron_direct.commands.pretrain import PretrainConfig, PretrainRequest, pretrain
+from megatron_direct.commands.report import ReportConfig, ReportRequest, report
+from megatron_direct.commands.select import SelectRequest, select
 from megatron_direct.config import BatchConfig, Job, ModelConfig, OptimizerConfig
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.sketched import SketchedFisherOperator
 from megatron_direct.curvature.vectors import ParameterSpace
+from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
-from megatron_direct.gradients import store
-from megatron_direct.gradients.per_sample import sketch_samples
+from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
+from megatron_direct.gradients.store import SketchStore
 from megatron_direct.mcore import grid
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import parameter_shards
-from megatron_direct.runtime.run_directory import RunDirectory
-from megatron_direct.steps.curvature import CurvatureConfig
-from megatron_direct.steps.pilot import PilotConfig
-from megatron_direct.steps.solve import SelectionConfig
+from megatron_direct.steps.sketch import Drawn, read_sketches
 
 VOCAB_SIZE = 60
 MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2,
@@ -47,19 +46,18 @@ def folder(tmp_path_factory):
 
 
 def _pretrain(folder):
-    pretrain(PretrainConfig((str(folder / "pool"),), str(folder / "theta"), 6, 6), MODEL,
-             Layout().config(), OptimizerConfig(lr_warmup_iters=2),
-             BatchConfig(micro_batch_size=2, global_batch_size=4))
+    pretrain(PretrainRequest(PretrainConfig((str(folder / "pool"),), str(folder / "theta"), 6, 6),
+                             MODEL, Layout().config(), OptimizerConfig(lr_warmup_iters=2),
+                             BatchConfig(micro_batch_size=2, global_batch_size=4)))
 
 
 def _select(folder, layout, name, kind, settings=()):
-    select(SelectConfig(load=str(folder / "theta"), data_path=(str(folder / "pool"),),
-                        valid_data_path=(str(folder / "valid"),), run_dir=str(folder / name),
-                        sketch_size=128, micro_batch_size=4),
-           {}, layout.config(),
-           CurvatureConfig(**{"curvature": kind, "num_eigenpairs": 4, "lanczos_tol": 1e-4,
-                              **dict(settings)}),
-           SelectionConfig(num_select=10, objective="descent"), PilotConfig(pilot_iters=0))
+    select(flat_requests.make(SelectRequest, layout.config(), **{
+        "load": str(folder / "theta"), "data_path": (str(folder / "pool"),),
+        "valid_data_path": (str(folder / "valid"),), "run_dir": str(folder / name),
+        "sketch_size": 128, "micro_batch_size": 4, "curvature": kind, "num_eigenpairs": 4,
+        "lanczos_tol": 1e-4, "num_select": 10, "objective": "descent", "pilot_iters": 0,
+        **dict(settings)}))
 
 
 def _spectrum(folder, name):
@@ -77,7 +75,10 @@ def test_operators_give_one_spectrum_in_two_layouts(folder, kind):
                                atol=1e-4 * one["eigenvalues"][0])
     if kind == "sketched-fisher":
         assert "12 validation samples span at most 12 of 128" in one["notes"][1]
-        rows = store.load(folder / f"{kind}-1" / "sketches" / "valid").rows.astype(np.float64)
+        samples = Samples([str(folder / "valid")], MODEL.seq_length, VOCAB_SIZE)
+        rows = read_sketches(SketchStore(folder / f"{kind}-1" / "sketches", 128), Drawn(
+            "valid", samples, samples.usable, [dataset_digest(str(folder / "valid"))]),
+            ).rows.astype(np.float64)
         np.testing.assert_allclose(one["eigenvalues"],
                                    np.linalg.eigvalsh(rows @ rows.T / 12)[:-5:-1], rtol=1e-6)
     else:
@@ -86,7 +87,7 @@ def test_operators_give_one_spectrum_in_two_layouts(folder, kind):
         assert one["smallest_ritz"] > -1e-5 * one["eigenvalues"][0]
 
 
-def test_more_eigenpairs_than_there_are_is_told(folder):
+def test_more_eigenpairs_than_there_are_is_reported(folder):
     run_on_ranks(1, _select, folder, Layout(), "many-pairs", "sketched-fisher",
                  (("num_eigenpairs", 20),))
     spectrum = _spectrum(folder, "many-pairs")
@@ -108,7 +109,7 @@ def test_the_density_tells_the_energy_of_the_whole_operator(folder):
     density = spectrum["density"]
     assert spectrum["elbow"]["whole_operator"]
     assert sum(density["weights"]) == pytest.approx(1)
-    write_page(RunDirectory(folder / "density"), [["arm"]])
+    report(ReportRequest(ReportConfig(str(folder / "density"))))
     page = (folder / "density" / "report.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 3 and "standard error" in page
     assert density["positive_trace"]["value"] >= sum(v for v in spectrum["eigenvalues"] if v > 0)
@@ -148,7 +149,55 @@ def test_a_killed_lanczos_carries_on_and_ends_with_the_same_bytes(folder, layout
     for name in ("spectrum.json", "directions.npz"):
         assert (folder / broken / "curvature" / name).read_bytes() == \
             (folder / unbroken / "curvature" / name).read_bytes()
-    assert not list((folder / broken / "curvature" / "lanczos").iterdir())
+
+
+def _counted_select(folder, layout, name, settings):
+    """select, and the products of the operator that it took."""
+    whole, count = FisherOperator.matvec, [0]
+
+    def matvec(self, vector):
+        count[0] += 1
+        return whole(self, vector)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FisherOperator, "matvec", matvec)
+        _select(folder, layout, name, "fisher", settings)
+    return count[0]
+
+
+@pytest.mark.parametrize("layout", [Layout(), pytest.param(MANY, marks=pytest.mark.slow)], ids=str)
+def test_more_eigenpairs_carry_on_from_the_state_of_the_fewer(folder, layout):
+    """Fewer products than a run of its own takes, and its eigenvalues."""
+    name, alone = f"more-{layout}", f"more-alone-{layout}"
+
+    def products(of, **settings):
+        return run_on_ranks(layout.world_size, _counted_select, folder, layout, of,
+                            tuple(settings.items()))[0]
+
+    first = products(name)
+    assert first > 0
+    assert products(name) == 0
+    assert products(name, num_eigenpairs=3, selection_name="fewer") == 0
+    assert products(name, energy_share=0.5, selection_name="elbow") == 0
+    more = products(name, num_eigenpairs=8, selection_name="more")
+    whole = products(alone, num_eigenpairs=8)
+    assert 0 < more < whole
+    found, expected = _spectrum(folder, name), _spectrum(folder, alone)
+    assert found["converged"] and len(found["eigenvalues"]) == 8
+    np.testing.assert_allclose(found["eigenvalues"], expected["eigenvalues"],
+                               atol=1e-4 * expected["eigenvalues"][0])
+
+
+def test_a_spectrum_that_ran_out_of_products_carries_on_with_more(folder):
+    def products(**settings):
+        return run_on_ranks(1, _counted_select, folder, Layout(), "short",
+                            tuple(settings.items()))[0]
+
+    assert products(max_matvecs=5) == 5
+    assert not _spectrum(folder, "short")["converged"]
+    assert products(max_matvecs=5) == 0
+    assert 0 < products(max_matvecs=200) < _spectrum(folder, "short")["num_matvecs"]
+    assert _spectrum(folder, "short")["converged"]
 
 
 def _projections(model, layout, prefix, sketch_size):
@@ -161,7 +210,8 @@ def _projections(model, layout, prefix, sketch_size):
     operator = FisherOperator(chunks, space, samples, samples.usable, 4)
     sketch = Sketch(shards, sketch_size, 0)
     rows, norms, exact, sketched = {}, {}, [], []
-    for some, numbers, _ in sketch_samples(chunks, shards, sketch, samples, samples.usable, 4):
+    gradients = GradientModel(chunks, shards, sketch, micro_batch_size=4)
+    for some, numbers, _ in sketch_samples(gradients, samples, samples.usable):
         rows.update(zip(numbers.tolist(), some, strict=True))
     for seed in range(8):
         vector = space.random_signs(seed)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 
+import flat_requests
 import numpy as np
 import pytest
 import torch
@@ -12,23 +12,23 @@ from indexed_files import random_documents, write_dataset
 from ranks import Layout, RankError, run_on_ranks
 from weights import assemble, pieces
 
-from megatron_direct.commands.pretrain import PretrainConfig, pretrain
-from megatron_direct.commands.select import SelectConfig, select
+from megatron_direct.commands.pretrain import PretrainConfig, PretrainRequest, pretrain
+from megatron_direct.commands.select import SelectRequest, select
 from megatron_direct.config import BatchConfig, Job, ModelConfig, OptimizerConfig
 from megatron_direct.curvature.preconditioner import adam_scales
 from megatron_direct.curvature.vectors import ParameterSpace
+from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
-from megatron_direct.gradients import store
-from megatron_direct.gradients.per_sample import sketch_samples
+from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
+from megatron_direct.gradients.store import SketchStore
 from megatron_direct.mcore import checkpoint, grid, model, training
 from megatron_direct.mcore.shards import parameter_shards
-from megatron_direct.steps import sketch as sketches_stage
-from megatron_direct.steps.curvature import OPERATORS, CurvatureConfig
-from megatron_direct.steps.pilot import PilotConfig
-from megatron_direct.steps.sketch import sketched_shards
-from megatron_direct.steps.solve import SelectionConfig
+from megatron_direct.steps import selected
+from megatron_direct.steps import sketch as sketch_step
+from megatron_direct.steps.curvature import OPERATORS
+from megatron_direct.steps.sketch import Drawn, read_sketches, sketched_shards
 
 VOCAB_SIZE, SIZE = 60, 128
 MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2,
@@ -49,77 +49,117 @@ def folder(tmp_path_factory):
 
 
 def _pretrain(folder):
-    pretrain(PretrainConfig((str(folder / "pool"),), str(folder / "theta"), 6, 6), MODEL,
-             Layout().config(), OPTIMIZER, BATCH)
+    pretrain(PretrainRequest(PretrainConfig((str(folder / "pool"),), str(folder / "theta"), 6, 6),
+                             MODEL, Layout().config(), OPTIMIZER, BATCH))
 
 
 def _select(folder, layout, name, settings, num_select=10):
-    select(SelectConfig(load=str(folder / "theta"), data_path=(str(folder / "pool"),),
-                        valid_data_path=(str(folder / "valid"),), run_dir=str(folder / name),
-                        sketch_size=SIZE, micro_batch_size=4, **settings),
-           {}, layout.config(),
-           CurvatureConfig(curvature="fisher", num_eigenpairs=4, lanczos_tol=1e-5),
-           SelectionConfig(num_select=num_select), PilotConfig(pilot_iters=0))
+    select(flat_requests.make(SelectRequest, layout.config(), **{
+        "load": str(folder / "theta"), "data_path": (str(folder / "pool"),),
+        "valid_data_path": (str(folder / "valid"),), "run_dir": str(folder / name),
+        "sketch_size": SIZE, "micro_batch_size": 4, "curvature": "fisher", "num_eigenpairs": 4,
+        "lanczos_tol": 1e-5, "num_select": num_select, "pilot_iters": 0, **settings}))
+
+
+def _stored(folder, name, dtype="fp32"):
+    samples = Samples([str(folder / "pool")], MODEL.seq_length, VOCAB_SIZE)
+    return read_sketches(SketchStore(folder / name / "sketches", SIZE, dtype), Drawn(
+        "pool", samples, samples.usable, [dataset_digest(str(folder / "pool"))]))
+
+
+def _killed_select(folder, layout, name, passes):
+    """A run that ends, as a kill would end it, after so many passes over the pool on each rank."""
+    whole = sketch_step.sketch_samples
+
+    def some(gradients, samples, *rest):
+        for number, rows in enumerate(whole(gradients, samples, *rest)):
+            if "pool" in samples.prefixes[0] and number == passes[grid.data_rank()]:
+                raise RuntimeError("killed")
+            yield rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sketch_step, "sketch_samples", some)
+        _select(folder, layout, name, {})
 
 
 @pytest.mark.parametrize("layout", [
     Layout(dp=2), pytest.param(MANY, marks=pytest.mark.slow)], ids=str)
 def test_a_killed_run_carries_on_to_the_same_bytes(folder, layout):
-    """Each rank was killed at another place, with rows of an unfinished pass behind."""
-    name, pool = f"killed-{layout}", folder / f"killed-{layout}" / "sketches" / "pool"
-    run_on_ranks(layout.world_size, _select, folder, layout, name, {})
-    whole = {path.name: path.read_bytes() for path in pool.iterdir()}
-    for part in ("curvature", "masks"):
-        shutil.rmtree(folder / name / part)
-    record = json.loads((folder / name / "run.json").read_text())
-    record["stages"]["select"]["finished"] = False
-    (folder / name / "run.json").write_text(json.dumps(record))
-    (pool / "manifest.json").unlink()
+    """Each rank was killed at another place, with pieces of unfinished rows behind."""
+    whole, killed = f"whole-{layout}", f"killed-{layout}"
+    run_on_ranks(layout.world_size, _select, folder, layout, whole, {})
+    with pytest.raises(RankError, match="killed"):
+        run_on_ranks(layout.world_size, _killed_select, folder, layout, killed, [1, 2])
     for rank in range(layout.dp):
-        passes = pool / f"passes-{rank}.i64"
-        passes.write_bytes(passes.read_bytes()[: 8 * (1 + rank)])
-        rows = pool / f"rows-{rank}.f32"
-        rows.write_bytes(rows.read_bytes()[:-100])
-    run_on_ranks(layout.world_size, _select, folder, layout, name, {})
-    assert {path.name: path.read_bytes() for path in pool.iterdir()} == whole
+        with open(folder / killed / "sketches" / f"rows-{rank}.f32", "ab") as file:
+            file.write(b"a row cut short")
+    run_on_ranks(layout.world_size, _select, folder, layout, killed, {})
+    expected = {path.name: path.read_bytes() for path in (folder / whole / "sketches").iterdir()}
+    found = {path.name: path.read_bytes() for path in (folder / killed / "sketches").iterdir()}
+    assert found.keys() == expected.keys()
+    for name in expected.keys() - {"manifest.json"}:
+        assert found[name] == expected[name], name
+
+
+def test_a_killed_run_carries_on_in_another_layout(folder):
+    """With other micro-batches too: what is there is not computed again."""
+    run_on_ranks(1, _select, folder, Layout(), "one-layout", {})
+    with pytest.raises(RankError, match="killed"):
+        run_on_ranks(2, _killed_select, folder, Layout(dp=2), "two-layouts", [2, 2])
+    sketches = folder / "two-layouts" / "sketches"
+    before = {n: (sketches / f"rows-{n}.f32").read_bytes() for n in range(2)}
+    assert all(before.values())
+    run_on_ranks(4, _select, folder, MANY, "two-layouts", {"micro_batch_size": 3})
+    after = {n: (sketches / f"rows-{n}.f32").read_bytes() for n in range(2)}
+    assert after[0].startswith(before[0]) and after[1] == before[1]
+    one, two = (_stored(folder, name) for name in ("one-layout", "two-layouts"))
+    np.testing.assert_array_equal(one.samples, two.samples)
+    errors = np.linalg.norm(one.rows - two.rows, axis=1) / np.linalg.norm(one.rows, axis=1)
+    assert errors.max() < 1e-4
+    assert _mask(folder, "one-layout").tolist() == _mask(folder, "two-layouts").tolist()
+
+
+def _mask(folder, name):
+    return SampleMask.load(selected.selection_folder(folder / name, "direct") / "masks"
+                           / "pool.mask.npz").keep
 
 
 def _select_all_finite(folder, name, broken):
     """A selection of all samples but those whose gradients are made infinite."""
-    whole = sketches_stage.sketch_samples
+    whole = sketch_step.sketch_samples
 
-    def with_broken(chunks, shards, sketch, samples, *rest, **keywords):
-        for rows, ids, losses in whole(chunks, shards, sketch, samples, *rest, **keywords):
+    def with_broken(gradients, samples, *rest):
+        for rows, ids, losses in whole(gradients, samples, *rest):
             if "pool" in samples.prefixes[0]:
                 rows[np.isin(ids, broken), 3] = np.inf
             yield rows, ids, losses
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sketches_stage, "sketch_samples", with_broken)
+        patch.setattr(sketch_step, "sketch_samples", with_broken)
         _select(folder, Layout(), name, {}, num_select=41 - len(broken))
 
 
 def test_samples_without_finite_gradients_are_counted_and_never_selected(folder):
     run_on_ranks(1, _select_all_finite, folder, "broken", [3, 17])
-    kept = SampleMask.load(folder / "broken" / "masks" / "pool.mask.npz").keep
+    kept = _mask(folder, "broken")
     assert np.flatnonzero(~kept).tolist() == [3, 17]
-    summary = json.loads((folder / "broken" / "selection.json").read_text())
-    assert summary["samples"]["not_finite"] == 2
+    _, summary = selected.find_selection(folder / "broken", "direct")
+    assert summary.samples.not_finite == 2 and list(summary.not_finite) == [3, 17]
 
 
 def _sketches(folder, layout, settings):
     """(rows by sample, scales by parameter, names sketched) of one pass over the pool."""
     chunks = model.build(Job(MODEL, layout))
-    found = checkpoint.require(folder / "theta")
+    found = checkpoint.latest(folder / "theta")
     checkpoint.load_model(found, chunks)
     shards = parameter_shards(chunks)
     scales = adam_scales(found, chunks, shards)
     sketch = Sketch(shards, SIZE, 1, scales if settings.get("precondition") else None)
     samples = Samples([str(folder / "pool")], MODEL.seq_length, VOCAB_SIZE)
     rows = {}
-    for sketches, numbers, _ in sketch_samples(
-            chunks, shards, sketch, samples, samples.usable, 4,
-            sample_loss=settings.get("sample_loss", "mean")):
+    gradients = GradientModel(chunks, shards, sketch, micro_batch_size=4,
+                              sample_loss=settings.get("sample_loss", "mean"))
+    for sketches, numbers, _ in sketch_samples(gradients, samples, samples.usable):
         rows.update(zip(numbers.tolist(), sketches, strict=True))
     return rows, pieces(shards, [scales[s.name] for s in shards]), samples.num_labels
 
@@ -134,7 +174,7 @@ def _adam_state(folder):
     with grid.model_parallel(Layout().config()):
         chunks = model.build(Job(MODEL, Layout().config()))
         trainer = training.make_trainer(chunks, OPTIMIZER, BATCH)
-        checkpoint.load_training(checkpoint.require(folder / "theta"), chunks, trainer.optimizer,
+        checkpoint.load_training(checkpoint.latest(folder / "theta"), chunks, trainer.optimizer,
                                  trainer.scheduler)
         shards = parameter_shards(chunks)
         state = trainer.optimizer.optimizer.state
@@ -179,8 +219,7 @@ def test_select_with_every_option_in_two_layouts(folder):
                for name in ("options-1", "options-4")]
     np.testing.assert_allclose(*(s["eigenvalues"] for s in spectra), rtol=1e-3)
     assert spectra[0]["dimension"] == spectra[1]["dimension"] < 64 * 16 + 2 * 3000
-    one, many = (store.load(folder / name / "sketches" / "pool")
-                 for name in ("options-1", "options-4"))
+    one, many = (_stored(folder, name, "bf16") for name in ("options-1", "options-4"))
     # bf16 has 8 bits: two roundings differ by at most 2^-8 of a coordinate.
     errors = np.linalg.norm(one.rows - many.rows, axis=1) / np.linalg.norm(one.rows, axis=1)
     assert errors.max() < 2**-8
@@ -190,7 +229,7 @@ def _products_over_some_parameters(folder, layout):
     """(H v restricted to some parameters, and the product of the operator over these alone)."""
     with grid.model_parallel(layout.config()):
         chunks = model.build(Job(MODEL, layout.config()))
-        checkpoint.load_model(checkpoint.require(folder / "theta"), chunks)
+        checkpoint.load_model(checkpoint.latest(folder / "theta"), chunks)
         shards = parameter_shards(chunks)
         some = sketched_shards(shards, ["*layernorm*", "*mlp*", "!*fc2*"])
         names = {shard.name for shard in some}
@@ -239,4 +278,4 @@ def _save_weights_alone(folder):
 def _scales_of(folder):
     with grid.model_parallel(Layout().config()), torch.no_grad():
         chunks = model.build(Job(MODEL, Layout().config()))
-        adam_scales(checkpoint.require(folder / "bare"), chunks, parameter_shards(chunks))
+        adam_scales(checkpoint.latest(folder / "bare"), chunks, parameter_shards(chunks))
