@@ -113,7 +113,7 @@ def _wait_for_rank_zero() -> None:
         try:
             store.wait([key], datetime.timedelta(seconds=_PATIENCE_SECONDS))
             return
-        except dist.DistStoreError as error:
+        except RuntimeError as error:  # a DistStoreError, or a file store's own
             if "timeout" not in str(error).lower():
                 raise  # the store is gone, and rank 0 with it
 

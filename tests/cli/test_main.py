@@ -1,4 +1,4 @@
-"""The command as a user starts it: errors told once, on every rank an exit status, no hang."""
+"""The command as a user starts it: an error is reported once, every rank fails, none hangs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_public_name_is_there():
         _ = megatron_direct.nonsense
 
 
-@pytest.mark.parametrize("command", ["pretrain", "select", "anneal", "report"])
+@pytest.mark.parametrize("command", ["pretrain", "select", "anneal", "report", "anneal-gpt"])
 def test_help_names_megatrons_flags(command):
     done = subprocess.run([sys.executable, "-m", "megatron_direct", command, "--help"],
                           capture_output=True, text=True, check=True)
@@ -48,7 +48,7 @@ def test_help_names_megatrons_flags(command):
             assert flag in done.stdout
 
 
-def test_an_error_is_told_once_and_every_rank_fails(tmp_path):
+def test_an_error_is_reported_once_and_every_rank_fails(tmp_path):
     prefix = write_dataset(tmp_path / "a", random_documents(10, 20))
     os.truncate(prefix + ".bin", 8)
     done = _torchrun("-m", "megatron_direct", "pretrain", "--data-path", prefix, "--save",
@@ -61,12 +61,11 @@ def test_an_error_is_told_once_and_every_rank_fails(tmp_path):
     assert not (tmp_path / "theta").exists()
 
 
-def test_an_error_of_one_rank_alone_is_told_too(tmp_path):
+def test_an_error_of_one_rank_alone_is_reported_too(tmp_path):
     """As when one rank alone reads a damaged sample, and the others wait for it."""
     script = tmp_path / "one_rank.py"
     script.write_text(
         "from megatron_direct.cli import main as cli\n"
-        "from megatron_direct.config import ParallelConfig\n"
         "from megatron_direct.errors import UserError\n"
         "import sys, torch.distributed as dist\n"
         "def work():\n"
@@ -74,7 +73,7 @@ def test_an_error_of_one_rank_alone_is_told_too(tmp_path):
         "        raise UserError('only rank 1 met this')\n"
         "    dist.barrier()\n"
         "if __name__ == '__main__':\n"
-        "    sys.exit(cli.run(work, ParallelConfig()))\n")
+        "    sys.exit(cli.run(work))\n")
     done = _torchrun(str(script))
     assert done.returncode != 0
     assert done.stderr.count("megatron-direct: error: only rank 1 met") == 1
@@ -88,3 +87,22 @@ def test_launch_script_runs_under_bash_and_names_what_is_missing():
         timeout=240, env={**environment, "TORCHRUN": f"{sys.executable} -m torch.distributed.run"})
     assert done.returncode != 0
     assert done.stderr.count("error: --load is missing. Give it, or set CHECKPOINT_PATH.") == 1
+
+
+@pytest.mark.parametrize(("variables", "match"), [
+    ({"ARMS": "drect"}, "ARMS is 'drect': expected direct, random or both"),
+    ({"ARMS": " "}, "ARMS is '': expected"),
+    ({"NUM_SELECT": "many"}, "NUM_SELECT is 'many': it is not a value of --num-select"),
+    ({"LR_WSD_DECAY_ITERS": "0"}, "--lr-wsd-decay-iters is 0: it must be at least 1"),
+    ({"TENSOR_MODEL_PARALLEL_SIZE": "-1"}, "--tensor-model-parallel-size is -1: it must be"),
+])
+def test_wrong_variables_are_reported_before_any_work(tmp_path, monkeypatch, variables, match):
+    from megatron_direct.cli import anneal_gpt
+    from megatron_direct.errors import UserError
+
+    for name, value in {"CHECKPOINT_PATH": "theta", "DATA_PATH": "a", "VALID_DATA_PATH": "v",
+                        "RUN_DIR": str(tmp_path / "run"), **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(match)):
+        anneal_gpt._run(anneal_gpt.make_parser().parse_args([]))
+    assert not (tmp_path / "run").exists()

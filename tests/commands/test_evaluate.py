@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 
+import flat_requests
 import numpy as np
 import pytest
 import torch
@@ -20,10 +21,11 @@ from tiny_models import MODELS
 from weights import assemble, fill_by_hash, pieces
 
 from megatron_direct.cli import main as cli
-from megatron_direct.commands.evaluate import EvaluateConfig, best_choice, evaluate, summary
+from megatron_direct.commands.evaluate import EvaluateRequest, evaluate
 from megatron_direct.config import Job, ModelConfig
 from megatron_direct.errors import UserError
 from megatron_direct.evaluation import questions as multiple_choice
+from megatron_direct.evaluation.multiple_choice import accuracies, best_choice
 from megatron_direct.mcore import checkpoint, grid
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import parameter_shards
@@ -122,10 +124,10 @@ def _bias(shard, tokens):
 
 
 def _evaluate(folder, layout, name, settings):
-    evaluate(EvaluateConfig(**{
+    evaluate(flat_requests.make(EvaluateRequest, layout.config(), **{
         "load": str(folder / "theta"), "tasks": (str(folder / "mixed.jsonl"),),
         "tokenizer_model": str(folder / "tokenizer.model"), "micro_batch_size": 4,
-        "output": str(folder / name), **settings}), {}, layout.config())
+        "output": str(folder / name), **settings}))
 
 
 def _evaluate_both(folder, layout, name):
@@ -242,7 +244,7 @@ def _command(folder):
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        cli._dispatch(cli.make_parser().parse_args([
+        cli.call(cli.make_parser().parse_args([
             "evaluate", "--load", str(folder / "unnamed"), "--tasks", str(folder / "mixed.jsonl"),
             str(folder / "biased.jsonl"), "--tokenizer-model", str(folder / "tokenizer.model"),
             "--output", str(folder / "command.json"), "--vocab-size", str(VOCAB_SIZE)]))
@@ -270,7 +272,7 @@ def test_ties_go_to_the_lower_number():
 def test_one_question_has_no_standard_error():
     answered = [{"answer": 1, "answered": {"acc": 1, "acc_norm": 0, "acc_token": 1},
                  "bytes": [1, 1], "cut": False, "merged": False}]
-    result = summary(answered)
+    result = accuracies(answered)
     assert (result["acc"], result["acc_norm"], result["acc_stderr"]) == (1, 0, None)
 
 
@@ -308,7 +310,7 @@ def test_what_is_refused(folder, weights):
         ({"tasks": (str(folder / "bad.jsonl"),)}, 'bad.jsonl:3: "answer" says which choice'),
         ({"tasks": (str(folder / "long.jsonl"),)}, "long.jsonl:1: choice 1 has"),
         ({"output": str(folder)}, "is a folder. Name a file with --output"),
-        ({"micro_batch_size": 0}, "--micro-batch-size 0 must be at least 1"),
+        ({"micro_batch_size": 0}, "--micro-batch-size is 0: it must be at least 1"),
         ({"load": str(folder / "diverged")}, "gives no finite likelihood to"),
     ]
     for messages in run_on_ranks(2, _errors, folder, [settings for settings, _ in cases]):

@@ -7,7 +7,7 @@ import pytest
 from indexed_files import random_documents, write_dataset
 
 from megatron_direct import SampleMask
-from megatron_direct.commands.inspect import InspectConfig, inspect
+from megatron_direct.commands.inspect import InspectConfig, InspectRequest, inspect
 from megatron_direct.data import indexed
 from megatron_direct.errors import UserError
 
@@ -32,13 +32,13 @@ def _tokens(documents):
 
 def test_statistics(files, capsys):
     prefix, paths = files
-    inspect(InspectConfig(mask=tuple(paths[:2]), data_path=(prefix,)))
+    inspect(InspectRequest(InspectConfig(mask=tuple(paths[:2]), data_path=(prefix,))))
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["first.npz", "30", "10", "0.3333", str(_tokens(DOCUMENTS)),
                                 str(_tokens(DOCUMENTS[:10])),
                                 f"{_tokens(DOCUMENTS[:10]) / _tokens(DOCUMENTS):.4f}", prefix,
                                 "runs/first"]
-    inspect(InspectConfig(mask=(paths[0],)))
+    inspect(InspectRequest(InspectConfig(mask=(paths[0],))))
     assert capsys.readouterr().out.splitlines()[1].split()[4:7] == ["-"] * 3
 
 
@@ -51,15 +51,16 @@ def test_statistics(files, capsys):
 def test_masks_out_of_masks(files, tmp_path, operation, which, kept):
     _, paths = files
     output = tmp_path / "made.npz"
-    inspect(InspectConfig(mask=tuple(paths[i] for i in which), operation=operation,
-                          output=str(output)))
+    inspect(InspectRequest(InspectConfig(mask=tuple(paths[i] for i in which), operation=operation,
+                          output=str(output))))
     assert np.flatnonzero(SampleMask.load(output).keep).tolist() == kept
 
 
 def test_materialize(files, tmp_path, capsys):
     prefix, paths = files
-    inspect(InspectConfig(mask=tuple(paths[:2]), operation="and", data_path=(prefix,),
-                          materialize=str(tmp_path / "some")))
+    inspect(InspectRequest(InspectConfig(
+        mask=tuple(paths[:2]), operation="and", data_path=(prefix,),
+        materialize=str(tmp_path / "some"))))
     dataset = indexed.open_indexed(str(tmp_path / "some"))
     expected = [_tokens([DOCUMENTS[i]]) for i in range(0, 10, 2)]
     assert indexed.document_lengths(dataset).tolist() == expected
@@ -74,11 +75,11 @@ def test_materialize(files, tmp_path, capsys):
 def test_flags_that_say_nothing_are_refused(files, settings, match):
     _, paths = files
     with pytest.raises(UserError, match=match):
-        inspect(InspectConfig(mask=tuple(paths), **settings))
+        inspect(InspectRequest(InspectConfig(mask=tuple(paths), **settings)))
 
 
 def test_a_dataset_that_no_mask_belongs_to_is_refused(files, tmp_path):
     _, paths = files
     other = write_dataset(tmp_path / "other", DOCUMENTS[1:])
     with pytest.raises(UserError, match="none of the masks belongs to .*other .*Correct --data-"):
-        inspect(InspectConfig(mask=tuple(paths), data_path=(other,)))
+        inspect(InspectRequest(InspectConfig(mask=tuple(paths), data_path=(other,))))

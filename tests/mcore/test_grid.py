@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 import torch
@@ -57,6 +58,36 @@ def test_what_rank_zero_raises_is_raised_everywhere():
     assert run_on_ranks(2, _fail_on_rank_zero) == [7, 7]
 
 
+def _slow_work_on_rank_zero():
+    """Longer than the others' patience, and longer than a collective's limit would be."""
+    from datetime import timedelta
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "_PATIENCE_SECONDS", 0.2)
+        waited = []
+        patch.setattr(torch.distributed, "broadcast_object_list", _noting(waited))
+        began = time.perf_counter()
+        found = parallel.on_rank_zero(lambda: time.sleep(1.5) or "done")
+        assert time.perf_counter() - began > 1.4
+        assert waited and max(waited) < timedelta(seconds=1).total_seconds()
+    return found
+
+
+def _noting(waited):
+    whole = torch.distributed.broadcast_object_list
+
+    def broadcast(*arguments, **keywords):
+        began = time.perf_counter()
+        whole(*arguments, **keywords)
+        waited.append(time.perf_counter() - began)
+
+    return broadcast
+
+
+def test_ranks_do_not_wait_for_rank_zero_in_a_collective():
+    assert run_on_ranks(2, _slow_work_on_rank_zero) == ["done", "done"]
+
+
 def _disagree():
     parallel.require_same_on_all_ranks(str(torch.distributed.get_rank()), "mask digest")
 
@@ -75,4 +106,4 @@ def test_ranks_that_disagree_are_found():
 ])
 def test_layouts_that_do_not_fit_are_refused(layout, world_size, match):
     with pytest.raises(UserError, match=match):
-        layout.check(MODEL, world_size)
+        layout.require_fits(MODEL, world_size)

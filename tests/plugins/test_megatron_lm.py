@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flat_requests
 import numpy as np
 import psutil
 import pytest
@@ -179,16 +180,14 @@ def _loss_and_masks(folder, layout, batches, valid):
     """Our model's loss on a batch that Megatron-LM saw; a selection at the same checkpoint."""
     import torch
 
-    from megatron_direct.commands.select import SelectConfig, select
+    from megatron_direct.commands.select import SelectRequest, select
     from megatron_direct.config import Job, ModelConfig, ParallelConfig
     from megatron_direct.mcore import checkpoint, grid, model
-    from megatron_direct.steps.curvature import CurvatureConfig
-    from megatron_direct.steps.pilot import PilotConfig
-    from megatron_direct.steps.solve import SelectionConfig
 
     found = checkpoint.latest(folder / f"killed-{layout}").parent / "iter_0000004"
-    architecture = ModelConfig(**checkpoint.architecture(checkpoint.read_args(found)))
-    assert checkpoint.read_iteration(found) == 4
+    opened = checkpoint.open_checkpoint(found)
+    architecture = opened.settings(ModelConfig, {})
+    assert opened.iteration == 4
     with grid.model_parallel(ParallelConfig()):
         chunk, = chunks = model.build(Job(architecture, ParallelConfig()))
         checkpoint.load_model(found, chunks)
@@ -196,12 +195,11 @@ def _loss_and_masks(folder, layout, batches, valid):
                           for name in ("tokens", "labels"))  # of the fifth iteration
         with torch.no_grad():
             loss = chunk(tokens, torch.arange(16).expand(4, 16), None, labels=labels).mean().item()
-    select(SelectConfig(load=str(found), data_path=(str(folder / "alone0"),),
-                        valid_data_path=(str(folder / "pool2"),), sketch_size=64,
-                        run_dir=str(folder / f"selected-{layout}")),
-           {}, ParallelConfig(),
-           CurvatureConfig(curvature="fisher", num_eigenpairs=3, lanczos_tol=1e-2),
-           SelectionConfig(num_select=5), PilotConfig(pilot_iters=2))
+    select(flat_requests.make(
+        SelectRequest, ParallelConfig(), load=str(found), data_path=(str(folder / "alone0"),),
+        valid_data_path=(str(folder / "pool2"),), sketch_size=64,
+        run_dir=str(folder / f"selected-{layout}"), curvature="fisher", num_eigenpairs=3,
+        lanczos_tol=1e-2, num_select=5, pilot_iters=2))
     return loss
 
 
@@ -212,7 +210,8 @@ def test_select_reads_a_checkpoint_with_the_arguments_it_carries(folder, run):
     loss, = run_on_ranks(1, _loss_and_masks, folder, layout, batches, "pool2")
     # What the training printed, in seven digits of fp32 and in the layout it was trained in.
     assert loss == pytest.approx(float(losses[5]), rel=1e-5)
-    mask = SampleMask.load(folder / f"selected-{layout}" / "masks" / "alone0.mask.npz")
+    mask = SampleMask.load(folder / f"selected-{layout}" / "selections" / "direct" / "masks"
+                           / "alone0.mask.npz")
     assert mask.num_kept == 5
 
 
