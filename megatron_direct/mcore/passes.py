@@ -17,7 +17,7 @@ from megatron_direct.mcore import grid
 from megatron_direct.runtime import host
 
 
-def passes(chunks: Sequence[torch.nn.Module], samples: Samples, numbers: np.ndarray,
+def of_samples(chunks: Sequence[torch.nn.Module], samples: Samples, numbers: np.ndarray,
            micro_batch_size: int, first_pass: int = 0) -> Iterator[list[MicroBatch]]:
     """This data-parallel rank's share of the samples, in passes that suit the layout.
 
