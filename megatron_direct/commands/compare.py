@@ -216,7 +216,7 @@ def _choose(setting: Setting, name: str, folder: Path, case: Case,
             ) -> tuple[np.ndarray, dict, dict | None]:
     """(sample numbers, masks, what the solver said) of what the arm takes (rank 0)."""
     shutil.rmtree(folder, ignore_errors=True)  # of an annealing that was killed
-    with selection_stage.in_terms_of_flags(setting.selection):
+    with selection_stage.in_terms_of_flags():
         positions, found = ARMS[name].take(case)
     with np.load(setting.folder / "seeds" / str(case.seed) / "samples.npz") as arrays:
         chosen = arrays["candidates"][positions]

@@ -48,7 +48,8 @@ class Case:
     def solve(self, evidence: Evidence, **settings) -> Selection:
         """By the selection problem, with some of its flags changed."""
         config = dataclasses.replace(self.config, **settings)
-        return treatment.solve(config, evidence, self.num_select, self.seed, **self.limits)[0]
+        return treatment.select_by_sketches(
+            config, evidence, self.num_select, self.seed, **self.limits)[0]
 
     def largest(self, scores: np.ndarray) -> np.ndarray:
         """[K] of the largest scores; ties go to the lower number."""

@@ -17,7 +17,7 @@ from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients import store
 from megatron_direct.runtime import files, parallel
-from megatron_direct.selection import InfeasibleSelection, treatment
+from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection, treatment
 from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.treatment import Evidence, SelectionConfig
 
@@ -57,18 +57,14 @@ def limits(config: SelectionConfig, samples: Samples, numbers: np.ndarray) -> di
 
 
 @contextlib.contextmanager
-def in_terms_of_flags(config: SelectionConfig) -> Iterator[None]:
+def in_terms_of_flags() -> Iterator[None]:
     """A UserError that names the flags in the place of the solver's errors."""
     try:
         yield
     except InfeasibleSelection as error:
         raise UserError(f"{error} Give --stiff-budget of at least {error.min_stiff_budget:.6g}, "
                         "or --stiff-budget-fraction in its place.") from error
-    except UserError:
-        raise
-    except ValueError as error:
-        if not config.quotas:
-            raise
+    except InfeasibleQuotas as error:
         raise UserError(f"--quotas: {error}") from error
 
 
@@ -118,9 +114,9 @@ def _solve(config: SelectionConfig, samples: Samples, folder: Path, directions: 
                         samples.dataset_of(here), len(samples.prefixes),
                         np.searchsorted(candidates, here),
                         store.load(folder / "sketches" / "valid").rows, directions, all_reduce_sum)
-    with in_terms_of_flags(config):
-        found, cost = treatment.solve(config, evidence, count, seed,
-                                     **limits(config, samples, here))
+    with in_terms_of_flags():
+        found, cost = treatment.select_by_sketches(config, evidence, count, seed,
+                                                   **limits(config, samples, here))
     chosen = candidates[found.indices]
     losses = everywhere(np.where(part.finite, part.losses, 0.0))
     counts = {"in_pools": len(samples), "too_short": samples.num_unusable, "cut": samples.num_cut,
