@@ -3,6 +3,8 @@
     quality     200 random instances against the textbook method (about 20 minutes)
     speed       N = 1000, k = 256 against the textbook method
     scale       N = 25,000 to 200,000, k = 1024, in passes over the matrix, and peak memory
+    curvature   descent with 64 eigenpairs at k = 2048: factored against the matrix they make
+    clusters    sums of 20,000 rows of k = 2048 by cluster against numpy.add.at
 
 One part alone: ``python benchmarks/solver/bench.py scale``. Both sides of every ratio run in this
 process, one after the other, and are timed in processor seconds, which other load disturbs least.
@@ -19,7 +21,8 @@ import numpy as np
 from instances import draw
 from textbook import textbook_selection
 
-from megatron_direct.selection import solve_selection, stiff_budget
+from megatron_direct.selection import LowRank, solve_selection, stiff_budget
+from megatron_direct.selection.shrinkage import Partition
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
@@ -98,7 +101,44 @@ def scale() -> None:
         del rows
 
 
+def curvature() -> None:
+    num, dim, rank = 2000, 2048, 64
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((num, dim), dtype=np.float32)
+    factored = LowRank(1 / np.arange(1.0, rank + 1), rng.standard_normal((rank, dim)) / dim**0.5)
+    options = {"objective": "descent", "target": rng.standard_normal(dim), "step_size": 1.0}
+
+    def solve(hessian: np.ndarray | LowRank) -> np.ndarray:
+        found = solve_selection(rows.T, np.ones(num), num // 4, curvature=hessian, **options)
+        return found.indices
+
+    directions = factored.directions
+    matrix = (directions.T * factored.eigenvalues) @ directions
+    same = np.array_equal(solve(factored), solve(matrix))
+    fast, slow = seconds(lambda: solve(factored), 5), seconds(lambda: solve(matrix), 3)
+    print(
+        f"curvature N={num}: factored {fast:.3f} s, as a matrix {slow:.3f} s, "
+        f"ratio {slow / fast:.0f}, same selection: {same}", flush=True,
+    )
+
+
+def clusters() -> None:
+    num, dim = 20_000, 2048
+    rng = np.random.default_rng(0)
+    rows, weights = rng.standard_normal((num, dim), dtype=np.float32), np.ones(num)
+    for count in (8, 64):
+        partition = Partition(rng.integers(0, count, num), count)
+        sums = np.zeros((count, dim))
+        slow = seconds(lambda s=sums, p=partition: np.add.at(s, p.numbers, rows), 3)
+        fast = seconds(lambda p=partition: p.sums(rows, weights), 3)
+        print(
+            f"clusters {count}: numpy.add.at {slow:.2f} s, one-hot products {fast:.3f} s, "
+            f"ratio {slow / fast:.0f}", flush=True,
+        )
+
+
 if __name__ == "__main__":
-    parts = {"speed": speed, "scale": scale, "quality": quality}
+    parts = {"speed": speed, "scale": scale, "curvature": curvature, "clusters": clusters,
+             "quality": quality}
     for name in sys.argv[1:] or parts:
         parts[name]()

@@ -42,7 +42,7 @@ from megatron_direct.reports import comparison_page, markdown
 from megatron_direct.runtime import files, parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
 from megatron_direct.runtime.run_directory import RunDirectory
-from megatron_direct.selection.treatment import SelectionConfig
+from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.steps import solve as solve_step
 from megatron_direct.steps.curvature import CurvatureConfig
 from megatron_direct.steps.decay import Decay, Segment, decay, set_losses
@@ -238,7 +238,7 @@ def _choose(run: _Run, case: Case) -> tuple[np.ndarray, dict, dict | None]:
     """(sample numbers, masks, what the solver said) of what the arm takes (rank 0)."""
     setting = run.setting
     shutil.rmtree(run.folder, ignore_errors=True)  # of an annealing that was killed
-    with solve_step.in_terms_of_flags(setting.selection):
+    with solve_step.in_terms_of_flags():
         positions, found = REGISTRY[run.arm].take(case)
     with np.load(setting.seed_folder(case.seed) / "samples.npz") as arrays:
         chosen = arrays["candidates"][positions]

@@ -20,7 +20,7 @@ from megatron_direct.errors import UserError
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.runtime.run_directory import RunDirectory
-from megatron_direct.selection.treatment import SelectionConfig
+from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps import solve as solve_step
 from megatron_direct.steps.curvature import CurvatureConfig

@@ -17,8 +17,9 @@ import numpy as np
 
 from megatron_direct.selection import treatment
 from megatron_direct.selection.baselines import random_selection
+from megatron_direct.selection.config import SelectionConfig
+from megatron_direct.selection.evidence import Evidence, flat_rows
 from megatron_direct.selection.problem import Selection
-from megatron_direct.selection.treatment import Evidence, SelectionConfig
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Case:
     def solve(self, evidence: Evidence, **settings) -> Selection:
         """By the selection problem, with some of its flags changed."""
         config = dataclasses.replace(self.config, **settings)
-        return treatment.solve(config, evidence, self.num_select, self.seed, **self.limits)[0]
+        return treatment.select_by_sketches(
+            config, evidence, self.num_select, self.seed, **self.limits)[0]
 
     def largest(self, scores: np.ndarray) -> np.ndarray:
         """[K] of the largest scores; ties go to the lower number."""
@@ -198,7 +200,7 @@ def _flat_energy_random_subspace(case: Case) -> Selection:
      ("onset",))
 def _stiff_alignment(case: Case) -> np.ndarray:
     evidence = case.evidence["onset"]
-    flat = treatment.flat_rows(np.concatenate([evidence.rows, evidence.valid_rows]),
+    flat = flat_rows(np.concatenate([evidence.rows, evidence.valid_rows]),
                               evidence.directions, "complement")
     count = len(evidence.rows)
     stiff = dataclasses.replace(evidence, rows=evidence.rows - flat[:count],

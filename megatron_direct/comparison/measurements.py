@@ -19,8 +19,8 @@ from megatron_direct.data import indexed
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import files, parallel
-from megatron_direct.selection import treatment
-from megatron_direct.selection.treatment import Evidence, SelectionConfig
+from megatron_direct.selection.config import SelectionConfig
+from megatron_direct.selection.evidence import Evidence, stiff_costs
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps import solve as solve_step
 from megatron_direct.steps.curvature import SKETCHED_FISHER
@@ -132,7 +132,7 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
     with files.written_whole(setting.seed_folder(seed) / "samples.npz") as file:
         np.savez(file, candidates=here, loss=case.losses, labels=evidence["onset"].labels,
                  domain=samples.dataset_of(here), corrupted=case.corrupted,
-                 stiff_cost=treatment.stiff_costs(evidence["onset"].rows,
+                 stiff_cost=stiff_costs(evidence["onset"].rows,
                                                   measured["onset"].directions))
     return case
 

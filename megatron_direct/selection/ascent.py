@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_direct.selection.feasible import FeasibleSet
-from megatron_direct.selection.objectives import Quadratic
-from megatron_direct.selection.rows import Rows
+from megatron_direct.selection.linear import maximise
+from megatron_direct.selection.problem import Problem
+from megatron_direct.selection.projection import project
 
 # The limits of the paper.
 _MAX_ITERATIONS = 20
@@ -26,29 +26,26 @@ _SMOOTH_STEPS, _SMOOTH_SIZE = 2, 0.6
 
 
 def ascend(
-    rows: Rows,
-    feasible: FeasibleSet,
-    objective: Quadratic,
-    starts: np.ndarray,
-    history: list[dict],
+    problem: Problem, starts: np.ndarray, history: list[dict]
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """The distinct selections [N] bool kept to the end, best first, and the optima [m] of the
     linear programmes at the starts [m, k] themselves."""
-    masks: list[np.ndarray] = [None] * len(starts)
+    rows = problem.rows
+    masks: dict[int, np.ndarray] = {}
     values = np.full(len(starts), -np.inf)
     active, directions, hints = np.arange(len(starts)), starts, [0.0] * len(starts)
     for iteration in range(_MAX_ITERATIONS):
         scores = rows.scores(directions)
         vertices = [
-            feasible.maximise(row, rows.tie(row), hint)
+            maximise(problem.feasible, row, rows.tie(row), hint)
             for row, hint in zip(scores, hints, strict=True)
         ]
         if iteration == 0:
             support = np.array([vertex.value for vertex in vertices])
         sums = rows.sums(np.array([vertex.lower for vertex in vertices]))
-        reached = objective.value(sums)
+        reached = problem.quadratic.value(sums)
         gains = reached - values[active]
-        for start, vertex, value in zip(active, vertices, reached, strict=True):
+        for start, vertex, value in zip(active.tolist(), vertices, reached, strict=True):
             if value > values[start]:
                 masks[start], values[start] = vertex.lower, value
         history.append({
@@ -58,27 +55,27 @@ def ascend(
         kept = _distinct_best(values, _KEPT[min(iteration, len(_KEPT) - 1)])
         going = np.isin(active, kept) & (gains > _TOLERANCE * np.abs(values[active]))
         hints = [vertex.price for vertex, go in zip(vertices, going, strict=True) if go]
-        active, directions = active[going], objective.gradient(sums[going])
+        active, directions = active[going], problem.quadratic.gradient(sums[going])
         if not active.size:
             break
     return [masks[start] for start in kept], support
 
 
-def smooth_path(
-    rows: Rows, feasible: FeasibleSet, objective: Quadratic, total: np.ndarray
-) -> np.ndarray:
+def smooth_path(problem: Problem, total: np.ndarray) -> np.ndarray:
     """[k] the sum reached by projected gradient steps from equal weights; ``total`` [k] is the
     sum of all rows.
 
     From there the first vertices do not yet exclude each other, and the path bends towards the
-    better of them; as a start it reaches optima that no leading direction does.
+    better of them; as a start it reaches optima that no dominant direction does.
     """
+    rows, feasible = problem.rows, problem.feasible
     size = _SMOOTH_SIZE * np.sqrt(feasible.num_select)
     weights = np.full(rows.num_samples, feasible.num_select / rows.num_samples)
     sums = total * (feasible.num_select / rows.num_samples)
     for _ in range(_SMOOTH_STEPS):
-        scores = rows.scores(objective.gradient(sums)[None])[0]
-        weights = feasible.project(weights + size * scores / (np.linalg.norm(scores) or 1.0))
+        scores = rows.scores(problem.quadratic.gradient(sums)[None])[0]
+        step = size * scores / (np.linalg.norm(scores) or 1.0)
+        weights = project(feasible, weights + step)
         sums = rows.sums(weights[None])[0]
     return sums
 

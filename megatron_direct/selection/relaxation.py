@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_direct.selection.feasible import FeasibleSet
+from megatron_direct.selection.linear import maximise
 from megatron_direct.selection.objectives import Quadratic
-from megatron_direct.selection.rows import Rows
+from megatron_direct.selection.problem import Problem
 
 # Relative duality gap at which the relaxation counts as solved.
 GAP_TOLERANCE = 1e-4
@@ -32,10 +32,9 @@ class Relaxed:
     converged: bool
 
 
-def relax(
-    rows: Rows, feasible: FeasibleSet, objective: Quadratic, history: list[dict]
-) -> Relaxed:
+def relax(problem: Problem, history: list[dict]) -> Relaxed:
     """Maximise J over W to a relative duality gap of GAP_TOLERANCE."""
+    rows, quadratic = problem.rows, problem.quadratic
     sums = np.zeros(rows.dim)
     upper = np.inf
     value = -np.inf
@@ -44,9 +43,9 @@ def relax(
     mix = np.zeros(0)
     price = 0.0
     for iteration in range(_MAX_ITERATIONS):
-        gradient = objective.gradient(sums)
+        gradient = quadratic.gradient(sums)
         scores = rows.scores(gradient[None])[0]
-        vertex = feasible.maximise(scores, rows.tie(scores), price)
+        vertex = maximise(problem.feasible, scores, rows.tie(scores), price)
         price = vertex.price
         if iteration:
             # Widened by what rounding of the products may hide.
@@ -61,12 +60,12 @@ def relax(
         weights = vertex.weights()
         images = np.concatenate([images, rows.sums(weights[None])])
         atoms.append(weights.astype(np.float32))
-        mix = _maximise_on_simplex(images, objective, np.append(mix, 0.0))
+        mix = _maximise_on_simplex(images, quadratic, np.append(mix, 0.0))
         used = mix > 0
         images, mix = images[used], mix[used]
         atoms = [atom for atom, keep in zip(atoms, used, strict=True) if keep]
         sums = mix @ images
-        value = float(objective.value(sums))
+        value = float(quadratic.value(sums))
     best = np.zeros(rows.num_samples)
     for share, atom in zip(mix, atoms, strict=True):
         best += share * atom
@@ -74,21 +73,21 @@ def relax(
 
 
 def _maximise_on_simplex(
-    images: np.ndarray, objective: Quadratic, mix: np.ndarray
+    images: np.ndarray, quadratic: Quadratic, mix: np.ndarray
 ) -> np.ndarray:
     """Mixture [t] >= 0 of sum 1 that maximises J(mix @ images), starting from a mixture.
 
     Active-set method: solve on the support with the sum held, stop at the first bound met and
     leave it out, and take in the vertex with the largest gradient until none exceeds the support's.
     """
-    linear = images @ objective.linear
-    quadratic = objective.curve(images) @ images.T
-    scale = max(np.abs(linear).max(), np.abs(quadratic).max())
+    linear = images @ quadratic.linear
+    gram = quadratic.curve(images) @ images.T
+    scale = max(np.abs(linear).max(), np.abs(gram).max())
     if not mix.any():
         mix = np.zeros(len(mix))
-        mix[np.argmax(linear + 0.5 * np.diag(quadratic))] = 1.0
+        mix[np.argmax(linear + 0.5 * np.diag(gram))] = 1.0
     for _ in range(10 * len(mix)):
-        slope = linear + quadratic @ mix
+        slope = linear + gram @ mix
         level = slope @ mix
         entering = int(np.argmax(slope))
         if slope[entering] - level <= 1e-12 * scale:
@@ -98,7 +97,7 @@ def _maximise_on_simplex(
         while True:
             free = np.flatnonzero(support)
             goal = np.zeros(len(mix))
-            goal[free] = _stationary(quadratic[np.ix_(free, free)], linear[free], scale)
+            goal[free] = _stationary(gram[np.ix_(free, free)], linear[free], scale)
             falling = support & (goal < mix) & (goal <= 0)
             if not falling.any():
                 mix = goal
@@ -112,11 +111,11 @@ def _maximise_on_simplex(
     return np.maximum(mix, 0.0) / np.maximum(mix, 0.0).sum()
 
 
-def _stationary(quadratic: np.ndarray, linear: np.ndarray, scale: float) -> np.ndarray:
-    """Where linear.x + x.Q x / 2 is stationary on sum x = 1; a ridge settles flat directions."""
+def _stationary(gram: np.ndarray, linear: np.ndarray, scale: float) -> np.ndarray:
+    """Where linear.x + x.gram x / 2 is stationary on sum x = 1; a ridge settles flat directions."""
     size = len(linear)
     system = np.zeros((size + 1, size + 1))
-    system[:size, :size] = quadratic - 1e-12 * scale * np.eye(size)
+    system[:size, :size] = gram - 1e-12 * scale * np.eye(size)
     system[:size, size] = system[size, :size] = scale
     solution = np.linalg.solve(system, np.append(-linear, scale))
     return solution[:size]

@@ -1,8 +1,8 @@
-"""Leading directions of the rows, and a bound on how much any direction holds, by block Krylov.
+"""Dominant directions of the rows, and a bound on how much any direction holds, by block Krylov.
 
 For the second moment M = F F^T, and P the projection away from a given direction, the operator
 P M P is applied ``STEPS`` times to a block of random vectors. Rayleigh-Ritz on the span of all
-blocks yields the leading directions. It errs on the low side of the largest eigenvalue lambda;
+blocks yields the dominant directions. It errs on the low side of the largest eigenvalue lambda;
 for a single random start and q products (Kuczynski and Wozniakowski 1992, theorem 4.2)
 
     Prob[ ritz < (1 - eps) lambda ] <= 1.648 sqrt(k) exp(-(2 q - 1) sqrt(eps)),
@@ -25,7 +25,7 @@ BLOCK, STEPS = 4, 7
 FAILURE = 1e-6
 
 
-def leading_directions(
+def dominant_directions(
     rows: Rows, away: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, float]:
     """BLOCK orthonormal directions [., k], most second moment first, orthogonal to the unit

@@ -18,9 +18,10 @@ from megatron_direct.errors import UserError
 from megatron_direct.gradients.store import Sketches
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Key
-from megatron_direct.selection import InfeasibleSelection, treatment
+from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection, treatment
+from megatron_direct.selection.config import SelectionConfig
+from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.problem import Selection
-from megatron_direct.selection.treatment import Evidence, SelectionConfig
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import CurvatureConfig
 from megatron_direct.steps.measure import Measured
@@ -91,18 +92,14 @@ def limits(config: SelectionConfig, samples: Samples, numbers: np.ndarray) -> di
 
 
 @contextlib.contextmanager
-def in_terms_of_flags(config: SelectionConfig) -> Iterator[None]:
+def in_terms_of_flags() -> Iterator[None]:
     """A UserError that names the flags in the place of the solver's errors."""
     try:
         yield
     except InfeasibleSelection as error:
         raise UserError(f"{error} Give --stiff-budget of at least {error.min_stiff_budget:.6g}, "
                         "or --stiff-budget-fraction in its place.") from error
-    except UserError:
-        raise
-    except ValueError as error:
-        if not config.quotas:
-            raise
+    except InfeasibleQuotas as error:
         raise UserError(f"--quotas: {error}") from error
 
 
@@ -166,9 +163,9 @@ def _solve(config: SelectionConfig, share: _Share, seed: int,
         len(samples.prefixes), np.searchsorted(candidates, here),
         sketch_step.read_sketches(share.measured.store, share.measured.valid).rows, directions,
         share.all_reduce_sum)
-    with in_terms_of_flags(config):
-        found, cost = treatment.solve(config, evidence, count, seed,
-                                      **limits(config, samples, here))
+    with in_terms_of_flags():
+        found, cost = treatment.select_by_sketches(config, evidence, count, seed,
+                                                   **limits(config, samples, here))
     chosen = candidates[found.indices]
     losses = share.everywhere(np.where(part.finite, part.losses, 0.0))
     not_finite = np.flatnonzero(has_row & ~finite)

@@ -23,7 +23,7 @@ from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
 from megatron_direct.curvature.hessian import HessianOperator
 from megatron_direct.curvature.symmetry import check_symmetry
 from megatron_direct.curvature.vectors import ParameterSpace
-from megatron_direct.data.samples import Samples
+from megatron_direct.data.samples import PassShape, Samples
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import dual_functions, grid
 from megatron_direct.mcore import model as models
@@ -304,7 +304,7 @@ def _double_backward(model, layout, prefix):
     parts = space.split(space.random_signs(2))
     total = int(samples.num_labels.sum())
     product = [torch.zeros_like(parameter) for parameter in parameters]
-    for (batch,) in samples.passes(samples.usable, MICRO_BATCH_SIZE):
+    for (batch,) in samples.passes(samples.usable, PassShape(MICRO_BATCH_SIZE)):
         losses = chunks[0](batch.tokens, batch.position_ids, None, labels=batch.labels)
         loss = (losses * batch.loss_mask).sum().double() / total
         gradient = torch.autograd.grad(loss, parameters, create_graph=True)

@@ -16,7 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from megatron_direct.selection import InfeasibleSelection, solve_selection, stiff_budget
+from megatron_direct.selection import (
+    InfeasibleSelection,
+    LowRank,
+    solve_selection,
+    stiff_budget,
+)
 
 
 def small_instance(seed: int):
@@ -294,10 +299,12 @@ def test_memory_mapped_rows(tmp_path):
 
 
 FLAT, COSTS = np.ones((2, 4)), np.ones(4)
+DESCENT = {"objective": "descent", "target": np.ones(2), "curvature": np.ones(2), "step_size": 1.0}
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"flat": np.ones(4)}, r"flat must be a floating-point array \[k, N\]"),
+    ({"flat": np.ones(4)}, r"flat must be a floating-point array \[k, N\].*pass the transpose"),
+    ({"flat": np.ones((0, 4))}, r"k >= 1, found float64 of shape \(0, 4\)"),
     ({"flat": np.ones((2, 4), dtype=int)}, "floating-point array .* found int64"),
     ({"flat": np.ones((2, 5))}, "one entry for each of flat's 5 columns"),
     ({"flat": np.array([[1.0, np.nan, 1.0, 1.0]])}, "flat must be finite.*sample 1"),
@@ -306,17 +313,33 @@ FLAT, COSTS = np.ones((2, 4)), np.ones(4)
     ({"num_select": 0}, "from 1 to the number of samples, 4, found 0"),
     ({"num_select": 5}, "from 1 to the number of samples, 4, found 5"),
     ({"num_select": 2.5}, "num_select must be an integer"),
+    ({"num_select": True}, "num_select must be an integer.*found True; select fewer"),
     ({"stiff_budget": -1.0}, "stiff_budget must be at least 0, found -1.0"),
     ({"stiff_budget": math.nan}, "stiff_budget must be at least 0, found nan"),
+    ({"stiff_budget": "4"}, "stiff_budget must be a number, found '4'"),
     ({"stiff_budget": None}, "'flat-energy' needs a stiff_budget; math.inf sets none"),
-    ({"objective": "best"}, "objective must be one of flat-energy, alignment, descent"),
+    ({"objective": "best"}, "must be one of flat-energy, alignment, descent, found 'best'"),
+    ({"objective": "best", "stiff_budget": None}, "objective must be one of flat-energy"),
     ({"objective": "alignment"}, "'alignment' needs target"),
     ({"target": np.ones(2)}, "'flat-energy' does not use target"),
     ({"objective": "alignment", "target": np.ones(3)}, r"target must be .* shape \(2,\)"),
-    ({"objective": "descent", "target": np.ones(2), "curvature": np.ones(2), "step_size": 0.0},
-     "step_size must be finite and above 0"),
-    ({"objective": "descent", "target": np.ones(2), "step_size": 1.0,
-      "curvature": np.array([[1.0, 2.0], [0.0, 1.0]])}, "curvature matrix must be symmetric"),
+    ({"objective": "alignment", "target": np.array([1.0, np.inf])},
+     r"target must be finite, found inf at \(1,\)"),
+    ({**DESCENT, "step_size": 0.0}, "step_size must be finite and above 0, found 0.0; 1 / lambda"),
+    ({**DESCENT, "step_size": -2.0}, "step_size must be finite and above 0, found -2.0"),
+    ({**DESCENT, "step_size": math.nan}, "step_size must be finite and above 0, found nan"),
+    ({**DESCENT, "step_size": "1"}, "step_size must be a number, found '1'"),
+    ({**DESCENT, "step_size": None}, "'descent' needs step_size; give it"),
+    ({**DESCENT, "curvature": np.ones(3)},
+     r"curvature must be of shape \(2,\), eigenvalues, or \(2, 2\), a matrix, found shape \(3,\)"),
+    ({**DESCENT, "curvature": np.ones((2, 3))}, r"curvature must be .* found shape \(2, 3\)"),
+    ({**DESCENT, "curvature": 1.0}, r"curvature must be .* found shape \(\)"),
+    ({**DESCENT, "curvature": np.array([1.0, np.nan])}, r"curvature must be finite, found nan"),
+    ({**DESCENT, "curvature": np.array([[1.0, 2.0], [0.0, 1.0]])}, "matrix must be symmetric"),
+    ({**DESCENT, "curvature": LowRank(np.ones(3), np.ones((2, 3)))},
+     r"eigenvalues \[p\] and directions \[p, 2\], found shapes \(3,\) and \(2, 3\)"),
+    ({**DESCENT, "curvature": LowRank(np.ones(1), np.full((1, 2), np.nan))},
+     r"directions must be finite, found nan at \(0, 0\)"),
     ({"quotas": {"a": (0, 1)}}, "quotas need both"),
     ({"groups": ["a", "a", "b", "b"], "quotas": {"a": (3, 4)}},
      "group 'a' has 2 samples, but its quota asks for at least 3"),
@@ -336,5 +359,8 @@ def test_bad_input_is_refused(changes, message):
 
 
 def test_the_budget_rule_refuses_bad_fractions():
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], found 1.5"):
-        stiff_budget(COSTS, 2, 1.5)
+    for fraction in (1.5, -0.1, math.nan):
+        with pytest.raises(ValueError, match=rf"must lie in \[0, 1\], found {fraction}"):
+            stiff_budget(COSTS, 2, fraction)
+    with pytest.raises(ValueError, match="budget fraction must be a number, found None"):
+        stiff_budget(COSTS, 2, None)

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_direct.selection import solve_selection, stiff_budget
 from megatron_direct.selection.rows import Rows
+from megatron_direct.selection.share import Share
 
 
 class ThreadRanks:
@@ -97,7 +98,8 @@ def test_ranks_that_come_to_differ_are_caught():
 
     def work(rank):
         ids = np.arange(5) + 5 * rank
-        rows = Rows(np.ones((2, 5)), ids, lambda array: meeting.all_reduce_sum(rank, array))
+        share = Share.of_rank(5, ids, lambda array: meeting.all_reduce_sum(rank, array))
+        rows = Rows(np.ones((2, 5)), share)
         rows.check_replicated(np.array([1, 7]))
         with pytest.raises(RuntimeError, match="ranks disagree on the selection"):
             rows.check_replicated(np.array([1, 7 + rank]))

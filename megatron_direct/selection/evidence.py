@@ -1,0 +1,86 @@
+"""What sketches tell of the candidates: stiff costs and flat parts.
+
+Inner products of sketches stand for those of gradients (shapes: N candidates, n of them on this
+rank, M validation samples, k sketch coordinates, p eigenpairs). With g_i sample i's gradient and
+(lambda_j, v_j) the leading eigenpairs of the validation loss's curvature, stiff up to the elbow:
+
+    a_i = sum over stiff j of lambda_j <g_i, v_j>^2      stiff cost
+    flat(g_i) = g_i less its part along the stiff v_j    (or its part along the v_j after them)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_direct.curvature.spectrum import Directions
+from megatron_direct.errors import UserError
+from megatron_direct.selection.rows import row_blocks
+from megatron_direct.selection.share import AllReduceSum, Share
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of the candidates that this rank holds, n of all N.
+
+    rows: [n, k] sketches; labels: [n] tokens that a sample is trained on; datasets: [n] number of
+    the pool, below num_datasets; ids: [n] numbers of the candidates, 0..N-1 over all ranks;
+    all_reduce_sum: as solve_selection takes it; valid_rows: [M, k] sketches of the validation
+    samples, the same on each rank.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    datasets: np.ndarray
+    num_datasets: int
+    ids: np.ndarray
+    valid_rows: np.ndarray
+    directions: Directions
+    all_reduce_sum: AllReduceSum = lambda array: array
+
+    def share(self) -> Share:
+        """This rank's share of the candidates; all ranks call this."""
+        return Share.of_rank(len(self.rows), self.ids, self.all_reduce_sum)
+
+
+def stiff_costs(rows: np.ndarray, directions: Directions) -> np.ndarray:
+    """[N] a_i = sum_j lambda_j <g_i, v_j>^2 over stiff j, with inner products of sketches."""
+    stiff = directions.sketches[: directions.num_stiff].astype(np.float64)
+    costs = np.empty(len(rows))
+    for block in row_blocks(len(rows)):
+        projections = rows[block].astype(np.float64) @ stiff.T
+        costs[block] = projections**2 @ directions.eigenvalues[: len(stiff)]
+    return costs
+
+
+def flat_rows(rows: np.ndarray, directions: Directions, subspace: str) -> np.ndarray:
+    """[N, k] the part of each sketch in the flat subspace.
+
+    complement: what is left once the stiff directions are projected out; bulk: the projection on
+    the computed directions after them with eigenvalues above zero.
+    """
+    if subspace == "complement":
+        basis = _orthonormal(directions.sketches[: directions.num_stiff])
+        return _in_blocks(lambda block: block - (block @ basis) @ basis.T, rows)
+    bulk = directions.sketches[directions.num_stiff:][
+        directions.eigenvalues[directions.num_stiff:] > 0]
+    if len(bulk) == 0:
+        raise UserError("--flat-subspace bulk: no direction with an eigenvalue above zero was "
+                        "computed after the elbow. Raise --num-eigenpairs.")
+    basis = _orthonormal(bulk)
+    return _in_blocks(lambda block: (block @ basis) @ basis.T, rows)
+
+
+def _in_blocks(project: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """float32 rows out of float64 arithmetic, without a float64 copy of all rows."""
+    result = np.empty_like(rows, dtype=np.float32)
+    for block in row_blocks(len(rows)):
+        result[block] = project(rows[block].astype(np.float64))
+    return result
+
+
+def _orthonormal(vectors: np.ndarray) -> np.ndarray:
+    """[k, p] orthonormal basis of the span of [p, k]."""
+    return np.linalg.qr(vectors.T.astype(np.float64))[0]

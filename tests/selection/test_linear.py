@@ -1,0 +1,49 @@
+"""The linear programme over the feasible set against scipy, with and without quotas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from selection.feasible_sets import draw, linear_optimum
+
+from megatron_direct.selection import stiff_budget
+from megatron_direct.selection.feasible import FeasibleSet
+from megatron_direct.selection.linear import maximise
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_agrees_with_linprog(seed):
+    rng, feasible = draw(seed)
+    scores = rng.standard_normal(len(feasible.costs))
+    vertex = maximise(feasible, scores)
+    weights = vertex.weights()
+    optimum = linear_optimum(feasible, scores)
+    # 1e-7: HiGHS solves to this feasibility.
+    assert vertex.value == pytest.approx(optimum, abs=1e-7)
+    assert scores @ weights == pytest.approx(optimum, abs=1e-7)
+    assert feasible.costs @ weights <= feasible.budget * (1 + 1e-12)
+    assert np.count_nonzero((weights > 0) & (weights < 1)) <= 2
+    assert feasible.admits(vertex.lower)
+
+
+@pytest.mark.parametrize("hint", [1e-9, 0.5, 1.0, 2.0, 1e9])
+def test_a_hint_changes_nothing(hint):
+    rng, feasible = draw(2)
+    scores = rng.standard_normal(len(feasible.costs))
+    plain = maximise(feasible, scores)
+    hinted = maximise(feasible, scores, hint=hint * plain.price)
+    assert hinted.value == pytest.approx(plain.value, rel=1e-12)
+    assert np.array_equal(hinted.lower, plain.lower)
+
+
+def test_open_samples_are_settled_without_changing_the_optimum():
+    """Above a few thousand samples the search drops those that are settled."""
+    rng = np.random.default_rng(0)
+    costs, scores = rng.pareto(1.2, 20_000), rng.standard_normal(20_000)
+    feasible = FeasibleSet(costs, 2_000, stiff_budget(costs, 2_000, 0.2))
+    vertex = maximise(feasible, scores)
+    # Weak duality: any feasible weights score at most the dual value at any price.
+    priced = np.sort(scores - vertex.price * costs)[-2_000:].sum()
+    dual = priced + vertex.price * feasible.budget
+    assert scores @ vertex.weights() == pytest.approx(dual, rel=1e-10)
+    assert feasible.admits(vertex.lower)

@@ -1,0 +1,26 @@
+"""How ``select`` reports what the solver refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_direct.errors import UserError
+from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
+from megatron_direct.steps.solve import in_terms_of_flags
+
+
+def test_quotas_that_cannot_be_met_name_their_flag():
+    with pytest.raises(UserError, match="^--quotas: group 'a' has 3 samples"), in_terms_of_flags():
+        raise InfeasibleQuotas("group 'a' has 3 samples")
+
+
+def test_a_budget_that_cannot_be_met_names_its_flags():
+    flags = "--stiff-budget of at least 2.5, or --stiff-budget-fraction"
+    with pytest.raises(UserError, match=flags), in_terms_of_flags():
+        raise InfeasibleSelection(1.0, 3, 2.5)
+
+
+@pytest.mark.parametrize("error", [ValueError("flat must be finite"), UserError("--seed")])
+def test_no_other_error_is_put_down_to_the_quotas(error):
+    with pytest.raises(type(error), match=f"^{error}$"), in_terms_of_flags():
+        raise error
