@@ -21,7 +21,7 @@ from megatron_direct.preprocessing.shards import Part, PartFile
 # A --domain-key that names something else, such as an address, would make a dataset of a document.
 MAX_DOMAINS = 1000
 LONGEST_DOMAIN = 200  # bytes; a file system allows 255 for a whole file name
-_ENTRIES_AT_A_TIME = 1 << 16
+_ENTRIES_AT_A_TIME = 1 << 14
 # file, shard: the numbers that name the shard. manifest: its place among all manifests. first: the
 # number of the part's first document among all documents of the run.
 _ENTRY = np.dtype([("file", "<u4"), ("shard", "<u4"), ("manifest", "<u4"), ("documents", "<u8"),

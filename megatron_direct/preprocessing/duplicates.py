@@ -83,11 +83,13 @@ def _partitions(folder: Path, blocks: Iterator[np.ndarray], total: int) -> Itera
     for path in paths:
         path.unlink(missing_ok=True)
     waiting: list[np.ndarray] = []
+    num_waiting = 0
     for block in blocks:
         waiting.append(block)
-        if sum(map(len, waiting)) >= _RECORDS_AT_A_TIME:
+        num_waiting += len(block)
+        if num_waiting >= _RECORDS_AT_A_TIME:
             _spread(np.concatenate(waiting), paths)
-            waiting.clear()
+            waiting, num_waiting = [], 0
     if waiting:
         _spread(np.concatenate(waiting), paths)
     for path in paths:

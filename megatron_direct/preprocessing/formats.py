@@ -1,4 +1,4 @@
-"""File formats of the input: told by the name, and opened with their errors explained."""
+"""File formats of the input: recognised by their names, and opened with errors that explain."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from megatron_direct.errors import UserError
 from megatron_direct.preprocessing import (
     catalogue,
     duplicates,
-    folder,
     reading,
+    shard_folder,
     shards,
     tokenizer,
     training,
@@ -44,7 +44,7 @@ def preprocess(settings: PreprocessSettings, ranks: Ranks) -> None:
                                 settings.workers):
             bar.update(size)
     ranks.wait()
-    folder.require_whole(work, settings.folder)
+    shard_folder.require_whole(work, settings.folder)
     contents = ranks.on_first(lambda: _look_over(settings))
     _merge(settings, identity, contents.targets, ranks)
     ranks.wait()
@@ -53,18 +53,18 @@ def preprocess(settings: PreprocessSettings, ranks: Ranks) -> None:
 
 def _prepare(settings: PreprocessSettings, work: Sequence[Shard | Stream]) -> TokenizerIdentity:
     """The tokenizer, and the folder of shards as it belongs to this run."""
-    folder.remove_leftover(settings.folder)
+    shard_folder.remove_leftover(settings.folder)
     # Before a tokenizer is trained, which would replace that of another run.
-    folder.refuse_other(settings.folder, folder.plan_of(settings, None))
+    shard_folder.refuse_other(settings.folder, shard_folder.plan_of(settings, None))
     model = training.prepared(settings, work)
     identity = tokenizer.identify(settings.tokenizer_model, model)
-    folder.take(settings.folder, folder.plan_of(settings, identity))
     _excluded(settings)  # raises, if it does, before the work
+    shard_folder.take(settings.folder, shard_folder.plan_of(settings, identity))
     return identity
 
 
 def _todo(settings: PreprocessSettings, work: Sequence[Shard | Stream]) -> list[Shard | Stream]:
-    todo = folder.unfinished(work, settings.folder)
+    todo = shard_folder.unfinished(work, settings.folder)
     if len(todo) < len(work):
         print(f"{settings.folder} has {len(work) - len(todo)} of {len(work)} shards already")
     return todo
@@ -80,8 +80,8 @@ def _excluded(settings: PreprocessSettings) -> list[ExcludedDataset]:
 
 
 def _look_over(settings: PreprocessSettings) -> Catalogue:
-    """Lists what the shards hold, and finds duplicates. Raises UserError for what is not allowed.
-    """
+    """Lists what the shards hold, and marks duplicates. Raises UserError for leaks, and for bad
+    lines that an earlier run skipped and this one does not."""
     contents = catalogue.build(settings.folder, settings.output_prefix)
     if contents.bad_lines and not settings.skip_bad_lines:
         _refuse_bad_lines(settings.folder)
@@ -92,13 +92,13 @@ def _look_over(settings: PreprocessSettings) -> Catalogue:
     return contents
 
 
-def _refuse_bad_lines(shard_folder: Path) -> None:
+def _refuse_bad_lines(path: Path) -> None:
     """Raises UserError for the first that an unfinished run with --skip-bad-lines left out."""
-    for manifest, before in shards.with_lines_before(shard_folder):
+    for manifest, before in shards.with_lines_before(path):
         for line, reason in manifest.bad:
             raise UserError(f"{manifest.path}:{before + line + 1} cannot be read ({reason}). Leave "
                             "such lines out with --skip-bad-lines, or correct it and delete "
-                            f"{shard_folder}.")
+                            f"{path}.")
 
 
 def _merge(settings: PreprocessSettings, identity: TokenizerIdentity, targets: Sequence[Target],
@@ -133,14 +133,14 @@ def _finish(settings: PreprocessSettings, contents: Catalogue) -> None:
     if contents.bad_lines:
         shown = _list_bad_lines(settings.folder, listed)
         print(f"{contents.bad_lines} bad lines left out, all listed in {listed}:{''.join(shown)}")
-    folder.remove(settings.folder)
+    shard_folder.remove(settings.folder)
 
 
-def _list_bad_lines(shard_folder: Path, listed: Path) -> list[str]:
+def _list_bad_lines(path: Path, listed: Path) -> list[str]:
     """Writes the list, and returns the first of them."""
     shown: list[str] = []
     with files.written_whole(listed) as file:
-        for manifest, before in shards.with_lines_before(shard_folder):
+        for manifest, before in shards.with_lines_before(path):
             for line, reason in manifest.bad:
                 text = f"{manifest.path}:{before + line + 1}: {reason}"
                 file.write(f"{text}\n".encode(errors="backslashreplace"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_direct.preprocessing import documents, folder, reading, splits, tokenizer
+from megatron_direct.preprocessing import documents, reading, shard_folder, splits, tokenizer
 from megatron_direct.preprocessing.documents import Document
 from megatron_direct.preprocessing.reading import Shard, Stream
 from megatron_direct.preprocessing.settings import PreprocessSettings
@@ -22,7 +22,7 @@ def prepared(settings: PreprocessSettings, work: Sequence[Shard | Stream]) -> To
     """
     path = settings.tokenizer_model
     if settings.train_tokenizer:
-        planned = folder.tokenizer_digest(settings.folder)
+        planned = shard_folder.tokenizer_digest(settings.folder)
         if planned is None or not path.is_file() or files.file_digest(path) != planned:
             tokenizer.train(path, texts(settings, work), settings.vocab_size)
     return tokenizer.load(path, settings.eod_token, settings.append_eod)

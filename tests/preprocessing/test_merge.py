@@ -115,7 +115,7 @@ def test_windows_are_the_stream_of_documents_cut(tmp_path):
     assert card["documents"] == count and card["tokens_cut"] == len(stream) % 64 > 0
     assert card["samples"] == "window" and card["seq_length"] == 64
     assert np.load(windows.lengths_path(f"{tmp_path}/y")).tolist() == list(map(len, documents))
-    # Documents in place of windows leave nothing of them behind.
+    # Documents in place of windows: nothing of the windows remains.
     assert "seq_length" not in made.merge(tmp_path / "y")
     assert not windows.lengths_path(f"{tmp_path}/y").exists()
 

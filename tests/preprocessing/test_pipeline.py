@@ -160,6 +160,7 @@ def test_bad_files_are_named(text, tmp_path, name, content, match):
 def test_files_and_tokens_that_are_missing_are_named(text, tmp_path, flags, match):
     with pytest.raises(SystemExit, match=match):
         text.run(tmp_path / "x", *flags, inputs=[text.notes])
+    text.run(tmp_path / "x", "--seed", "7", inputs=[text.notes])  # no unfinished run is in the way
 
 
 @pytest.mark.parametrize(("values", "match"), [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from preprocess_runs import main, outputs, read
 
-from megatron_direct.preprocessing import folder, shards, tokenizer
+from megatron_direct.preprocessing import shard_folder, shards, tokenizer
 
 ENTRIES = [f"Entry {n}: the tide turned at {n} past the hour." for n in range(40)]
 
@@ -129,8 +129,8 @@ class _Killed(BaseException):
 
 
 @pytest.mark.parametrize("deleted", [0, 1, 5, 10**6])
-def test_a_run_killed_while_it_deletes_its_shards_leaves_nothing_behind(
-        text, tmp_path, monkeypatch, deleted):
+def test_a_run_killed_while_it_deletes_its_shards_does_no_harm(text, tmp_path, monkeypatch,
+                                                              deleted):
     """deleted: files that are gone when it is killed, plan.json the first."""
     def killed(path):
         files = sorted(Path(path).iterdir(), key=lambda file: (file.name != "plan.json", file.name))
@@ -144,7 +144,7 @@ def test_a_run_killed_while_it_deletes_its_shards_leaves_nothing_behind(
         json.dumps({"text": entry}) + "\n" for entry in ENTRIES[20:]))
     flags = ("--domain", "d", "--shard-size", "0.0002")
     with monkeypatch.context() as patched, pytest.raises(_Killed):
-        patched.setattr(folder.shutil, "rmtree", killed)
+        patched.setattr(shard_folder.shutil, "rmtree", killed)
         text.run(tmp_path / "x", *flags, inputs=[tmp_path / "a.jsonl"])
     assert text.texts(tmp_path / "x_d_pool") == ENTRIES[:20]
     text.run(tmp_path / "x", *flags, inputs=[tmp_path / "b.jsonl"])
@@ -153,16 +153,16 @@ def test_a_run_killed_while_it_deletes_its_shards_leaves_nothing_behind(
 
 
 def test_shards_without_a_plan_are_refused(text, tmp_path):
-    shard_folder = tmp_path / "x.shards"
-    shard_folder.mkdir()
-    (shard_folder / ".plan.json.7.partial").write_text("{")  # killed at its very start
+    path = tmp_path / "x.shards"
+    path.mkdir()
+    (path / ".plan.json.7.partial").write_text("{")  # killed at its very start
     text.run(tmp_path / "x", inputs=[text.plain])
     done = outputs(tmp_path / "x")
-    shard_folder.mkdir()
-    (shard_folder / "000000-0000000.json").write_text("{}")
+    path.mkdir()
+    (path / "000000-0000000.json").write_text("{}")
     with pytest.raises(SystemExit, match="x.shards holds shards, but no plan.json.*Delete"):
         text.run(tmp_path / "x", inputs=[text.plain])
-    shutil.rmtree(shard_folder)
+    shutil.rmtree(path)
     text.run(tmp_path / "x", inputs=[text.plain])
     assert outputs(tmp_path / "x") == done
 
