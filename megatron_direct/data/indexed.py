@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ _REMEDY = "Copy or make the dataset again."
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 # Megatron's codes. Those of floating-point numbers, 6 and 7, hold no tokens.
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-_BLOCK = 1 << 22  # entries of an index that are checked at once
+_BLOCK = 1 << 20  # entries of an index that are checked or written at once
 
 
 class IndexedTokens:
@@ -162,20 +163,36 @@ def require_tokens_below(prefix: str, vocab_size: int) -> None:
 
 
 def write_index(path: str, dtype, sequence_lengths: np.ndarray,
-                document_indices: np.ndarray) -> None:
+                document_indices: np.ndarray | None = None) -> None:
     """``PREFIX.idx`` of tokens that lie one after the other in ``PREFIX.bin``.
 
-    sequence_lengths: [sequences]; document_indices: [documents + 1] the sequence at which each
-    document begins, and at the end the number of sequences. Megatron's own writer keeps a Python
-    list of all offsets, which takes minutes and gigabytes at the size of a pre-training set.
+    sequence_lengths: [sequences], which may be a map of a file; document_indices: [documents + 1]
+    the sequence at which each document begins, and at the end the number of sequences; None where
+    each sequence is a document. Written in blocks: Megatron's own writer keeps a Python list of all
+    offsets, which takes minutes and gigabytes at the size of a pre-training set.
     """
     code = next(code for code, kind in _DTYPES.items() if np.dtype(kind) == np.dtype(dtype))
-    sizes = np.asarray(sequence_lengths, dtype=np.int64) * np.dtype(dtype).itemsize
+    num_sequences = len(sequence_lengths)
+    num_boundaries = num_sequences + 1 if document_indices is None else len(document_indices)
     with files.written_whole(path) as file:
-        file.write(_HEADER.pack(_MAGIC, _VERSION, code, len(sizes), len(document_indices)))
-        file.write(np.asarray(sequence_lengths, dtype=np.int32).data)
-        file.write((np.cumsum(sizes) - sizes).data)
-        file.write(np.asarray(document_indices, dtype=np.int64).data)
+        file.write(_HEADER.pack(_MAGIC, _VERSION, code, num_sequences, num_boundaries))
+        for block in _blocks(num_sequences):
+            file.write(np.asarray(sequence_lengths[block], np.int32).data)
+        offset = 0
+        for block in _blocks(num_sequences):
+            ends = offset + np.cumsum(sequence_lengths[block], dtype=np.int64) \
+                * np.dtype(dtype).itemsize
+            file.write(np.concatenate([[offset], ends[:-1]]).data)
+            offset = int(ends[-1])
+        for block in _blocks(num_boundaries):
+            file.write((np.arange(block.start, block.stop, dtype=np.int64)
+                        if document_indices is None
+                        else np.asarray(document_indices[block], np.int64)).data)
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    for start in range(0, count, _BLOCK):
+        yield slice(start, min(start + _BLOCK, count))
 
 
 def num_documents(dataset) -> int:

@@ -1,4 +1,4 @@
-"""Documents of a shard: text, and what decides over its domain and its split.
+"""Documents of a shard: text, and what decides on its domain and its split.
 
 A record is a JSON object or a Parquet row. Keys may be dotted: ``meta.pile_set_name`` is the entry
 ``pile_set_name`` of the object ``meta``, unless the record has an entry of that whole name.
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_direct.errors import UserError
-from megatron_direct.preprocessing import reading
+from megatron_direct.preprocessing import formats, reading
 from megatron_direct.preprocessing.reading import Shard
 
-_DESCRIPTION = {"jsonl": "no JSON object with the keys", "parquet": "no row with the columns",
-                "text": "no UTF-8 text"}
+_DESCRIPTION = {"jsonl": "a JSON object with the keys", "parquet": "a row with the columns",
+                "text": "UTF-8 text"}
 _ROWS_AT_A_TIME = 256
 
 
@@ -35,9 +35,12 @@ class BadLine(NamedTuple):
 
 @dataclass(frozen=True)
 class Fields:
-    """Where a record's text, group and domain stand; None: the text itself, the file's name."""
+    """The keys of a record's text, group and domain.
 
-    text: Sequence[str] = ("text",)
+    Without a key the group is the text itself, and the domain is the file's stem.
+    """
+
+    text: tuple[str, ...] = ("text",)
     group: str | None = None
     domain: str | None = None
     domain_name: str | None = None  # one name for all, in place of the file's
@@ -45,6 +48,12 @@ class Fields:
     @property
     def names(self) -> list[str]:
         return [*self.text, *filter(None, (self.group, self.domain))]
+
+    @property
+    def flags(self) -> str:
+        """The flags that name the keys."""
+        return " or ".join(["--json-keys", *["--group-key"] * (self.group is not None),
+                            *["--domain-key"] * (self.domain is not None)])
 
 
 def lookup(record: Mapping, key: str):
@@ -58,8 +67,8 @@ def lookup(record: Mapping, key: str):
 
 
 def read(shard: Shard, fields: Fields) -> Iterator[Document | BadLine]:
-    """The documents of a shard in their order, and the lines that are none."""
-    kind = reading.format_of(shard.path)
+    """The documents of a shard in their order, and the lines that are not documents."""
+    kind = formats.format_of(shard.path)
     if kind == "text":
         return _paragraphs(shard, fields)
     return _records(shard, fields, _json_lines(shard) if kind == "jsonl" else
@@ -70,52 +79,71 @@ def checked(shard: Shard, fields: Fields, skip_bad_lines: bool) -> Iterator[Docu
     """``read``, but raises UserError at the first bad line unless they are to be skipped."""
     for item in read(shard, fields):
         if isinstance(item, BadLine) and not skip_bad_lines:
-            kind = reading.format_of(shard.path)
-            wanted = "" if kind == "text" else " " + ", ".join(fields.names)
-            remedy = "Mend it" if kind == "text" else "Mend it, or correct --json-keys"
+            kind = formats.format_of(shard.path)
+            keys = "" if kind == "text" else " " + ", ".join(fields.names)
+            remedy = "Correct it" if kind == "text" else f"Correct it, or {fields.flags}"
             raise UserError(
-                f"{shard.path}:{reading.lines_before(shard) + item.line + 1} is "
-                f"{_DESCRIPTION[kind]}{wanted} ({item.reason}). {remedy}, or leave such lines out "
+                f"{shard.path}:{reading.lines_before(shard) + item.line + 1} is not "
+                f"{_DESCRIPTION[kind]}{keys} ({item.reason}). {remedy}, or leave such lines out "
                 "with --skip-bad-lines.")
         yield item
 
 
-def _records(shard: Shard, fields: Fields, records: Iterator[tuple[int, object]]
+def _records(shard: Shard, fields: Fields, records: Iterator[tuple[int, Mapping | bytes]]
              ) -> Iterator[Document | BadLine]:
     """records: (line, record as a mapping, or as the bytes of its JSON)."""
-    file_domain = fields.domain_name or reading.stem(shard.path)
+    file_domain = fields.domain_name or formats.stem(shard.path)
     for line, record in records:
         try:
             if isinstance(record, bytes):
                 record = json.loads(record)
             text = "\n".join(lookup(record, key) for key in fields.text)
-            text.encode()  # half a surrogate pair is valid JSON, and no text
-            group = text if fields.group is None else str(lookup(record, fields.group))
-            domain = file_domain
-            if fields.domain is not None:
-                domain = lookup(record, fields.domain)
-                if not isinstance(domain, str | int) or domain == "":
-                    raise TypeError(f"{fields.domain} is {domain!r}, which is no name")
+            text.encode()  # half of a surrogate pair is valid JSON, but not text
+            group = text if fields.group is None else _label(record, fields.group)
+            domain = file_domain if fields.domain is None else _domain(record, fields.domain)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             yield BadLine(line, f"{type(error).__name__}: {error}")
         else:
-            yield Document(line, text, group, str(domain))
+            yield Document(line, text, group, domain)
+
+
+def _label(record: Mapping, key: str) -> str:
+    """The value of a key that records are gathered by.
+
+    Raises ValueError for one that stands for nothing, in JSON null and in a Parquet column of
+    numbers NaN: records that lack a group have nothing in common.
+    """
+    value = lookup(record, key)
+    if value is None or value == "" or value != value:
+        raise ValueError(f"{key} is {value!r}, which names nothing")
+    text = str(value)
+    text.encode()
+    return text
+
+
+def _domain(record: Mapping, key: str) -> str:
+    value = lookup(record, key)
+    if value is not None and not isinstance(value, str | int):
+        raise TypeError(f"{key} is {value!r}, which is not a name")
+    return _label(record, key)
 
 
 def _json_lines(shard: Shard) -> Iterator[tuple[int, bytes]]:
     for number, line in enumerate(io.BytesIO(reading.text_of(shard))):
+        _require_bounded(shard, number, len(line))
+        line = line.removeprefix(formats.BYTE_ORDER_MARK)
         if line.strip():
             yield number, line
 
 
 def _parquet_rows(shard: Shard, fields: Fields) -> Iterator[tuple[int, dict]]:
-    with reading.parquet_file(shard.path) as parquet:
+    with formats.parquet_file(shard.path) as parquet:
         there = parquet.schema_arrow.names
         columns = {key if key in there else key.partition(".")[0] for key in fields.names}
         if not columns <= set(there):
             lacking = ", ".join(sorted(columns - set(there)))
             raise UserError(f"{shard.path} has no column {lacking}, but {', '.join(there)}. "
-                            "Correct --json-keys, --group-key or --domain-key.")
+                            f"Correct {fields.flags}.")
         number = 0
         for batch in parquet.iter_batches(_ROWS_AT_A_TIME, range(shard.start, shard.stop),
                                           sorted(columns)):
@@ -125,12 +153,16 @@ def _parquet_rows(shard: Shard, fields: Fields) -> Iterator[tuple[int, dict]]:
 
 
 def _paragraphs(shard: Shard, fields: Fields) -> Iterator[Document | BadLine]:
-    domain = fields.domain_name or reading.stem(shard.path)
+    domain = fields.domain_name or formats.stem(shard.path)
     lines: list[bytes] = []
-    number = -1
+    size, number = 0, -1
     for number, line in enumerate(io.BytesIO(reading.text_of(shard))):
+        if not lines:  # also within a file: files with a mark may have been joined
+            line, size = line.removeprefix(formats.BYTE_ORDER_MARK), 0
         if line.strip():
             lines.append(line.rstrip(b"\r\n"))
+            size += len(line)
+            _require_bounded(shard, number, size)
         elif lines:
             yield _paragraph(lines, number, domain)
             lines = []
@@ -138,10 +170,15 @@ def _paragraphs(shard: Shard, fields: Fields) -> Iterator[Document | BadLine]:
         yield _paragraph(lines, number + 1, domain)
 
 
-def _paragraph(lines: list[bytes], end: int, domain: str) -> Document | BadLine:
+def _paragraph(lines: Sequence[bytes], end: int, domain: str) -> Document | BadLine:
     first = end - len(lines)
     try:
         text = b"\n".join(lines).decode()
     except UnicodeDecodeError as error:
         return BadLine(first, str(error))
     return Document(first, text, text, domain)
+
+
+def _require_bounded(shard: Shard, line: int, size: int) -> None:
+    if size > reading.LONGEST[formats.format_of(shard.path)]:
+        raise reading.too_long(shard.path, reading.lines_before(shard) + line)

@@ -1,4 +1,10 @@
 """Documents of indexed datasets that a run must not overlap, such as a validation set made before.
+
+What ended these documents is not part of them. A dataset of this tool says on its card which token
+was added to each. Of another one it is unknown: its documents are compared without the tokens at
+their end that stand for no text, and, where all of them end in one and the same token, also without
+that. Windows do not show where a document ends, since a text may itself hold the token that ends
+documents; so the lengths of the documents are kept beside them (see windows.py).
 """
 
 from __future__ import annotations
@@ -7,53 +13,73 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from megatron_direct.data import indexed
 from megatron_direct.errors import UserError
-from megatron_direct.preprocessing import shards
+from megatron_direct.preprocessing import shards, windows
 
-_DOCUMENTS_AT_A_TIME = 1 << 16
+_HASHES_AT_A_TIME = 1 << 16
 
 
 class ExcludedDataset:
-    """Raises UserError where it was made with another tokenizer, or its documents are lost."""
+    """Raises UserError where it was made with another tokenizer, or its documents are lost.
 
-    def __init__(self, prefix: str, tokenizer_digest: str, eod: int | None):
-        from megatron_direct.data import indexed
+    end_tokens: those that shards.document_hash leaves out.
+    """
 
+    def __init__(self, prefix: str, tokenizer_digest: str, end_tokens: frozenset[int]):
         self.prefix = prefix
-        self._dataset, self._eod = indexed.open_indexed(prefix), eod
-        self.num_documents = indexed.num_documents(self._dataset)
-        card = indexed.read_card(prefix)
-        if card.get("tokenizer_digest", tokenizer_digest) != tokenizer_digest:
+        self._dataset, self._end_tokens = indexed.open_indexed(prefix), end_tokens
+        self._card = indexed.read_card(prefix)
+        if self._card.get("tokenizer_digest", tokenizer_digest) != tokenizer_digest:
             raise UserError(f"{prefix} of --exclude was made with another tokenizer than "
                             "--tokenizer-model: equal documents would not be found. Make it again "
                             "with this one.")
-        self._are_windows = card.get("samples") == "window"
-        if self._are_windows and card["eod"] is None:
-            raise UserError(f"{prefix} of --exclude holds windows without end-of-document tokens, "
-                            "from which no documents can be told. Make it again with --append-eod, "
-                            "or with --samples document.")
+        self._lengths = windows.read_lengths(prefix, self._card) \
+            if self._card.get("samples") == "window" else None
+        self.num_documents = indexed.num_documents(self._dataset) if self._lengths is None \
+            else len(self._lengths)
 
-    def hashes(self) -> Iterator[np.ndarray]:
-        """[documents] of shards.HASH in blocks."""
-        waiting: list[bytes] = []
-        for tokens in self._documents():
-            waiting.append(shards.document_hash(tokens, self._eod))
-            if len(waiting) == _DOCUMENTS_AT_A_TIME:
-                yield np.frombuffer(b"".join(waiting), shards.HASH)
-                waiting.clear()
-        yield np.frombuffer(b"".join(waiting), shards.HASH)
+    def hashes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(numbers, hashes [n] of shards.HASH) of documents in blocks; a number may come twice."""
+        numbers: list[int] = []
+        found: list[bytes] = []
+        for number, tokens in self._texts():
+            numbers.append(number)
+            found.append(shards.document_hash(tokens, self._end_tokens))
+            if len(found) == _HASHES_AT_A_TIME:
+                yield np.array(numbers), np.frombuffer(b"".join(found), shards.HASH)
+                numbers.clear()
+                found.clear()
+        yield np.array(numbers, np.int64), np.frombuffer(b"".join(found), shards.HASH)
+
+    def _texts(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(number, int32 tokens) of each document, without the end that was added to it."""
+        if "eod" in self._card:
+            for number, tokens in enumerate(self._documents()):
+                has_end = len(tokens) and tokens[-1] == self._card["eod"]
+                yield number, tokens[:-1] if has_end else tokens
+            return
+        shared = self._shared_last_token()
+        for number, tokens in enumerate(self._documents()):
+            yield number, tokens
+            if shared is not None:
+                yield number, tokens[:-1]
 
     def _documents(self) -> Iterator[np.ndarray]:
-        """int32 tokens of each. Windows are joined, and cut behind end-of-document tokens; what
-        the last of them cuts off is no document of the dataset."""
-        from megatron_direct.data import indexed
-
-        rest = np.empty(0, np.int32)
+        if self._lengths is not None:
+            yield from windows.documents(self.prefix, self._dataset.dtype, self._lengths,
+                                         self._card["eod"] is not None)
+            return
         for number in range(self.num_documents):
-            tokens = indexed.document_tokens(self._dataset, number).astype(np.int32)
-            if not self._are_windows:
-                yield tokens
-                continue
-            *whole, rest = np.split(np.concatenate([rest, tokens]), 1 + np.flatnonzero(
-                np.concatenate([rest, tokens]) == self._eod))
-            yield from whole
+            yield indexed.document_tokens(self._dataset, number).astype(np.int32)
+
+    def _shared_last_token(self) -> int | None:
+        """The token in which all documents end, unless ``end_tokens`` has it."""
+        shared = None
+        for tokens in self._documents():
+            if len(tokens):
+                last = int(tokens[-1])
+                if last in self._end_tokens or shared not in (None, last):
+                    return None
+                shared = last
+        return shared

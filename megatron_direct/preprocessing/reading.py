@@ -1,36 +1,37 @@
-"""Input files, and how they are cut into shards.
+"""How input files are cut into shards.
 
 A shard is a run of whole lines (JSONL), of whole paragraphs (any other text; a paragraph ends at an
 empty line) or of whole row groups (Parquet). The cuts follow from the file and the shard size:
 
-    plain text    the first line, or paragraph, that begins at or behind a multiple of the size; so
-                  a shard is found without reading what lies before it
+    plain text    a cut lies at every multiple of the size, and moves to the next line or paragraph;
+                  so a shard is found without reading what lies before it
     .gz, .zst     the same text cut as it is decompressed; one process reads the file and hands the
                   text on, since a compressed stream cannot be entered in the middle
     .parquet      row groups gathered until they have the size
 
-Which shard a document falls into makes no difference to the output.
+Which shard a document falls into makes no difference to the output. A line or a paragraph belongs
+to the shard in which it begins. A shard in which none begins stops reading where it ends, so that
+each byte is looked at by its own shard, and by the one whose document it belongs to.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import io
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from megatron_direct.errors import UserError
-from megatron_direct.preprocessing import optional
+from megatron_direct.preprocessing.formats import (
+    compression_of,
+    format_of,
+    opened,
+    parquet_file,
+)
 
-COMPRESSIONS = (".gz", ".zst")
-FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-# A Zstandard frame may ask for a window of up to 2 GiB (`zstd --long=31`), as archives of web text
-# do; the library's own limit is 128 MiB.
-ZSTD_MAX_WINDOW = 1 << 31
+# Bytes of a document; a worker holds one in memory several times over. A paragraph that is longer
+# than any novel is text without empty lines; a line of JSONL says itself where it ends.
+LONGEST = {"text": 8 << 20, "jsonl": 128 << 20}
 
 
 @dataclass(frozen=True)
@@ -72,24 +73,13 @@ class Stream:
     size: int
 
 
-def format_of(path: Path) -> str:
-    """jsonl, parquet or text."""
-    name = Path(path.stem) if path.suffix in COMPRESSIONS else path
-    return FORMATS.get(name.suffix, "text")
-
-
-def stem(path: Path) -> str:
-    """The file's name without what tells its format: wiki of wiki.jsonl.zst."""
-    return Path(path.stem).stem if path.suffix in COMPRESSIONS else path.stem
-
-
 def plan(paths: Sequence[Path], shard_bytes: int) -> list[Shard | Stream]:
     """All work, in the order of the input. Raises UserError for what cannot be read."""
     work: list[Shard | Stream] = []
     for file, path in enumerate(paths):
         if not path.is_file():
             raise UserError(f"{path} does not exist. Correct --input.")
-        if path.suffix in COMPRESSIONS:
+        if compression_of(path):
             if format_of(path) == "parquet":
                 raise UserError(f"{path} is a compressed Parquet file. Decompress it; Parquet "
                                 "compresses its columns by itself.")
@@ -125,24 +115,33 @@ def shards_of(unit: Shard | Stream, shard_bytes: int) -> Iterator[Shard]:
 def _decompressed(stream: Stream, shard_bytes: int) -> Iterator[Shard]:
     number, first_line = 0, 0
     with opened(stream.path) as file:
-        block = _next_block(file, stream.path, shard_bytes)
+        block = _next_block(file, stream.path, shard_bytes, first_line)
         while block or number == 0:  # an empty file is one empty shard, so that it has a last one
-            following = _next_block(file, stream.path, shard_bytes)
+            next_line = first_line + _count_lines(block)
+            following = _next_block(file, stream.path, shard_bytes, next_line)
             yield Shard(stream.path, stream.file, number, 0, 0, block, first_line, not following)
-            first_line += _count_lines(block)
-            block, number = following, number + 1
+            block, number, first_line = following, number + 1, next_line
 
 
-def _next_block(file: BinaryIO, path: Path, shard_bytes: int) -> bytes:
-    return file.read(shard_bytes) + _rest(file, format_of(path) == "text")
+def _next_block(file: BinaryIO, path: Path, shard_bytes: int, first_line: int) -> bytes:
+    block = file.read(shard_bytes)
+    rest = _rest(file, path, LONGEST[format_of(path)])
+    if rest is None:
+        raise too_long(path, first_line + block.count(b"\n"))
+    return block + rest
 
 
 def text_of(shard: Shard) -> bytes:
-    """The lines of a shard of text."""
+    """The lines of a shard of text. Raises UserError where its last document is too long."""
     if shard.block is not None:
         return shard.block
     with opened(shard.path) as file:
-        start, stop = (_cut(file, shard.path, place) for place in (shard.start, shard.stop))
+        start = _next_start(file, shard.path, shard.start, shard.stop - shard.start)
+        if start is None:
+            return b""
+        stop = _next_start(file, shard.path, shard.stop, LONGEST[format_of(shard.path)])
+        if stop is None:
+            raise too_long(shard.path, _newlines_before(file, shard.stop))
         file.seek(start)
         return file.read(stop - start)
 
@@ -155,12 +154,8 @@ def lines_before(shard: Shard) -> int:
     if shard.block is not None:
         return shard.first_line
     with opened(shard.path) as file:
-        left, lines = _cut(file, shard.path, shard.start), 0
-        file.seek(0)
-        while left:
-            block = file.read(min(left, 1 << 22))
-            lines, left = lines + block.count(b"\n"), left - len(block)
-    return lines
+        start = _next_start(file, shard.path, shard.start, shard.stop - shard.start)
+        return _newlines_before(file, shard.stop if start is None else start)
 
 
 def num_lines(shard: Shard) -> int:
@@ -172,87 +167,58 @@ def num_lines(shard: Shard) -> int:
     return _count_lines(text_of(shard))
 
 
+def too_long(path: Path, line: int) -> UserError:
+    """The error for a document that contains a line (from 0) and is longer than LONGEST."""
+    kind = format_of(path)
+    limit = f"longer than {LONGEST[kind] >> 20} MiB"
+    if kind == "text":
+        return UserError(f"{path}:{line + 1} belongs to a document that is {limit}. In a text file "
+                         "an empty line ends a document. Put empty lines between the documents, "
+                         "or write one to a line as JSONL.")
+    return UserError(f"{path}:{line + 1} is a line that is {limit}. In JSONL each line holds one "
+                     "document. Write one object to a line, or divide the document.")
+
+
 def _count_lines(text: bytes) -> int:
     return text.count(b"\n") + (not text.endswith(b"\n") and len(text) > 0)
 
 
-def _cut(file: BinaryIO, path: Path, place: int) -> int:
-    """The first line start, or paragraph start, at or behind a place."""
+def _newlines_before(file: BinaryIO, place: int) -> int:
+    file.seek(0)
+    lines = 0
+    while place:
+        block = file.read(min(place, 1 << 22))
+        lines, place = lines + block.count(b"\n"), place - len(block)
+    return lines
+
+
+def _next_start(file: BinaryIO, path: Path, place: int, most: int) -> int | None:
+    """Where the first line, or paragraph, begins that belongs to a shard from ``place`` on.
+
+    None where that is not decided within ``most`` bytes.
+    """
     if place == 0:
         return 0
-    file.seek(place - 1)  # the line that ends right before the place is no part of the shard
-    return place - 1 + len(_rest(file, format_of(path) == "text"))
+    file.seek(place - 1)  # the line that ends right before the place is not part of the shard
+    rest = _rest(file, path, most + 1)
+    return None if rest is None else place - 1 + len(rest)
 
 
-def _rest(file: BinaryIO, is_text: bool) -> bytes:
-    """What is left of the line that the file stands in, and of text on to the next empty line."""
-    lines = [file.readline()]
-    if is_text:
-        for line in iter(file.readline, b""):
-            lines.append(line)
-            if not line.strip():
-                break
-    return b"".join(lines)
+def _rest(file: BinaryIO, path: Path, most: int) -> bytes | None:
+    """What is left of the line that the file stands in, and of text on to the next empty line.
 
-
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """The file's text, decompressed. Raises UserError where it is damaged."""
-    damaged: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
-    opener: Callable[[BinaryIO], BinaryIO] = contextlib.nullcontext
-    if path.suffix == ".gz":
-        def opener(file):
-            return gzip.GzipFile(fileobj=file)
-    elif path.suffix == ".zst":
-        zstandard = optional.require("zstandard", f"{path}, compressed with Zstandard,", "data")
-        damaged += (zstandard.ZstdError,)
-
-        def opener(file):
-            decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW)
-            return io.BufferedReader(_ZstdFrames(file, decompressor), buffer_size=1 << 20)
-    try:
-        with open(path, "rb") as file, opener(file) as text:
-            yield text
-    except damaged as error:
-        raise UserError(f"{path} is truncated or damaged ({type(error).__name__}: {error}). "
-                        "Copy it again.") from error
-
-
-class _ZstdFrames(io.RawIOBase):
-    """The text of all frames. The package's own reader takes a truncated file for a whole one."""
-
-    def __init__(self, file: BinaryIO, decompressor):
-        self._file, self._decompressor = file, decompressor
-        self._frame, self._waiting, self._text = None, b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._text:
-            self._waiting = self._waiting or self._file.read(1 << 16)
-            if not self._waiting:
-                if self._frame is not None:
-                    raise EOFError("it ends within a frame")
-                return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            self._text = memoryview(self._frame.decompress(self._waiting))
-            self._waiting = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        count = min(len(buffer), len(self._text))
-        buffer[:count], self._text = self._text[:count], self._text[count:]
-        return count
-
-
-@contextlib.contextmanager
-def parquet_file(path: Path):
-    """A pyarrow ParquetFile. Raises UserError where it is damaged."""
-    parquet = optional.require("pyarrow.parquet", f"{path}, a Parquet file,", "data")
-    pyarrow = optional.require("pyarrow", f"{path}, a Parquet file,", "data")
-    try:
-        with parquet.ParquetFile(path) as file:
-            yield file
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is no Parquet file, or damaged ({error}). Copy it again."
-                        ) from error
+    None where the line goes on, or the empty line does not begin, within ``most`` bytes.
+    """
+    lines = [file.readline(most)]
+    left = most - len(lines[0])
+    if format_of(path) != "text":
+        return lines[0] if left or lines[0].endswith(b"\n") else None
+    while left > 0:
+        line = file.readline(left)
+        if len(line) == left and not line.strip() and not line.endswith(b"\n"):
+            line += file.readline(LONGEST["text"])  # an empty line that begins within, ends beyond
+        lines.append(line)
+        left -= len(line)
+        if not line.strip():
+            return b"".join(lines)
+    return None

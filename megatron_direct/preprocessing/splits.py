@@ -1,8 +1,9 @@
-"""Which documents are selected from, and which are kept for validation and test."""
+"""Which documents are selected from, and which are held out for validation and test."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_right
 from itertools import accumulate
 
@@ -17,13 +18,14 @@ def parse_split(text: str) -> tuple[float, ...]:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
         shares = []
-    if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
-        raise UserError(f"--split {text} is not three numbers such as 90,5,5.")
+    if len(shares) != len(SPLITS) or min(shares) < 0 or not 0 < sum(shares) < math.inf:
+        raise UserError(f"--split {text} is not three numbers such as 90,5,5. Give the shares of "
+                        f"{', '.join(SPLITS)}: none below 0, one of them above.")
     return tuple(share / sum(shares) for share in shares)
 
 
 def split_of(group: str, shares: tuple[float, ...], seed: int) -> str:
-    """Which of SPLITS a group falls into: a hash of it alone, so that equal documents meet."""
+    """The split of a group, by a hash of the group alone: so equal documents meet in one split."""
     place = uniform(f"{seed}\x1fsplit\x1f{group}")
     return SPLITS[bisect_right(list(accumulate(shares[:-1])), place)]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_direct.errors import UserError
-from megatron_direct.preprocessing import documents, reading
+from megatron_direct.preprocessing import documents, formats, reading
 from megatron_direct.preprocessing.documents import BadLine, Document, Fields
 
 RNG = np.random.default_rng(0)
@@ -106,7 +106,7 @@ def test_bad_lines_do_not_end_the_shard(tmp_path, name, line, reason):
     (_, _, first), (_, number, bad), (_, _, last) = _read([path], 10**6, Fields())
     assert isinstance(first, Document) and isinstance(last, Document)
     assert isinstance(bad, BadLine) and number == 2
-    with pytest.raises(UserError, match=rf"{name}:3 is no .*({reason}).*--skip-bad-lines"):
+    with pytest.raises(UserError, match=rf"{name}:3 is not .*({reason}).*--skip-bad-lines"):
         [list(documents.checked(shard, Fields(), False)) for shard in reading.plan([path], 10**6)]
 
 
@@ -128,10 +128,11 @@ def test_dotted_keys_that_are_not_there(record):
 @pytest.mark.parametrize(("name", "stem", "kind"), [
     ("wiki.jsonl", "wiki", "jsonl"), ("wiki.jsonl.zst", "wiki", "jsonl"),
     ("v1.2.txt.gz", "v1.2", "text"), ("code.parquet", "code", "parquet"),
-    ("notes", "notes", "text"),
+    ("notes", "notes", "text"), ("WIKI.JSONL.ZST", "WIKI", "jsonl"), ("a.Parquet", "a", "parquet"),
+    ("a.jsonlines", "a", "jsonl"), ("a.ndjson.gz", "a", "jsonl"),
 ])
 def test_names(name, stem, kind):
-    assert reading.stem(Path(name)) == stem and reading.format_of(Path(name)) == kind
+    assert formats.stem(Path(name)) == stem and formats.format_of(Path(name)) == kind
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz", "a.jsonl.zst", "a.parquet"])
@@ -145,7 +146,7 @@ def test_damaged_files_are_named(tmp_path, name, damage):
         _write(tmp_path / name, "\n".join(RECORDS).encode())
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[:-5] if damage == "cut" else b"\0" * 99)
-    with pytest.raises(UserError, match=f"{name} is .*(damaged|no Parquet).*Copy it again"):
+    with pytest.raises(UserError, match=f"{name} is .*(damaged|not a Parquet).*Copy it again"):
         _read([tmp_path / name], 1000, Fields())
 
 

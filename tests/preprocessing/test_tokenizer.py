@@ -17,7 +17,7 @@ CORPUS = TEXTS * 50
 
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory):
-    """A byte-level BPE that truncates, pads and puts a token in front unless it is told not to."""
+    """A byte-level BPE that truncates, pads and puts a token in front by default."""
     tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,7 +77,7 @@ def test_sentence_piece_gives_the_text_back(sentence_piece):
     assert tokenizer.load(sentence_piece, "<s>", True).eod == plain.bos_id()
 
 
-def test_a_missing_end_is_told(hugging_face, sentence_piece, tmp_path):
+def test_a_missing_end_is_reported(hugging_face, sentence_piece, tmp_path):
     alone = tmp_path / "tokenizer.json"  # no file beside it says what ends a text
     alone.write_bytes((hugging_face / "tokenizer.json").read_bytes())
     assert tokenizer.load(alone, None, append_eod=False).eod is None
@@ -87,7 +87,7 @@ def test_a_missing_end_is_told(hugging_face, sentence_piece, tmp_path):
         tokenizer.load(sentence_piece, "<gone>", append_eod=True)
 
 
-def test_a_sentence_piece_model_without_an_end_is_told(tmp_path):
+def test_a_sentence_piece_model_without_an_end_is_reported(tmp_path):
     import sentencepiece
 
     model = io.BytesIO()
@@ -99,18 +99,37 @@ def test_a_sentence_piece_model_without_an_end_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "match"), [
-    ("a.model", "a.model is no SentencePiece model.*--tokenizer-model"),
-    ("a.json", "a.json is no tokenizer.json.*--tokenizer-model"),
+    ("a.model", "a.model is not a SentencePiece model.*--tokenizer-model"),
+    ("a.json", "a.json is not a tokenizer.json.*--tokenizer-model"),
 ])
-def test_files_that_are_no_tokenizer_are_told(tmp_path, name, match):
+def test_files_that_are_not_tokenizers_are_reported(tmp_path, name, match):
     (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match=match):
         tokenizer.load(tmp_path / name, None, False)
 
 
-def test_a_folder_without_a_tokenizer_is_told(tmp_path):
+def test_a_folder_without_a_tokenizer_is_reported(tmp_path):
     with pytest.raises(UserError, match="tokenizer.json does not exist"):
         tokenizer.load(tmp_path, None, False)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_config_is_reported(hugging_face, tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes((hugging_face / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match="tokenizer_config.json is not a JSON object.*--eod-token"):
+        tokenizer.load(tmp_path, None, append_eod=False)
+
+
+def test_what_may_end_a_document(hugging_face, sentence_piece):
+    model = tokenizer.load(hugging_face, None, False)
+    assert tokenizer.end_tokens(model) == {0, 1, 2}
+    text = next(iter(model.encode(["a"])[0].tolist()))
+    assert text not in tokenizer.end_tokens(model)
+    model = tokenizer.load(sentence_piece, None, False)
+    assert tokenizer.end_tokens(model) == {1, 2}  # <s> and </s>
+    named = tokenizer.load(sentence_piece, "\n", True)
+    assert tokenizer.end_tokens(named) == {1, 2, named.eod}
 
 
 @pytest.mark.parametrize("vocab_size", [100, 65499, 65500, 300_000])

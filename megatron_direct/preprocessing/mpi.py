@@ -1,4 +1,4 @@
-"""Who does the work: worker processes of one machine, and MPI ranks over many.
+"""MPI ranks: one command on many machines.
 
 Under ``mpirun`` every rank runs the same command and takes its share of a list that all of them
 see; with one rank nothing of MPI is imported. Results do not pass between ranks: they are files.
@@ -7,11 +7,8 @@ see; with one rank nothing of MPI is imported. Results do not pass between ranks
 from __future__ import annotations
 
 import heapq
-import multiprocessing
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from megatron_direct.errors import UserError
@@ -53,8 +50,9 @@ class Ranks:
 
     def on_first(self, function: Callable[[], T]) -> T:
         """What the function returns on rank 0, on all ranks."""
-        result = function() if self.is_first else None
-        return result if self._world is None else self._world.bcast(result)
+        if self._world is None:
+            return function()
+        return self._world.bcast(function() if self.is_first else None)
 
     def wait(self) -> None:
         if self._world is not None:
@@ -83,46 +81,3 @@ def share(sizes: Sequence[int], rank: int, count: int) -> list[int]:
         if taker == rank:
             mine.append(index)
     return sorted(mine)
-
-
-def run(function: Callable[[T], object], tasks: Iterable[T], workers: int,
-        start: Callable, *arguments) -> Iterator:
-    """``function`` of each task, in the order in which they end.
-
-    ``start(*arguments)`` prepares each process. No more tasks are drawn than there are workers, and
-    one to follow, so tasks may be large. Raises UserError where a worker is killed.
-    """
-    if workers <= 1:
-        start(*arguments)
-        yield from map(function, tasks)
-        return
-    # Processes are spawned: a fork would copy threads, and the state of MPI.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker,
-                             (start, *arguments)) as pool:
-        pending = set()
-        try:
-            for task in tasks:
-                pending.add(pool.submit(function, task))
-                if len(pending) > workers:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        except BrokenExecutor as error:
-            raise UserError("a worker process was killed; most often the memory ran out. The same "
-                            "command carries on where it was: run it with fewer --workers, or a "
-                            "smaller --shard-size.") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(start: Callable, *arguments) -> None:
-    # A worker whose parent is killed would wait for tasks forever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    start(*arguments)
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)

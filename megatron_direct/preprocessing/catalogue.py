@@ -1,0 +1,151 @@
+"""All parts of all shards, sorted by the dataset that they go to.
+
+The manifests are read once, after the last shard was tokenized. For each dataset a file lists its
+parts in the order of the input, so that what follows reads only what it needs, however many
+datasets there are, and memory does not grow with the number of shards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from megatron_direct.errors import UserError
+from megatron_direct.preprocessing import reading, shards
+from megatron_direct.preprocessing.shards import Part, PartFile
+
+# A --domain-key that names something else, such as an address, would make a dataset of a document.
+MAX_DOMAINS = 1000
+LONGEST_DOMAIN = 200  # bytes; a file system allows 255 for a whole file name
+_ENTRIES_AT_A_TIME = 1 << 14
+# file, shard: the numbers that name the shard. manifest: its place among all manifests. first: the
+# number of the part's first document among all documents of the run.
+_ENTRY = np.dtype([("file", "<u4"), ("shard", "<u4"), ("manifest", "<u4"), ("documents", "<u8"),
+                   ("tokens", "<u8"), ("offset", "<u8"), ("first", "<u8")])
+
+
+@dataclass(frozen=True)
+class Target:
+    """A dataset that is to be written."""
+
+    prefix: str
+    domain: str
+    split: str
+    dtype: str
+    tokens: int
+    entries: Path  # the file that lists its parts
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A part, and its place in the run."""
+
+    file: PartFile
+    manifest: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    targets: tuple[Target, ...]
+    documents: int
+    too_short: int
+    bad_lines: int
+
+
+def build(folder: Path, output_prefix: str) -> Catalogue:
+    """Raises UserError where the shards hold no document, or too many domains."""
+    lists = _Lists(folder)
+    documents = too_short = bad_lines = 0
+    dtype = ""
+    for number, manifest in enumerate(shards.manifests(folder)):
+        too_short += manifest.too_short
+        bad_lines += len(manifest.bad)
+        dtype = manifest.dtype
+        for part in manifest.parts:
+            lists.add(part, (manifest.file, manifest.shard, number, part.documents, part.tokens,
+                             part.offset, documents))
+            documents += part.documents
+    lists.flush()
+    if not documents:
+        raise UserError("--input holds no document of two tokens or more. Correct --input or "
+                        "--json-keys.")
+    names = _file_names({domain for domain, _ in lists.tokens}, output_prefix)
+    targets = tuple(Target(f"{output_prefix}_{names[domain]}_{split}", domain, split, dtype,
+                           lists.tokens[domain, split], lists.path(domain, split))
+                    for domain, split in sorted(lists.tokens))
+    return Catalogue(targets, documents, too_short, bad_lines)
+
+
+def entries(target: Target) -> Iterator[Entry]:
+    """The parts of a dataset in the order of the input."""
+    folder, dtype = target.entries.parent, np.dtype(target.dtype)
+    with open(target.entries, "rb") as file:
+        while block := file.read(_ENTRIES_AT_A_TIME * _ENTRY.itemsize):
+            for line in np.frombuffer(block, _ENTRY):
+                file_number, shard, manifest, documents, tokens, offset, first = line.tolist()
+                path = shards.data_path(folder, reading.shard_name(file_number, shard))
+                part = Part(target.domain, target.split, documents, tokens, offset)
+                yield Entry(PartFile(path, dtype, part), manifest, first)
+
+
+@dataclass
+class _Lists:
+    """The files of entries while they are written, one for each domain and split."""
+
+    folder: Path
+    tokens: dict[tuple[str, str], int] = field(default_factory=dict)
+    _waiting: dict[tuple[str, str], list[tuple]] = field(default_factory=dict)
+    _numbers: dict[tuple[str, str], int] = field(default_factory=dict)
+    _domains: set[str] = field(default_factory=set)
+    _count: int = 0
+
+    def __post_init__(self):
+        for path in self.folder.glob("parts-*.bin"):  # of a run that ended after this
+            path.unlink()
+
+    def path(self, domain: str, split: str) -> Path:
+        return self.folder / f"parts-{self._numbers[domain, split]:05d}.bin"
+
+    def add(self, part: Part, entry: tuple) -> None:
+        key = part.domain, part.split
+        if key not in self._numbers:
+            self._numbers[key] = len(self._numbers)
+            self._require_domain(part.domain)
+        self.tokens[key] = self.tokens.get(key, 0) + part.tokens
+        self._waiting.setdefault(key, []).append(entry)
+        self._count += 1
+        if self._count == _ENTRIES_AT_A_TIME:
+            self.flush()
+
+    def flush(self) -> None:
+        for key, waiting in self._waiting.items():
+            with open(self.path(*key), "ab") as file:
+                np.array(waiting, _ENTRY).tofile(file)
+        self._waiting.clear()
+        self._count = 0
+
+    def _require_domain(self, domain: str) -> None:
+        self._domains.add(domain)
+        if len(self._domains) > MAX_DOMAINS:
+            raise UserError(f"--domain-key gives more than {MAX_DOMAINS} domains, and each becomes "
+                            "a dataset. Name a key with fewer values.")
+        if len(domain.encode()) > LONGEST_DOMAIN:
+            raise UserError(f"the domain {domain[:40]!r}... is too long for the name of a file: "
+                            f"more than {LONGEST_DOMAIN} bytes. Name a --domain-key with shorter "
+                            "values, or one domain for all with --domain.")
+
+
+def _file_names(domains: set[str], output_prefix: str) -> dict[str, str]:
+    """A part of a file name for each domain, without characters that need quoting."""
+    taken: dict[str, str] = {}
+    for domain in sorted(domains):
+        name = re.sub(r"[^\w.+-]", "_", domain)
+        if taken.setdefault(name, domain) != domain:
+            raise UserError(f"the domains {taken[name]!r} and {domain!r} would both be written as "
+                            f"{output_prefix}_{name}. Rename one in the input.")
+    return {domain: name for name, domain in taken.items()}

@@ -1,0 +1,79 @@
+"""Windows: the documents of a dataset, joined and cut into training sequences.
+
+A window has ``seq_length`` tokens, not one more, since Megatron's GPTDataset draws its training
+sequences seq_length tokens apart: every one of them then begins where a window does, in whatever
+order and under whatever mask, and takes its last label from the window that follows.
+
+``PREFIX.documents.npy``, [documents] int32, keeps the lengths of the documents that the windows
+were cut from. With it a later run finds them again, whatever their texts hold.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_direct.errors import UserError
+from megatron_direct.runtime import files
+
+_BLOCK = 1 << 20
+
+
+def lengths_path(prefix: str) -> Path:
+    return Path(f"{prefix}.documents.npy")
+
+
+def cut(tokens: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(the tokens of whole windows, what is left of the last)"""
+    whole = len(tokens) // seq_length * seq_length
+    return tokens[:whole], tokens[whole:]
+
+
+def write_lengths(prefix: str, lengths: np.ndarray) -> None:
+    """lengths: [documents] int32, which may be a map of a file."""
+    header = {"descr": "<i4", "fortran_order": False, "shape": (len(lengths),)}
+    with files.written_whole(lengths_path(prefix)) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(lengths), _BLOCK):
+            file.write(lengths[start: start + _BLOCK].astype("<i4", copy=False).data)
+
+
+def read_lengths(prefix: str, card: dict) -> np.ndarray:
+    """Raises UserError where there are none, or not those of this dataset."""
+    path = lengths_path(prefix)
+    remedy = ("Copy the file along with the dataset, or make the dataset again, or with --samples "
+              "document.")
+    if not path.is_file():
+        raise UserError(f"{prefix} of --exclude holds windows, whose documents cannot be found "
+                        f"without {path}, which does not exist. {remedy}")
+    try:
+        lengths = np.load(path, mmap_mode="r", allow_pickle=False)
+        total = int(lengths.sum(dtype=np.int64))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}). {remedy}") from error
+    expected = card["tokens"] + card["tokens_cut"]
+    if total != expected or (len(lengths) and lengths.min() < 0):
+        raise UserError(f"{path} belongs to another dataset: its documents have {total} tokens, "
+                        f"{prefix} was made of {expected}. {remedy}")
+    return lengths
+
+
+def documents(prefix: str, dtype: np.dtype, lengths: np.ndarray, has_end: bool
+              ) -> Iterator[np.ndarray]:
+    """int32 tokens of the documents that lie within the windows.
+
+    has_end: a token was added to the end of each. The last document may be cut off; it is among
+    them if that cost it no more than its end.
+    """
+    size = os.path.getsize(f"{prefix}.bin")
+    stream = np.memmap(f"{prefix}.bin", dtype, "r") if size else np.empty(0, dtype)
+    end = 0
+    for start in range(0, len(lengths), _BLOCK):
+        for length in lengths[start: start + _BLOCK].tolist():
+            begin, end = end, end + length
+            if end - len(stream) > has_end:
+                return
+            yield np.array(stream[begin:end], np.int32)
