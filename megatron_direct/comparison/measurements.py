@@ -16,7 +16,8 @@ from megatron_direct.commands.select import (
     identity_of_pilot,
     measure,
 )
-from megatron_direct.comparison.arms import ARMS, Case
+from megatron_direct.comparison.arms import REGISTRY as ARMS
+from megatron_direct.comparison.arms import Case
 from megatron_direct.config import (
     BatchConfig,
     ModelConfig,
