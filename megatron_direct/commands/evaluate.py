@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_direct.commands.report import format_table
 from megatron_direct.commands.select import model_of
 from megatron_direct.config import ModelConfig, ParallelConfig, flag
 from megatron_direct.errors import UserError
@@ -27,6 +26,7 @@ from megatron_direct.evaluation.choices import ChoiceSamples, EncodedChoice
 from megatron_direct.evaluation.questions import Question
 from megatron_direct.mcore import checkpoint, grid, model, passes
 from megatron_direct.preprocessing import tokenizer
+from megatron_direct.reports.tables import Table, make_table, text_table
 from megatron_direct.runtime import files, host, parallel
 from megatron_direct.runtime.run_directory import versions
 
@@ -203,15 +203,15 @@ def _report(config: EvaluateConfig, found: Path, architecture: ModelConfig,
         "tasks": {name: {"file": str(task.file), "digest": task.digest,
                          "questions": answered[name]} for name, task in tasks.items()},
     })
-    print(format_table(_table(results)), flush=True)
+    print(text_table(_table(results)), flush=True)
     print(f"scores: {config.output}", flush=True)
 
 
-def _table(results: dict[str, dict]) -> list[list[str]]:
-    rows = [["task", "questions", *METRICS, "chance", "cut", "merged"]]
+def _table(results: dict[str, dict]) -> Table:
+    rows = []
     for name, result in results.items():
         shares = [f"{result[m]:.4f}" + ("" if result[f"{m}_stderr"] is None else
                                         f" ± {result[f'{m}_stderr']:.4f}") for m in METRICS]
         rows.append([name, str(result["questions"]), *shares, f"{result['chance']:.4f}",
                      str(result["cut"]), str(result["merged"])])
-    return rows
+    return make_table(["task", "questions", *METRICS, "chance", "cut", "merged"], rows)
