@@ -1,6 +1,6 @@
 """A run directory as ``compare`` writes it, of made-up numbers: no model is trained.
 
-    python tests/comparison/synthetic_run.py /tmp/run     # 20 arms, 5 seeds, as for a person
+    python tests/synthetic_run.py /tmp/run     # 20 arms, 5 seeds, as for a person
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ ARMS = {
 
 def write_run(folder: Path, arms: dict, *, seeds=(1, 2, 3, 4, 5), domains=("docstrings", "source"),
               num_candidates=400, num_select=100, iterations=60, name="quarter corrupted",
-              default="descent-shrunk", missing=(), texts=None, base_loss=4.2) -> Path:
+              default="descent-shrunk", missing=(), texts=None, base_loss=4.2,
+              prefix="embedded_") -> Path:
     """missing: pairs (arm, seed) that have no result."""
     folder.mkdir(parents=True)
-    pools = [f"embedded_{domain}_pool" for domain in domains]
-    tests = [f"embedded_{domain}_test" for domain in domains]
-    valid = [f"embedded_{domain}_valid" for domain in domains]
+    pools, tests, valid = ([f"{prefix}{domain}_{kind}" for domain in domains]
+                           for kind in ("pool", "test", "valid"))
     files.write_json(folder / "run.json", {"stages": {"compare": {"finished": not missing,
         "identity": {"load": "build/theta", "seed": seeds[0], "num_select": num_select,
                      "data_path": pools, "stiff_budget": None, "normalize_gradients": True,

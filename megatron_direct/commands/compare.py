@@ -27,8 +27,8 @@ from megatron_direct.commands.select import (
     model_of,
     require_validation_samples,
 )
-from megatron_direct.comparison import summary
-from megatron_direct.comparison.arms import ARMS, BY_DOMAIN, Case
+from megatron_direct.comparison.arms import BY_DOMAIN, Case
+from megatron_direct.comparison.arms import REGISTRY as ARMS
 from megatron_direct.comparison.measurements import (
     CompareConfig,
     Setting,
@@ -36,6 +36,9 @@ from megatron_direct.comparison.measurements import (
     measured,
     onset_folder,
 )
+from megatron_direct.comparison.run_results import mean_test_loss
+from megatron_direct.comparison.summarise import summarise
+from megatron_direct.comparison.summary import write_summary
 from megatron_direct.config import (
     BatchConfig,
     OptimizerConfig,
@@ -232,7 +235,7 @@ def _write_result(setting: Setting, folder: Path, result: dict, chosen: np.ndarr
         np.save(file, chosen)
     shutil.rmtree(folder / "cache", ignore_errors=True)
     files.write_json(folder / "result.json", {**result, "composition": composition})
-    mean = summary.mean_test_loss(result["after"]["test"])
+    mean = mean_test_loss(result["after"]["test"])
     print(f"{result['arm']}, seed {result['seed']}: mean test loss {mean:.4f}", flush=True)
 
 
@@ -270,8 +273,8 @@ def _report(setting: Setting, arms: list[str]) -> None:
     })
     if setting.config.tokenizer_model:
         files.write_json(setting.folder / "texts.json", _texts(setting))
-    found = summary.summarise(setting.folder)
-    files.write_json(setting.folder / "comparison.json", found)
+    found = summarise(setting.folder)
+    write_summary(found, setting.folder / "comparison.json")
     page.write_page(found, setting.folder / "report.html")
     text = markdown.results([found])
     with files.written_whole(setting.folder / "results.md", "w") as file:

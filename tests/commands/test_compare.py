@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from indexed_files import random_documents, write_dataset
+from page_reader import Page
 from ranks import Layout, RankError, run_on_ranks
 
 from megatron_direct.cli.main import make_parser
@@ -149,11 +149,12 @@ def test_summary_and_page_tell_the_differences(run):
 
     assert by_name["direct"]["difference"]["mean"] == pytest.approx(
         np.mean(np.subtract(means("direct"), means("random"))))
-    assert found["default_arm"] == "direct"
+    assert found["setting"]["default_arm"] == "direct"
     costs = [by_name[arm]["cost"]["passes"] for arm in ARMS]
     assert costs[0] == 0 and costs[1] == pytest.approx(1 / 3) and min(costs[2:]) > 0
-    page = (run / "report.html").read_text()
-    assert not re.search(r'(src|href)="http', page)
+    page = Page((run / "report.html").read_text())
+    assert "direct, the default of select, ends with a mean test loss of" in page.text
+    assert page.external == []
     assert "| `direct`" in (run / "results.md").read_text()
 
 
