@@ -11,7 +11,6 @@ from ranks import Layout, RankError, on_layout, run_on_ranks
 from weights import fill_by_hash
 
 from megatron_direct.commands.pretrain import PretrainConfig, pretrain
-from megatron_direct.commands.report import write_page
 from megatron_direct.commands.select import SelectConfig, select
 from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig
 from megatron_direct.curvature.fisher import FisherOperator
@@ -24,7 +23,8 @@ from megatron_direct.gradients.per_sample import sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import grid
 from megatron_direct.mcore import model as models
-from megatron_direct.runtime.run_directory import RunDirectory
+from megatron_direct.reports.run_files import read_run
+from megatron_direct.reports.run_page import write_page
 from megatron_direct.steps.curvature import CurvatureConfig
 from megatron_direct.steps.pilot import PilotConfig
 from megatron_direct.steps.solve import SelectionConfig
@@ -107,7 +107,7 @@ def test_the_density_tells_the_energy_of_the_whole_operator(folder):
     density = spectrum["density"]
     assert spectrum["elbow"]["whole_operator"]
     assert sum(density["weights"]) == pytest.approx(1)
-    write_page(RunDirectory(folder / "density"), [["arm"]])
+    write_page(read_run(folder / "density"), folder / "density" / "report.html")
     page = (folder / "density" / "report.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 3 and "standard error" in page
     assert density["positive_trace"]["value"] >= sum(v for v in spectrum["eigenvalues"] if v > 0)
