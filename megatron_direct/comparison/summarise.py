@@ -60,7 +60,7 @@ def jaccard_matrix(sets: Sequence[np.ndarray], size: int) -> np.ndarray:
     return shared / np.maximum(sizes[:, None] + sizes - shared, 1)
 
 
-def _arm(name: str, run: RunResults, before: LossesBefore, pool: PoolSummary) -> ArmSummary:
+def _arm(name: str, run: RunResults, before: LossesBefore | None, pool: PoolSummary) -> ArmSummary:
     setting, results = run.setting, run.results[name]
     reference = run.results.get(setting.reference, {})
     losses = _losses(results)
@@ -97,12 +97,12 @@ def _default_against(run: RunResults) -> dict[str, PairedDifference]:
         if default and name in run.results and name != run.setting.default_arm})
 
 
-def _before(run: RunResults) -> LossesBefore:
+def _before(run: RunResults) -> LossesBefore | None:
     """Losses at the checkpoint that all arms start from: of any result, since they are the same."""
     for of_arm in run.results.values():
         for result in of_arm.values():
             return LossesBefore(result.file.before.mean, result.file.before.test)
-    return LossesBefore(None, {})
+    return None
 
 
 def _pool(run: RunResults) -> PoolSummary:
@@ -116,16 +116,16 @@ def _pool(run: RunResults) -> PoolSummary:
     return PoolSummary(_statistics([(c, np.arange(len(c.numbers))) for c in seeds]), domains)
 
 
-def _statistics(selections: Sequence[tuple[Candidates, np.ndarray]]) -> SampleStatistics:
+def _statistics(selections: Sequence[tuple[Candidates, np.ndarray]]) -> SampleStatistics | None:
     """Of one selection a seed, given as positions among the seed's candidates."""
-    def mean_over_seeds(figure: Callable[[Candidates, np.ndarray], float]) -> float | None:
-        return _mean(figure(candidates, chosen) for candidates, chosen in selections)
+    def mean_over_seeds(figure: Callable[[Candidates, np.ndarray], float]) -> float:
+        return float(np.mean([figure(candidates, chosen) for candidates, chosen in selections]))
 
-    def quantiles(values: Sequence[np.ndarray]) -> tuple[float, ...] | None:
-        if not values:
-            return None
+    def quantiles(values: Sequence[np.ndarray]) -> tuple[float, ...]:
         return tuple(np.mean([np.quantile(of_seed, QUANTILES) for of_seed in values], 0).tolist())
 
+    if not selections:
+        return None
     return SampleStatistics(
         samples=mean_over_seeds(lambda c, chosen: len(chosen)),
         tokens=mean_over_seeds(lambda c, chosen: c.labels[chosen].sum()),
@@ -158,7 +158,7 @@ def _problem(result: Result, candidates: Candidates) -> ProblemSummary:
 
 
 def cost(name: str, difference: float | None, mean_loss: float | None, setting: SettingSummary,
-         before: LossesBefore, pool: PoolSummary) -> Cost:
+         before: LossesBefore | None, pool: PoolSummary) -> Cost:
     """What selecting by an arm costs, and what it would have to save.
 
     A unit of cost is a token's pass forward and back. With T tokens of annealing and a cost of c T,
@@ -171,12 +171,13 @@ def cost(name: str, difference: float | None, mean_loss: float | None, setting: 
     less: then it lies below the chord from the loss before to the arm's loss, and the arm needs at
     most the share (before - reference) / (before - arm) (`needed_at_most`).
     """
-    passes, tokens = setting.passes_of_selection.get(name), pool.candidates.tokens
-    share = None if passes is None or tokens is None else passes * tokens / setting.tokens
-    needed = None
-    if difference is not None and difference < 0 and mean_loss < before.mean_loss:
-        whole = before.mean_loss - mean_loss
-        needed = max(0.0, (whole + difference) / whole)
+    passes, share, needed = setting.passes_of_selection.get(name), None, None
+    if passes is not None and pool.candidates is not None:
+        share = passes * pool.candidates.tokens / setting.tokens
+    if difference is not None and mean_loss is not None and before is not None:
+        gain = before.mean_loss - mean_loss
+        if difference < 0 < gain:
+            needed = max(0.0, (gain + difference) / gain)
     return Cost(passes, share, None if share is None else max(0.0, 1 - share), needed)
 
 

@@ -2,7 +2,7 @@
 
 Pages and text are made from a :class:`ComparisonSummary` alone, and every figure in them is in it.
 It can describe a run that is not finished: seeds without a result are left out of what they belong
-to, and counted. A figure that nothing is known of is None.
+to, and counted. What nothing is known of is None.
 
 Letters: S seeds, N candidates, K selected samples, M test sets. The *mean test loss* of an arm and
 seed is the mean of its losses on the M test sets, so that each domain counts the same; ``all`` is
@@ -60,7 +60,7 @@ class SettingSummary:
 class LossesBefore:
     """Of the checkpoint that all arms start from."""
 
-    mean_loss: float | None
+    mean_loss: float
     tests: dict[str, float]
 
 
@@ -72,12 +72,12 @@ class SampleStatistics:
     their lengths in tokens.
     """
 
-    samples: float | None
-    tokens: float | None
-    corrupted: float | None  # share of them
-    loss_mean: float | None
-    loss: tuple[float, ...] | None
-    labels: tuple[float, ...] | None
+    samples: float
+    tokens: float
+    corrupted: float  # share of them
+    loss_mean: float
+    loss: tuple[float, ...]
+    labels: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class DomainCounts:
 
 @dataclass(frozen=True)
 class PoolSummary:
-    candidates: SampleStatistics
+    candidates: SampleStatistics | None
     domains: dict[str, DomainCounts]
 
 
@@ -147,15 +147,11 @@ class ArmSummary:
     difference: PairedDifference  # to the reference
     test_differences: dict[str, PairedDifference]
     composition: dict[str, Composition]  # pool -> counts
-    selected: SampleStatistics
+    selected: SampleStatistics | None
     problem: dict[int, ProblemSummary]  # by seed
     overlap_between_seeds: float | None  # Jaccard index
     curve: LossCurve | None
     cost: Cost
-
-    @property
-    def has_selection(self) -> bool:
-        return bool(self.selected.samples)
 
 
 @dataclass(frozen=True)
@@ -200,7 +196,7 @@ class ComparisonSummary:
     identity: dict[str, Any]  # the flags and digests that the run depends on
     finished: bool
     confidence: float  # of the intervals
-    before: LossesBefore
+    before: LossesBefore | None
     pool: PoolSummary
     arms: tuple[ArmSummary, ...]
     default_against: dict[str, PairedDifference]  # arm -> default - arm
@@ -215,6 +211,10 @@ class ComparisonSummary:
     @property
     def default_arm(self) -> str:
         return self.setting.default_arm
+
+    @property
+    def loss_before(self) -> float | None:
+        return None if self.before is None else self.before.mean_loss
 
     def arm(self, name: str) -> ArmSummary | None:
         return next((arm for arm in self.arms if arm.name == name), None)

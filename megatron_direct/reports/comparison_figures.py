@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from megatron_direct.comparison.statistics import BETTER, UNCLEAR, WORSE
@@ -33,14 +35,15 @@ def differences(summary: ComparisonSummary):
     arms = summary.compared
     figure, axes = drawing.figure(8, 0.9 + _ROW * len(arms))
     edge = _worst_shown(summary)
+    reference = summary.arm(summary.reference)
     for row, arm in enumerate(arms):
         colour = VERDICT_COLOURS[arm.difference.verdict]
-        if arm.difference.mean > edge:
+        if arm.difference.mean is not None and arm.difference.mean > edge:
             axes.annotate(wording.signed(arm.difference.mean), (edge, row),
                           xytext=(0.85 * edge, row), color=colour, fontsize=8, va="center",
                           ha="center", arrowprops={"arrowstyle": "->", "color": colour})
         else:
-            _difference(axes, row, arm, summary.arm(summary.reference).losses)
+            _difference(axes, row, arm, reference.losses if reference else {})
     axes.axvline(0, color="#222222", linewidth=1)
     axes.set_xlim(right=edge)
     axes.set_xlabel(f"mean test loss minus that of {summary.reference}  (left of 0: better)")
@@ -48,7 +51,7 @@ def differences(summary: ComparisonSummary):
     return figure
 
 
-def _difference(axes, row: int, arm: ArmSummary, reference: dict[int, float]) -> None:
+def _difference(axes, row: int, arm: ArmSummary, reference: Mapping[int, float]) -> None:
     """reference: its losses by seed."""
     found, colour = arm.difference, VERDICT_COLOURS[arm.difference.verdict]
     for interval, width in ((found.student, 1.2), (found.bootstrap, 4)):
@@ -67,7 +70,7 @@ def _worst_shown(summary: ComparisonSummary) -> float:
     An arm that selects nothing but noise would leave no room for those that matter: what matters is
     the greatest gain, or the median difference if that is greater.
     """
-    means = [arm.difference.mean for arm in summary.compared]
+    means = [arm.difference.mean for arm in summary.compared if arm.difference.mean is not None]
     return _CUT_OFF * max(-min(means), float(np.median(np.abs(means))), 1e-4)
 
 
@@ -80,7 +83,8 @@ def curves(summary: ComparisonSummary):
     """Training losses, with the range over seeds of the arms that have a colour."""
     figure, axes = drawing.figure(8, 3.4)
     colours = highlighted(summary)
-    shown, everything = [], []
+    shown: list[float] = []
+    everything: list[float] = []
     for arm in summary.arms:
         curve, colour = arm.curve, colours.get(arm.name)
         if curve is None:
@@ -130,12 +134,13 @@ def stiff_costs(summary: ComparisonSummary):
     figure, axes = drawing.figure(9, 4.6)
     colours = highlighted(summary)
     highest = np.inf
-    if summary.compared:
-        highest = _worst_shown(summary) + summary.arm(summary.reference).mean_loss
+    reference = summary.arm(summary.reference)
+    if summary.compared and reference and reference.mean_loss is not None:
+        highest = _worst_shown(summary) + reference.mean_loss
     points, budgets = [], set()
     for place, arm in enumerate(summary.arms, start=1):
         costs = [p.stiff_cost for p in arm.problem.values() if p.stiff_cost is not None]
-        if costs:
+        if costs and arm.mean_loss is not None:
             points.append((float(np.mean(costs)), arm.mean_loss, place, arm.name))
         taus = [p.stiff_budget for p in arm.problem.values() if p.stiff_budget is not None]
         if taus:
@@ -180,19 +185,20 @@ def _label(axes, points: list[tuple[float, float, str]]) -> None:
 
 def selected_samples(summary: ComparisonSummary):
     """Domains, losses and lengths of what each arm selected, below those of the whole pool."""
-    rows = [("(the pool)", summary.pool.candidates, {
+    rows: list[tuple] = [("(the pool)", summary.pool.candidates, {
         name: (counts.samples, counts.corrupted)
         for name, counts in summary.pool.domains.items()})]
     rows += [(arm.name, arm.selected, {
         name: (counts.selected, counts.selected_corrupted)
-        for name, counts in arm.composition.items()}) for arm in summary.arms if arm.has_selection]
+        for name, counts in arm.composition.items()}) for arm in summary.arms if arm.selected]
     figure, (shares, losses, lengths) = drawing.figure(
         10, 1.1 + _ROW * len(rows), ncols=3, sharey=True, width_ratios=(1.5, 1, 1))
     short = wording.short_names(summary.setting.pools)
     for row, (_, statistics, domains) in enumerate(rows):
         _shares(shares, row, domains, short)
-        _box(losses, row, statistics.loss)
-        _box(lengths, row, statistics.labels)
+        if statistics is not None:
+            _box(losses, row, statistics.loss)
+            _box(lengths, row, statistics.labels)
     if any(corrupted > 0 for *_, domains in rows for _, corrupted in domains.values()):
         shares.bar(0, 0, color="#999999", hatch="////", edgecolor="white", linewidth=0,
                    label="corrupted")
@@ -218,10 +224,8 @@ def _shares(axes, row: int, domains: dict[str, tuple[float, float]], short: dict
             left += count / total
 
 
-def _box(axes, row: int, quantiles: tuple[float, ...] | None) -> None:
+def _box(axes, row: int, quantiles: tuple[float, ...]) -> None:
     """5 to 95 % as a line, 25 to 75 % as a bar, the median as a point."""
-    if quantiles is None:
-        return
     least, lower, median, upper, most = quantiles
     axes.plot([least, most], [row, row], color="#6b7280", linewidth=0.9)
     axes.plot([lower, upper], [row, row], color="#6b7280", linewidth=5, alpha=0.6,
@@ -231,7 +235,7 @@ def _box(axes, row: int, quantiles: tuple[float, ...] | None) -> None:
 
 def overlaps(summary: ComparisonSummary):
     """Jaccard indices between arms; between the seeds of an arm on the diagonal."""
-    arms = [arm for arm in summary.arms if arm.has_selection]
+    arms = [arm for arm in summary.arms if arm.selected]
     names = [arm.name for arm in arms]
     places = [summary.overlap.arms.index(name) for name in names]
     values = np.array(summary.overlap.matrix, dtype=float)[np.ix_(places, places)]

@@ -73,11 +73,10 @@ def render(summary: ComparisonSummary) -> str:
 def _page(summary: ComparisonSummary) -> ComparisonPage:
     setting = summary.setting
     default = summary.arm(summary.default_arm)
-    has_verdict = default in summary.compared
-    has_results, has_selections = bool(summary.ranked), any(a.has_selection for a in summary.arms)
+    has_results, has_selections = bool(summary.ranked), any(arm.selected for arm in summary.arms)
     return ComparisonPage(
         summary=summary, title=f"Comparison: {setting.name}", headline=wording.headline(summary),
-        verdict=_verdict(default.difference) if has_verdict else None,
+        verdict=_verdict(default.difference) if default and default in summary.compared else None,
         findings=_findings(summary), chance=wording.chance_sentence(summary),
         losses=_losses(summary) if has_results else None,
         default_against=Shown(table=_default_against(summary)) if summary.default_against else None,
@@ -111,7 +110,7 @@ def _findings(summary: ComparisonSummary) -> list[str]:
     if summary.ranked:
         sentences.append(wording.default_sentence(summary))
     paper, default = summary.arm(PAPER_ARM), summary.arm(summary.default_arm)
-    if paper in summary.compared and paper is not default:
+    if paper and paper in summary.compared and paper is not default:
         sentences.append(
             f"{wording.with_numbers(PAPER_ARM, paper.difference)}, the paper's own objective, "
             f"compared with {summary.reference}: {wording.verdict(paper.difference)}.")
@@ -121,15 +120,15 @@ def _findings(summary: ComparisonSummary) -> list[str]:
 
 
 def _losses(summary: ComparisonSummary) -> Shown:
-    rows = []
+    rows: list[list[str | Cell]] = []
     for place, arm in enumerate(summary.arms, start=1):
         found, is_reference = arm.difference, arm.name == summary.reference
-        row = [str(place), _name(summary, arm), wording.loss(arm.mean_loss)]
+        row: list[str | Cell] = [str(place), _name(summary, arm), wording.loss(arm.mean_loss)]
         row += [""] * 5 if is_reference or found.mean is None else [
             wording.signed(found.mean), _verdict(found), wording.interval(found),
             wording.p_value(found.p_value), wording.p_value(found.p_holm)]
         rows.append([*row, str(len(arm.seeds) if is_reference else found.num_pairs)])
-    rows.append(["", "(before annealing)", wording.loss(summary.before.mean_loss), *[""] * 6])
+    rows.append(["", "(before annealing)", wording.loss(summary.loss_before), *[""] * 6])
     table = make_table(["", "arm", "test loss", "difference", "verdict", "interval", "p",
                         "p (Holm)", "seeds"], rows, left=(0, 1, 4))
     if not summary.compared:
@@ -153,8 +152,8 @@ def _coloured(text: str, difference: PairedDifference) -> Cell:
 
 
 def _default_against(summary: ComparisonSummary) -> Table:
-    rows = [[name, wording.signed(found.mean), _verdict(found), wording.interval(found),
-             wording.p_value(found.p_holm)] for name, found in summary.default_against.items()]
+    rows = [(name, wording.signed(found.mean), _verdict(found), wording.interval(found),
+             wording.p_value(found.p_holm)) for name, found in summary.default_against.items()]
     return make_table(["other arm", "difference", f"{summary.default_arm} is", "interval",
                        "p (Holm)"], rows, left=(0, 2))
 
@@ -162,9 +161,10 @@ def _default_against(summary: ComparisonSummary) -> Table:
 def _by_test(summary: ComparisonSummary) -> Table:
     sets = summary.setting.test_and_all
     short = wording.short_names(summary.setting.test)
-    rows = []
+    before = summary.before.tests if summary.before else {}
+    rows: list[list[str | Cell]] = []
     for arm in summary.ranked:
-        row = [_name(summary, arm)]
+        row: list[str | Cell] = [_name(summary, arm)]
         for test in sets:
             found = arm.test_differences[test]
             is_compared = arm.name != summary.reference and found.mean is not None
@@ -172,7 +172,7 @@ def _by_test(summary: ComparisonSummary) -> Table:
                 wording.signed(found.mean), found) if is_compared else _NO_DIFFERENCE))
         rows.append(row)
     rows.append(["(before annealing)", *(
-        Cell(wording.loss(summary.before.tests.get(test)), note=_NO_DIFFERENCE) for test in sets)])
+        Cell(wording.loss(before.get(test)), note=_NO_DIFFERENCE) for test in sets)])
     return make_table(["arm", *(short.get(test, test) for test in sets)], rows)
 
 
@@ -186,7 +186,7 @@ def _problems(summary: ComparisonSummary) -> Table | None:
         values = [value for value in values if value is not None]
         return float(np.mean(values)) if values else None
 
-    rows = []
+    rows: list[list[str | Cell]] = []
     for arm in summary.arms:
         problems = arm.problem.values()
         objective = mean(p.objective_value for p in problems)
@@ -200,7 +200,8 @@ def _problems(summary: ComparisonSummary) -> Table | None:
 def _selected(summary: ComparisonSummary) -> Shown:
     short = wording.short_names(summary.setting.pools)
 
-    def row(name: str | Cell, found: SampleStatistics, counts: dict[str, float]):
+    def row(name: str | Cell, found: SampleStatistics, counts: dict[str, float],
+            ) -> list[str | Cell]:
         total = sum(counts.values())
         return [name, f"{found.samples:.0f}", f"{found.tokens:.0f}",
                 f"{summary.setting.tokens / found.tokens:.2f}",
@@ -208,11 +209,13 @@ def _selected(summary: ComparisonSummary) -> Shown:
                   for pool in short),
                 wording.percent(found.corrupted), f"{found.loss_mean:.3f}"]
 
-    rows = [row("(the pool)", summary.pool.candidates, {
-        name: counts.samples for name, counts in summary.pool.domains.items()})]
+    rows = []
+    if summary.pool.candidates is not None:
+        rows.append(row("(the pool)", summary.pool.candidates, {
+            name: counts.samples for name, counts in summary.pool.domains.items()}))
     rows += [row(_name(summary, arm), arm.selected, {
         name: counts.selected for name, counts in arm.composition.items()})
-        for arm in summary.arms if arm.has_selection]
+        for arm in summary.arms if arm.selected]
     return Shown(
         image(figures.selected_samples(summary), "domain, loss and length of selected samples"),
         make_table(["arm", "samples", "tokens", "times seen", *short.values(), "corrupted",
@@ -235,9 +238,10 @@ def _measured_seconds(summary: ComparisonSummary) -> str:
 
 
 def _costs(summary: ComparisonSummary) -> Table:
-    rows = [[_name(summary, arm), "-" if arm.cost.passes is None else f"{arm.cost.passes:.2g}",
-             *map(wording.percent, (arm.cost.share_of_annealing, arm.cost.annealing_left,
-                                    arm.cost.needed_at_most))] for arm in summary.arms]
+    rows: list[list[str | Cell]] = [
+        [_name(summary, arm), "-" if arm.cost.passes is None else f"{arm.cost.passes:.2g}",
+         *map(wording.percent, (arm.cost.share_of_annealing, arm.cost.annealing_left,
+                                arm.cost.needed_at_most))] for arm in summary.arms]
     return make_table(["arm", "passes over the pool", "share of the annealing",
                        "left at break-even", "needs at most"], rows)
 

@@ -79,7 +79,7 @@ def _over_settings(summaries: Sequence[ComparisonSummary]) -> list[str]:
             found.setdefault(arm.name, {})[number] = arm.difference
 
     def mean_difference(arm: str) -> float:
-        return sum(d.mean for d in found[arm].values()) / len(found[arm])
+        return sum(d.mean or 0.0 for d in found[arm].values()) / len(found[arm])
 
     arms = sorted(found, key=mean_difference)
     rows = [[code(arm), *(_marked(found[arm].get(number)) for number in range(len(summaries)))]
@@ -116,7 +116,7 @@ def _lowest(summary: ComparisonSummary) -> str:
     tests = summary.setting.test
     if len(tests) > 1:
         short = wording.short_names(tests)
-        lowest = {test: min(summary.ranked, key=lambda arm, t=test: arm.tests[t]).name
+        lowest = {test: min((arm.tests[test], arm.name) for arm in summary.ranked)[1]
                   for test in tests}
         sentence += " By test set: " + wording.listed(
             f"{escape(short[test])} {code(lowest[test])}" for test in tests) + "."
@@ -172,7 +172,7 @@ def _of_setting(summary: ComparisonSummary) -> list[str]:
     rows = [[code(arm.name), wording.loss(arm.mean_loss),
              *([""] * 4 if arm.name == summary.reference else _figures(arm.difference))]
             for arm in summary.arms]
-    rows.append(["(before annealing)", wording.loss(summary.before.mean_loss), *[""] * 4])
+    rows.append(["(before annealing)", wording.loss(summary.loss_before), *[""] * 4])
     sentences = [wording.setting_sentence(summary), wording.repetition_sentence(summary),
                  wording.missing_sentence(summary), wording.chance_sentence(summary),
                  wording.cost_sentence(summary)]

@@ -32,18 +32,17 @@ def code_block(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def paragraph(text: str, **indents: str) -> str:
+def paragraph(text: str, first_indent: str = "", indent: str = "") -> str:
     """Wrapped. An interval or a percentage stays on one line, and what would begin a list or a
     heading at the start of a line stays behind the word before it."""
     held = re.sub(r"(\[[-+.\d]+,) ", "\\1\0", text)
     held = re.sub(r" (?=([-+*#>=%]|\d+[.)])([\s;,.]|$))", "\0", held)
-    return textwrap.fill(held, WIDTH, break_long_words=False, break_on_hyphens=False,
-                         **indents).replace("\0", " ")
+    return textwrap.fill(held, WIDTH, initial_indent=first_indent, subsequent_indent=indent,
+                         break_long_words=False, break_on_hyphens=False).replace("\0", " ")
 
 
 def bullets(sentences: Iterable[str]) -> str:
-    return "\n".join(paragraph(sentence, initial_indent="- ", subsequent_indent="  ")
-                     for sentence in sentences)
+    return "\n".join(paragraph(sentence, "- ", "  ") for sentence in sentences)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int]) -> str:

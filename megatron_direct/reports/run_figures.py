@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_direct.curvature.density import SpectralDensity
 from megatron_direct.reports import drawing
-from megatron_direct.reports.run_files import Annealing, Spectrum
+from megatron_direct.reports.run_files import Annealing, Density, Spectrum
 
 _AVERAGED = 15  # one in so many of the iterations is averaged over, to show the trend
 
@@ -45,9 +45,7 @@ def eigenvalues(spectrum: Spectrum):
     return figure
 
 
-def density(spectrum: Spectrum):
-    """The spectral density, which the spectrum must have."""
-    found = spectrum.density
+def density(spectrum: Spectrum, found: Density):
     smoothed = SpectralDensity(np.array(found.nodes), np.array(found.weights), found.trace,
                                found.positive_trace, num_matvecs=0)
     figure, axes = drawing.figure()

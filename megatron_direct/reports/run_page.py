@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_direct.reports import pages, run_figures, wording
 from megatron_direct.reports.drawing import Image, image
-from megatron_direct.reports.run_files import Losses, RunReport, SelectionRecord
+from megatron_direct.reports.run_files import Density, Losses, RunReport, SelectionRecord
 from megatron_direct.reports.tables import Cell, Table, make_table
 
 REFERENCE = "random"  # the arm that the others are compared with
@@ -52,12 +52,17 @@ def _page(run: RunReport) -> RunPage:
         if run.annealings else None,
         spectrum=image(run_figures.eigenvalues(run.spectrum), "leading eigenvalues"),
         spectrum_notes=run.spectrum.notes,
-        density=image(run_figures.density(run.spectrum), "spectral density") if density else None,
-        trace=f"Trace {density.trace.value:.4g} with standard error "
-              f"{density.trace.standard_error:.2g}; positive eigenvalues sum to "
-              f"{density.positive_trace.value:.4g}." if density else "",
+        density=image(run_figures.density(run.spectrum, density), "spectral density")
+        if density else None,
+        trace=_trace(density) if density else "",
         selected=[_selected(name, found) for name, found in run.selections.items()],
         composition=_composition(run), problem=_problem(run), commands=_commands(run))
+
+
+def _trace(density: Density) -> str:
+    return (f"Trace {density.trace.value:.4g} with standard error "
+            f"{density.trace.standard_error:.2g}; positive eigenvalues sum to "
+            f"{density.positive_trace.value:.4g}.")
 
 
 def headline(run: RunReport) -> list[str]:

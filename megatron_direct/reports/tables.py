@@ -37,7 +37,7 @@ class Table:
             assert len(row) == len(self.header), (self.header, row)
 
 
-def make_table(header: Sequence[str], rows: Iterable[Sequence[str | Cell]],
+def make_table(header: Sequence[str], rows: Iterable[Iterable[str | Cell]],
                left: Collection[int] = (0,)) -> Table:
     return Table(tuple(header), tuple(
         tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in row) for row in rows),

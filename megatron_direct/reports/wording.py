@@ -115,7 +115,7 @@ def lowest_sentence(summary: ComparisonSummary) -> str:
         return "No arm has a result yet."
     best = summary.ranked[0]
     return (f"The lowest mean test loss is that of {best.name}: {loss(best.mean_loss)}, against "
-            f"{loss(summary.before.mean_loss)} before annealing.")
+            f"{loss(summary.loss_before)} before annealing.")
 
 
 def default_sentence(summary: ComparisonSummary) -> str:
@@ -164,12 +164,11 @@ def seeds_in_words(seeds: Sequence[int]) -> str:
 
 def repetition_sentence(summary: ComparisonSummary) -> str:
     """How often the annealing sees the selected samples, from the most tokens to the fewest."""
-    tokens = {arm.name: arm.selected.tokens for arm in summary.arms if arm.selected.tokens}
+    tokens = sorted((-arm.selected.tokens, arm.name) for arm in summary.arms if arm.selected)
     if not tokens:
         return ""
-    most, least = max(tokens, key=tokens.get), min(tokens, key=tokens.get)
-    times = [f"{summary.setting.tokens / tokens[name]:.2g} times ({name})"
-             for name in (most, least)]
+    times = [f"{summary.setting.tokens / -tokens_of_arm:.2g} times ({name})"
+             for tokens_of_arm, name in (tokens[0], tokens[-1])]
     return f"The annealing sees the selected samples {times[0]} to {times[1]}."
 
 

@@ -20,7 +20,8 @@ from megatron_direct.comparison.summary import (
 from megatron_direct.reports import wording
 
 COST = Cost(1.4, 0.25, 0.75, 0.4)
-NOTHING = SampleStatistics(None, None, None, None, None, None)
+QUANTILES = (1.0, 2.0, 3.0, 4.0, 5.0)
+SELECTED = SampleStatistics(450, 1000.0, 0.0, 3.0, QUANTILES, QUANTILES)
 
 
 def _summary(losses: dict[str, dict[int, float]], cost: Cost = COST) -> ComparisonSummary:
@@ -29,7 +30,7 @@ def _summary(losses: dict[str, dict[int, float]], cost: Cost = COST) -> Comparis
         name=name, description="", seeds=tuple(of_arm), missing=(), losses=of_arm,
         mean_loss=sum(of_arm.values()) / len(of_arm), tests={},
         difference=compare_by_seed(of_arm, losses["random"]), test_differences={},
-        composition={}, selected=dataclasses.replace(NOTHING, tokens=1000.0 * (1 + place)),
+        composition={}, selected=dataclasses.replace(SELECTED, tokens=1000.0 * (1 + place)),
         problem={}, overlap_between_seeds=None, curve=None, cost=cost)
         for place, (name, of_arm) in enumerate(losses.items()))
     setting = SettingSummary("x", 450, 1800, 238_000, 30, 3000, (1, 2, 3), (), (), (), "random",
@@ -37,7 +38,7 @@ def _summary(losses: dict[str, dict[int, float]], cost: Cost = COST) -> Comparis
     against = {arm.name: compare_by_seed(losses["direct"], arm.losses)
                for arm in arms if arm.name != "direct"}
     return ComparisonSummary(setting, {}, True, 0.95, LossesBefore(4.0, {}),
-                             PoolSummary(NOTHING, {}), arms, against, Overlap((), ()), {}, None)
+                             PoolSummary(None, {}), arms, against, Overlap((), ()), {}, None)
 
 
 RANDOM = {1: 3.5, 2: 3.6, 3: 3.7}
