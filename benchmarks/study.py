@@ -5,8 +5,8 @@
     python benchmarks/study.py --sizes small --settings clean --arms random direct
 
 Text is the Python installation's own. One half of its files trains the models up to the onset of
-annealing; the other half is divided by file into pool, validation and test sets. Some few passages
-stand in files of both halves. Settings:
+annealing; the other half is divided by file into pool, validation and test sets. A few passages
+occur in files of both halves. Settings:
 
     clean      docstrings and source code, as many documents of each
     corrupted  the same, a quarter of the documents shuffled token by token
