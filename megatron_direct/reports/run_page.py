@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_direct.reports import pages, run_figures, wording
@@ -12,6 +11,7 @@ from megatron_direct.reports.run_files import Density, Losses, RunReport, Select
 from megatron_direct.reports.tables import Cell, Table, make_table
 
 REFERENCE = "random"  # the arm that the others are compared with
+_ALL = "all"  # the losses over the tokens of all datasets
 _PROBLEM = (
     ("objective", "objective"), ("status", "status"), ("objective value", "objective_value"),
     ("upper bound of the objective", "upper_bound"), ("stiff cost", "stiff_cost"),
@@ -85,44 +85,58 @@ def _difference(run: RunReport, arm: str) -> str:
     result = run.annealings[arm].result
     # The selection was made for the validation set, so its loss is the weaker evidence.
     kind, what = ("test", "test loss") if result.after.test else ("valid", "validation loss")
-    after, before = (getattr(losses, kind)["all"] for losses in (result.after, result.before))
+    after, before = (_of(losses, kind).get(_ALL) for losses in (result.after, result.before))
     sentence = f"{arm} ends with a {what} of {wording.loss(after)} per token"
     was = f"{wording.loss(before)} before annealing"
     if REFERENCE not in run.annealings:
         return f"{sentence} ({was}); {REFERENCE} has not been annealed yet."
-    reference = getattr(run.annealings[REFERENCE].result.after, kind)["all"]
-    return (f"{sentence}, {wording.below(after - reference)} {REFERENCE} "
-            f"({wording.loss(reference)}; {was}).")
+    reference = _of(run.annealings[REFERENCE].result.after, kind)
+    if after is None or reference.keys() != _of(result.after, kind).keys():
+        return f"{sentence} ({was}); {REFERENCE} was measured on other datasets."
+    return (f"{sentence}, {wording.below(after - reference[_ALL])} {REFERENCE} "
+            f"({wording.loss(reference[_ALL])}; {was}).")
+
+
+def _of(losses: Losses, kind: str) -> dict[str, float]:
+    return losses.test if kind == "test" else losses.valid
 
 
 def loss_tables(run: RunReport) -> list[tuple[str, Table]]:
     """(heading, table) of the test sets and of the validation sets: arms, then differences."""
-    if not run.annealings:
-        return []
-    first = next(iter(run.annealings.values())).result
-    return [(heading, _loss_table(run, kind)) for heading, kind in (
-        ("Test loss", "test"), ("Validation loss", "valid")) if getattr(first.after, kind)]
+    found = []
+    for kind, heading in (("test", "Test loss"), ("valid", "Validation loss")):
+        after = {arm: _of(annealing.result.after, kind)
+                 for arm, annealing in run.annealings.items()}
+        if any(after.values()):
+            before: dict[str, float] = {}
+            for annealing in run.annealings.values():
+                before |= _of(annealing.result.before, kind)
+            found.append((heading, _loss_table(before, after)))
+    return found
 
 
-def _loss_table(run: RunReport, kind: str) -> Table:
-    """kind: a field of Losses."""
-    first = next(iter(run.annealings.values())).result
-    names = list(getattr(first.after, kind))
-    short = wording.short_names([name for name in names if name != "all"])
-
-    def of(losses: Losses) -> list[float]:
-        return [getattr(losses, kind)[name] for name in names]
-
-    after = {arm: of(annealing.result.after) for arm, annealing in run.annealings.items()}
-    best = [min(column) for column in zip(*after.values(), strict=True)]
-    rows: list[Sequence[str | Cell]] = [
-        ["(before annealing)", *map(wording.loss, of(first.before))]]
-    rows += [[arm, *(Cell(wording.loss(loss), "best" if loss == least else "")
-                     for loss, least in zip(losses, best, strict=True))]
-             for arm, losses in after.items()]
-    rows += [[f"{arm} - {REFERENCE}", *(wording.signed(loss - reference) for loss, reference
-                                        in zip(losses, after[REFERENCE], strict=True))]
-             for arm, losses in after.items() if arm != REFERENCE and REFERENCE in after]
+def _loss_table(before: dict[str, float], after: dict[str, dict[str, float]]) -> Table:
+    """Losses by dataset, before, and by arm. Where the arms were measured on different datasets,
+    their losses over all of them are different things, and are not compared."""
+    names = [name for name in dict.fromkeys(name for losses in after.values() for name in losses)
+             if name != _ALL] + [_ALL]
+    short = wording.short_names(names[:-1])
+    compared = names if len({tuple(losses) for losses in after.values()}) == 1 else names[:-1]
+    best = {name: min(losses[name] for losses in after.values() if name in losses)
+            for name in compared}
+    rows: list[list[str | Cell]] = [
+        ["(before annealing)", *(wording.loss(before.get(name)) for name in names)]]
+    for arm, losses in after.items():
+        rows.append([arm, *(Cell(wording.loss(losses.get(name)),
+                                 "best" if name in losses and losses[name] == best.get(name)
+                                 else "") for name in names)])
+    reference = after.get(REFERENCE, {})
+    for arm, losses in after.items():
+        if arm != REFERENCE and reference:
+            rows.append([f"{arm} - {REFERENCE}", *(
+                wording.signed(losses[name] - reference[name])
+                if name in compared and name in losses and name in reference else "-"
+                for name in names)])
     return make_table(["arm", *(short.get(name, name) for name in names)], rows)
 
 

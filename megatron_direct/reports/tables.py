@@ -45,8 +45,8 @@ def make_table(header: Sequence[str], rows: Iterable[Iterable[str | Cell]],
 
 
 def text_table(table: Table) -> str:
-    """Lines of columns of equal width, with a rule below the header."""
-    rows = [table.header, *(tuple(map(str, row)) for row in table.rows)]
+    """Lines of columns of equal width, with a rule below the header; a row is one line."""
+    rows = [[" ".join(str(cell).split()) for cell in row] for row in (table.header, *table.rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:

@@ -106,6 +106,23 @@ def test_without_test_sets_the_validation_loss_stands_for_them(tmp_path):
     assert [heading for heading, _ in loss_tables(run)] == ["Validation loss"]
 
 
+def test_arms_that_were_measured_on_other_datasets_are_not_compared(tmp_path):
+    run = write_annealed_run(tmp_path / "run")
+    path = run / "anneal" / "random" / "result.json"
+    result = json.loads(path.read_text())
+    for when in ("before", "after"):
+        result[when]["test"] = {"embedded_docstrings_test": 4.9, "all": 4.9}
+    path.write_text(json.dumps(result))
+    assert headline(read_run(run))[0] == (
+        "direct ends with a test loss of 3.4400 per token (3.7000 before annealing); random was "
+        "measured on other datasets.")
+    page = _page(run)
+    assert page.tables[0][3] == ["random", "4.9000", "-", "-", "4.9000"]
+    assert page.tables[0][4] == ["direct - random", "-0.2000", "-", "-", "-"]
+    assert page.bold[:3] == ["4.7000", "2.9000", "4.4000"]  # and neither of the losses over all
+    assert page.bold.count("3.4400") == 1  # of the validation sets
+
+
 def test_a_selection_that_ends_higher_is_said_to_be_above(tmp_path, monkeypatch):
     monkeypatch.setitem(TEST_LOSSES, "direct", (5.0, 3.1, 4.4, 3.50001))
     run = read_run(write_annealed_run(tmp_path / "run"))

@@ -19,6 +19,11 @@ def test_columns_of_words_begin_and_columns_of_figures_end_at_one_place():
         "a long name    13.4999  no clear difference"]
 
 
+def test_a_row_is_one_line_whatever_is_in_its_cells():
+    lines = text_table(make_table(["a\nname", "loss"], [["x\n\ty", "1"]])).splitlines()
+    assert lines == ["a name  loss", "------------", "x y        1"]
+
+
 def test_a_table_without_rows_is_its_header():
     assert text_table(make_table(["arm", "loss"], [])).splitlines() == ["arm  loss", "---------"]
 
