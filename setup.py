@@ -21,6 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_direct", "megatron_direct.*"]),
+    package_data={"megatron_direct.reports": ["templates/*.html.j2"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",
@@ -28,14 +29,16 @@ setup(
         "sentencepiece",
         "psutil",  # megatron-core's checkpoint writer needs it and does not say so
         "tqdm",
+        "scipy",
         "matplotlib",
+        "jinja2>=3.1",
     ],
     extras_require={
         "data": DATA,  # parquet, .zst, Hugging Face tokenizers
         "mpi": ["mpi4py"],
         "te": ["transformer-engine"],
         # mpich brings mpirun, which no Python package needs on a cluster that has its own.
-        "dev": ["pytest", "scipy", "hypothesis", "ruff", "mpi4py", "mpich", *DATA],
+        "dev": ["pytest", "hypothesis", "ruff", "mpi4py", "mpich", *DATA],
     },
     entry_points={"console_scripts": ["megatron-direct = megatron_direct.cli.main:main"]},
 )

@@ -5,8 +5,8 @@
     python benchmarks/study.py --sizes small --settings clean --arms random direct
 
 Text is the Python installation's own. One half of its files trains the models up to the onset of
-annealing; the other half is divided by file into pool, validation and test sets. Some few passages
-stand in files of both halves. Settings:
+annealing; the other half is divided by file into pool, validation and test sets. A few passages
+occur in files of both halves. Settings:
 
     clean      docstrings and source code, as many documents of each
     corrupted  the same, a quarter of the documents shuffled token by token
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_direct.comparison.summary import summarise
+from megatron_direct.comparison.summary import read_summary
 from megatron_direct.data import indexed
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.materialize import materialize
@@ -157,7 +157,8 @@ def main() -> None:
     for size in flags.sizes:
         study.pretrain(size)
         for setting in flags.settings:
-            summaries.append(summarise(study.compare(setting, size, others)))
+            summaries.append(read_summary(study.compare(setting, size, others)
+                                          / "comparison.json"))
     if flags.results is not None:
         flags.results.write_text(markdown.results(summaries, again=shlex.join(
             ["python", "benchmarks/study.py", *sys.argv[1:]]), about=_about()))

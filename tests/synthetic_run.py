@@ -1,6 +1,6 @@
 """A run directory as ``compare`` writes it, of made-up numbers: no model is trained.
 
-    python tests/comparison/synthetic_run.py /tmp/run     # 20 arms, 5 seeds, as for a person
+    python tests/synthetic_run.py /tmp/run     # 20 arms, 5 seeds, as for a person
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ ARMS = {
 
 def write_run(folder: Path, arms: dict, *, seeds=(1, 2, 3, 4, 5), domains=("docstrings", "source"),
               num_candidates=400, num_select=100, iterations=60, name="quarter corrupted",
-              default="descent-shrunk", missing=(), texts=None, base_loss=4.2) -> Path:
+              default="descent-shrunk", missing=(), texts=None, base_loss=4.2,
+              prefix="embedded_") -> Path:
     """missing: pairs (arm, seed) that have no result."""
     folder.mkdir(parents=True)
-    pools = [f"embedded_{domain}_pool" for domain in domains]
-    tests = [f"embedded_{domain}_test" for domain in domains]
-    valid = [f"embedded_{domain}_valid" for domain in domains]
-    files.write_json(folder / "run.json", {"stages": {"compare": {"finished": not missing,
-        "identity": {"load": "build/theta", "seed": seeds[0], "num_select": num_select,
-                     "data_path": pools, "stiff_budget": None, "normalize_gradients": True,
-                     "pilot": {"pilot_iters": 20}, "checkpoint_digest": "00ff"}}}})
+    pools, tests, valid = ([f"{prefix}{domain}_{kind}" for domain in domains]
+                           for kind in ("pool", "test", "valid"))
+    files.write_json(folder / "run.json", {"format": 2, "commands": []})
+    files.write_json(folder / "manifest.json", {
+        "finished": not missing, "details": {"load": "build/theta", "data_path": pools},
+        "key": {"first_seed": seeds[0], "num_select": num_select, "stiff_budget": None,
+                "normalize_gradients": True, "pilot_iters": 20, "checkpoint_digest": "00ff"}})
     files.write_json(folder / "setting.json", {
         "name": name, "num_select": num_select, "num_candidates": num_candidates,
         "parameters": 1_312_000, "iterations": iterations,
@@ -81,7 +82,7 @@ def _write_seed(folder: Path, rng, num_pools: int, count: int) -> dict[str, np.n
     values = 30 / np.arange(1, 17) ** 1.4 * rng.uniform(0.9, 1.1, 16)
     values = np.sort(values)[::-1]
     num_stiff = int(np.searchsorted(np.cumsum(values) / values.sum(), 0.945)) + 1
-    files.write_json(folder / "curvature" / "spectrum.json", {
+    files.write_json(folder / "onset" / "curvature" / "spectrum.json", {
         "operator": "fisher", "num_valid_samples": 64, "dimension": 1_312_000,
         "eigenvalues": values.tolist(), "elbow": {"num_stiff": num_stiff, "num_computed": 16},
         "notes": [f"{num_stiff} of 16 leading pairs hold 0.9450 of the operator's energy"],

@@ -35,7 +35,7 @@ from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.selection.baselines import random_selection
 from megatron_direct.settings import Settings, flag, flag_name
 from megatron_direct.steps import selected
-from megatron_direct.steps.annealed import ArmResult, write_composition
+from megatron_direct.steps.annealed import ArmResult, Losses, write_composition
 from megatron_direct.steps.decay import Decay, Segment, decay, set_losses
 from megatron_direct.steps.onset import dataset_digests
 from megatron_direct.steps.selected import SelectionOrigin, SelectionSummary
@@ -218,8 +218,8 @@ def _run(arm: _Arm, masks: Mapping[str, SampleMask]) -> ArmResult:
                     arm.folder, f"anneal {config.arm}", config.load_optim, config.save_interval),
               chunks, when_loaded=lambda: measure("before"))
         measure("after")
-    return ArmResult(config.arm, found["before"], found["after"],
-                     num_sequences * job.model.seq_length, parts)
+    return ArmResult(config.arm, Losses(**found["before"]), Losses(**found["after"]),
+                     num_sequences * job.model.seq_length, tuple(parts))
 
 
 def _blend(config: AnnealConfig, origin: SelectionOrigin) -> tuple[Blend, list[str]]:

@@ -96,7 +96,7 @@ def compare(request: CompareRequest) -> None:
         _key(setting)
     parallel.on_rank_zero(lambda: run.enter("compare", request))
     if parallel.on_rank_zero(lambda: artefact.state(key)) is State.NEW:
-        parallel.on_rank_zero(lambda: artefact.begin(key))
+        parallel.on_rank_zero(lambda: artefact.begin(key, _paths(setting)))
     before = _before(setting)
     for seed in setting.seeds:
         missing = parallel.on_rank_zero(
@@ -110,7 +110,7 @@ def compare(request: CompareRequest) -> None:
                 _run_arm(_Run(setting, name, seed), case,
                          {key: before[key] for key in ("valid", "test")})
     parallel.on_rank_zero(lambda: _report(setting, chosen))
-    parallel.on_rank_zero(lambda: artefact.finish(key))
+    parallel.on_rank_zero(lambda: artefact.finish(key, _paths(setting)))
 
 
 def _setting(request: CompareRequest) -> Setting:
@@ -174,6 +174,14 @@ def _key(setting: Setting) -> ComparisonKey:
                             seed=defaults.seed),
         setting.measure.curvature,
         dataclasses.replace(setting.selection, num_select=setting.num_select))
+
+
+def _paths(setting: Setting) -> dict:
+    """As they were given: what repeats the comparison needs them."""
+    return {"load": str(setting.onset.checkpoint.path),
+            "data_path": list(setting.onset.pool.prefixes),
+            "valid_data_path": list(setting.onset.valid.prefixes),
+            "test_data_path": list(setting.config.test_data_path)}
 
 
 def _before(setting: Setting) -> dict:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_direct.commands.report import format_table
 from megatron_direct.config import Given, Job, ModelConfig, ParallelConfig
 from megatron_direct.errors import UserError
 from megatron_direct.evaluation import choices
@@ -24,6 +23,7 @@ from megatron_direct.evaluation.tokenizers import tokenizer_of
 from megatron_direct.mcore import grid, model
 from megatron_direct.mcore.checkpoint import Checkpoint, load_model, open_checkpoint
 from megatron_direct.preprocessing import tokenizer
+from megatron_direct.reports.tables import Table, make_table, text_table
 from megatron_direct.runtime import digests, files, parallel
 from megatron_direct.runtime.run_directory import versions
 from megatron_direct.settings import Settings, flag
@@ -123,15 +123,15 @@ def _report(config: EvaluateConfig, checkpoint: Checkpoint, job: Job, tasks: dic
         "tasks": {name: {"file": str(task.file), "digest": task.digest,
                          "questions": answered[name]} for name, task in tasks.items()},
     })
-    print(format_table(_table(results)), flush=True)
+    print(text_table(_table(results)), flush=True)
     print(f"scores: {config.output}", flush=True)
 
 
-def _table(results: dict[str, dict]) -> list[list[str]]:
-    rows = [["task", "questions", *METRICS, "chance", "cut", "merged"]]
+def _table(results: dict[str, dict]) -> Table:
+    rows = []
     for name, result in results.items():
         shares = [f"{result[m]:.4f}" + ("" if result[f"{m}_stderr"] is None else
                                         f" ± {result[f'{m}_stderr']:.4f}") for m in METRICS]
         rows.append([name, str(result["questions"]), *shares, f"{result['chance']:.4f}",
                      str(result["cut"]), str(result["merged"])])
-    return rows
+    return make_table(["task", "questions", *METRICS, "chance", "cut", "merged"], rows)

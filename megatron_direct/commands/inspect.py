@@ -14,6 +14,7 @@ from megatron_direct.data import indexed
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.materialize import materialize
 from megatron_direct.errors import UserError
+from megatron_direct.reports.tables import Table, make_table, text_table
 from megatron_direct.runtime import parallel
 from megatron_direct.settings import Settings, flag
 
@@ -58,7 +59,7 @@ def _inspect(config: InspectConfig) -> None:
         if config.output:
             made.save(config.output)
     datasets = _datasets(config.data_path, masks)
-    print(format_statistics(masks, datasets), flush=True)
+    print(text_table(statistics(masks, datasets)), flush=True)
     if config.materialize:
         _, mask = masks[-1]
         if len(masks) > 1 and config.operation is None:
@@ -86,12 +87,12 @@ def _datasets(prefixes: tuple, masks: list[tuple[str, SampleMask]]) -> dict[str,
     return found
 
 
-def format_statistics(masks: list[tuple[str, SampleMask]], datasets: dict[str, str]) -> str:
-    """A table: documents kept of all, tokens kept of all where the dataset is known, origin.
+def statistics(masks: list[tuple[str, SampleMask]], datasets: dict[str, str]) -> Table:
+    """Documents kept of all, tokens kept of all where the dataset is known, origin.
 
     masks: names and masks; datasets: {digest: prefix}.
     """
-    rows = [["mask", "documents", "kept", "share", "tokens", "kept", "share", "dataset", "run"]]
+    rows = []
     for path, mask in masks:
         tokens = ["-"] * 3
         if mask.dataset_digest in datasets:
@@ -99,11 +100,8 @@ def format_statistics(masks: list[tuple[str, SampleMask]], datasets: dict[str, s
             tokens = _counts(int(lengths.sum()), int(np.sum(lengths, where=mask.keep)))
         rows.append([Path(path).name, *_counts(mask.num_documents, mask.num_kept), *tokens,
                      datasets.get(mask.dataset_digest, mask.dataset_digest), mask.run or "-"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    numbers = range(1, 7)
-    return "\n".join("  ".join(cell.rjust(width) if i in numbers else cell.ljust(width)
-                               for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-                               ).rstrip() for row in rows)
+    return make_table(["mask", "documents", "kept", "share", "tokens", "kept", "share", "dataset",
+                       "run"], rows, left=(0, 7, 8))
 
 
 def _counts(whole: int, kept: int) -> list[str]:

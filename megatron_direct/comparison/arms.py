@@ -1,7 +1,7 @@
 """Ways of selecting that are compared: an *arm* is a function from a case to candidates.
 
 A new arm is a function of a :class:`Case` with the decorator ``arm``; it returns the positions of
-the samples it takes among the N candidates, or what the solver of the selection problem found. What
+the samples that it selects among the N candidates, or the solution of the selection problem. What
 arms know are sketches of pool and validation set, the losses that come with them, and the
 curvature's leading directions.
 """
@@ -9,6 +9,7 @@ curvature's leading directions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,9 +27,9 @@ from megatron_direct.selection.problem import Selection
 class Case:
     """What an arm may know. N candidates, M validation samples, k coordinates, K to select.
 
-    evidence: by what was measured (:data:`NEEDS`). domains: [N] the domain of each candidate, by
-    name; losses: [N] mean token losses; corrupted: [N] what a trial shuffled on purpose, for the
-    oracle alone; valid_domains, valid_labels: [M]. config: the flags of the selection problem.
+    evidence: by measurement (:data:`NEEDS`). domains: [N] the domain of each candidate, by name;
+    losses: [N] mean token losses; corrupted: [N] what a trial shuffled on purpose, for the oracle
+    alone; valid_domains, valid_labels: [M]. config: the flags of the selection problem.
     """
 
     evidence: Mapping[str, Evidence]
@@ -42,12 +43,13 @@ class Case:
     config: SelectionConfig
     limits: Mapping = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def rng(self) -> np.random.Generator:
+        """One generator for all that an arm draws; :meth:`Arm.take` starts it anew."""
         return np.random.default_rng(self.seed)
 
     def solve(self, evidence: Evidence, **settings) -> Selection:
-        """By the selection problem, with some of its flags changed."""
+        """The solution of the selection problem, with some of its flags changed."""
         config = dataclasses.replace(self.config, **settings)
         return treatment.select_by_sketches(
             config, evidence, self.num_select, self.seed, **self.limits)[0]
@@ -59,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Arm:
-    """needs: what has to be computed over the pool first; it decides what a choice costs."""
+    """needs: what has to be measured over the pool first; it decides what selecting costs."""
 
     name: str
     description: str
@@ -67,14 +69,14 @@ class Arm:
     needs: tuple[str, ...] = ()
 
     def take(self, case: Case) -> tuple[np.ndarray, Selection | None]:
-        """([K] positions, ascending; what the solver said, if a selection problem was solved)."""
-        found = self.choose(case)
+        """([K] positions, ascending; the solution, if a selection problem was solved)."""
+        found = self.choose(dataclasses.replace(case))  # a copy has a generator of its own
         return (found.indices, found) if isinstance(found, Selection) else (found, None)
 
 
 # losses: of the pool at the checkpoint, a forward pass; onset: sketches at the checkpoint, and
 # directions out of them; adam-sketches: those scaled by Adam's moments; select: what `select`
-# measures with the flags given, behind a pilot if they say so.
+# measures with the flags given, after a pilot if they ask for one.
 NEEDS = ("losses", "onset", "adam-sketches", "select")
 REGISTRY: dict[str, Arm] = {}  # in the order in which arms are run
 # Arms that mean nothing where pools and validation sets have no domain in common.
@@ -94,17 +96,17 @@ def _random(case: Case) -> np.ndarray:
     return random_selection(np.arange(len(case.losses)), case.num_select, case.seed)
 
 
-@arm("whole-pool", "all samples, as far as the tokens of the annealing reach")
+@arm("whole-pool", "all samples, as far as the annealing's tokens go")
 def _whole_pool(case: Case) -> np.ndarray:
     return np.arange(len(case.losses))
 
 
-@arm("oracle", "at random as domain, of what was not corrupted: only a trial can know")
+@arm("oracle", "like domain, but nothing that was corrupted on purpose: only a trial can know")
 def _oracle(case: Case) -> np.ndarray:
     return in_proportions(case, ~case.corrupted)
 
 
-@arm("domain", "at random, domains in the proportions of the validation set's tokens")
+@arm("domain", "at random, with domains in the proportions of the validation set's tokens")
 def _domain(case: Case) -> np.ndarray:
     return in_proportions(case, np.ones(len(case.losses), dtype=bool))
 
@@ -141,13 +143,13 @@ def _gradient_cosine(case: Case) -> np.ndarray:
     return case.largest(_dots(case.evidence["onset"]) / _norms(case.evidence["onset"].rows))
 
 
-@arm("gradient-dot-adam", "the same inner product under Adam's scaling (as LESS has it)",
+@arm("gradient-dot-adam", "the same inner product under Adam's scaling (as in LESS)",
      ("adam-sketches",))
 def _gradient_dot_adam(case: Case) -> np.ndarray:
     return case.largest(_dots(case.evidence["adam-sketches"]))
 
 
-@arm("direct", "what `megatron-direct select` takes, with these flags", ("select",))
+@arm("direct", "what `megatron-direct select` selects with these flags", ("select",))
 def _direct(case: Case) -> Selection:
     return case.solve(case.evidence["select"])
 
@@ -163,13 +165,13 @@ def _direct_unshrunk(case: Case) -> Selection:
     return case.solve(case.evidence["select"], shrinkage_clusters=0)
 
 
-@arm("pilot-dot", "largest inner product with the mean validation gradient, behind the pilot",
+@arm("pilot-dot", "largest inner product with the mean validation gradient, after the pilot",
      ("select",))
 def _pilot_dot(case: Case) -> np.ndarray:
     return case.largest(_dots(case.evidence["select"]))
 
 
-@arm("random-matched", "at random, with the losses and lengths of what direct takes", ("select",))
+@arm("random-matched", "at random, with the losses and lengths of what direct selects", ("select",))
 def _random_matched(case: Case) -> np.ndarray:
     return matched(case, _direct(case).indices)
 
@@ -184,8 +186,8 @@ def _flat_energy_no_budget(case: Case) -> Selection:
     return case.solve(case.evidence["onset"], objective="flat-energy", stiff_budget=math.inf)
 
 
-@arm("flat-energy-random-subspace", "flat energy with random directions in the place of the stiff "
-     "ones, as many", ("onset",))
+@arm("flat-energy-random-subspace", "flat energy with as many random directions in place of the "
+     "stiff ones", ("onset",))
 def _flat_energy_random_subspace(case: Case) -> Selection:
     evidence = case.evidence["onset"]
     directions = evidence.directions
@@ -196,7 +198,7 @@ def _flat_energy_random_subspace(case: Case) -> Selection:
         objective="flat-energy")
 
 
-@arm("stiff-alignment", "inner product with the validation gradient in the stiff directions alone",
+@arm("stiff-alignment", "inner product with the validation gradient in the stiff directions only",
      ("onset",))
 def _stiff_alignment(case: Case) -> np.ndarray:
     evidence = case.evidence["onset"]
@@ -214,7 +216,7 @@ def _alignment(case: Case) -> Selection:
     return case.solve(case.evidence["onset"], objective="alignment")
 
 
-@arm("descent", "quadratic model of the validation loss, of gradients as they are at the "
+@arm("descent", "quadratic model of the validation loss, with gradients as they are at the "
      "checkpoint", ("onset",))
 def _descent(case: Case) -> Selection:
     return case.solve(case.evidence["onset"], objective="descent", normalize_gradients=False,
@@ -225,8 +227,8 @@ def in_proportions(case: Case, allowed: np.ndarray) -> np.ndarray:
     """[K] of the allowed [N], at random, with as many of each domain as the validation set has
     tokens of it. Where a domain has too few, the others fill up; what is not allowed comes last.
     """
-    names = np.unique(case.valid_domains)
-    tokens = np.array([case.valid_labels[case.valid_domains == name].sum() for name in names])
+    names, domain = np.unique(case.valid_domains, return_inverse=True)
+    tokens = np.bincount(domain, weights=case.valid_labels)
     order = case.rng.permutation(len(case.domains))
     sound = order[allowed[order]]
     wanted = np.floor(case.num_select * tokens / tokens.sum()).astype(int)
@@ -241,8 +243,8 @@ def in_proportions(case: Case, allowed: np.ndarray) -> np.ndarray:
 def matched(case: Case, chosen: np.ndarray, num_bins: int = 8) -> np.ndarray:
     """[K] at random, but with the losses and lengths of ``chosen``.
 
-    Candidates are binned by octiles of loss and of length; from each bin as many are drawn as were
-    chosen of it.
+    Candidates are binned by octiles of loss and of length; as many are drawn from each bin as were
+    chosen from it.
     """
     bins = np.zeros(len(case.losses), dtype=int)
     for values in (case.losses, case.evidence["onset"].labels):

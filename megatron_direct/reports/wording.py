@@ -1,14 +1,15 @@
-"""Figures and findings of a summary in words, for the page and the text alike.
+"""Figures and findings of a comparison in words, for the page and the text alike.
 
-Every sentence is made from the numbers: none is there that other numbers would contradict.
+Every sentence is made from the numbers: none can contradict them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from megatron_direct.comparison.statistics import BETTER, UNCLEAR, WORSE
+from megatron_direct.comparison.statistics import BETTER, UNCLEAR, WORSE, PairedDifference
+from megatron_direct.comparison.summary import ComparisonSummary
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
@@ -31,11 +32,15 @@ def signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.4f}"
 
 
-def interval(difference: dict) -> str:
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def interval(difference: PairedDifference) -> str:
     """The span of both intervals."""
-    if difference["interval"] is None:
+    if difference.interval is None:
         return "-"
-    return "[{:+.4f}, {:+.4f}]".format(*difference["interval"])
+    return "[{:+.4f}, {:+.4f}]".format(*difference.interval)
 
 
 def p_value(value: float | None) -> str:
@@ -46,11 +51,9 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f} %"
 
 
-def verdict(difference: dict) -> str:
-    """As the statistics have it; for too few seeds, that nothing can be said."""
-    if difference["interval"] is None:
-        return "too few seeds"
-    return difference["verdict"]
+def verdict(difference: PairedDifference) -> str:
+    """As the statistics have it; with too few seeds, that nothing can be said."""
+    return "too few seeds" if difference.interval is None else difference.verdict
 
 
 def listed(items: Iterable[str], nothing: str = "none") -> str:
@@ -61,45 +64,67 @@ def listed(items: Iterable[str], nothing: str = "none") -> str:
     return f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def with_numbers(name: str, difference: dict) -> str:
+def counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
+def with_numbers(name: str, difference: PairedDifference) -> str:
     """arm (mean difference, interval), or no interval where there is none."""
-    numbers = [signed(difference["mean"])]
-    if difference["interval"] is not None:
+    numbers = [signed(difference.mean)]
+    if difference.interval is not None:
         numbers.append(interval(difference))
     return f"{name} ({' '.join(numbers)})"
 
 
-def by_verdict(differences: dict[str, dict]) -> dict[str, list[str]]:
+def below(difference: float) -> str:
+    """The size and sign of a difference of losses: 0.0100 below, 0.0100 above, or level with."""
+    size = f"{abs(difference):.4f}"
+    if float(size) == 0:
+        return "level with"
+    return f"{size} {'below' if difference < 0 else 'above'}"
+
+
+def by_verdict(differences: Mapping[str, PairedDifference]) -> dict[str, list[str]]:
     """verdict -> names."""
     found: dict[str, list[str]] = {BETTER: [], WORSE: [], UNCLEAR: []}
     for name, difference in differences.items():
-        found[difference["verdict"]].append(name)
+        found[difference.verdict].append(name)
     return found
 
 
-def arm_of(summary: dict, name: str) -> dict:
-    return next(arm for arm in summary["arms"] if arm["name"] == name)
+def headline(summary: ComparisonSummary) -> str:
+    """Where the default arm ends; the verdict is left to the reader of the difference."""
+    name, reference = summary.default_arm, summary.reference
+    arm = summary.arm(name)
+    if arm is None or arm.mean_loss is None:
+        return f"{name}, the default of select, has no result in this comparison."
+    sentence = (f"{name}, the default of select, ends with a mean test loss of "
+                f"{loss(arm.mean_loss)} per token")
+    found = arm.difference
+    if name == reference or found.mean is None:
+        return f"{sentence}; there is no result of {reference} to compare it with."
+    sentence += f", {below(found.mean)} {reference}"
+    if found.interval is None:
+        return f"{sentence} with the one seed that both have."
+    return (f"{sentence} ({percent(summary.confidence)} interval of the difference "
+            f"{interval(found)}, {found.num_pairs} seeds).")
 
 
-def compared(summary: dict) -> list[dict]:
-    """The arms that have a difference to the reference, which is none of them."""
-    return [arm for arm in summary["arms"]
-            if arm["name"] != summary["reference"] and arm["difference"]["mean"] is not None]
+def lowest_sentence(summary: ComparisonSummary) -> str:
+    if not summary.ranked:
+        return "No arm has a result yet."
+    best = summary.ranked[0]
+    return (f"The lowest mean test loss is that of {best.name}: {loss(best.mean_loss)}, against "
+            f"{loss(summary.loss_before)} before annealing.")
 
 
-def lowest(summary: dict) -> dict | None:
-    """The arm of lowest mean test loss."""
-    first = summary["arms"][0]
-    return first if first["mean_loss"] is not None else None
-
-
-def default_sentence(summary: dict) -> str:
+def default_sentence(summary: ComparisonSummary) -> str:
     """What the default arm is to the reference and each rival that was run."""
-    name = summary["default_arm"]
-    against = summary["default_against"]
+    name, against = summary.default_arm, summary.default_against
     if not against:
-        return f"{name}, the default of select, was not run, or nothing that it is compared with."
-    if not any(difference["interval"] for difference in against.values()):
+        return (f"{name}, the default of select, was not run, or none of the arms that it is "
+                "compared with.")
+    if not any(difference.interval for difference in against.values()):
         return f"{name}, the default of select, has too few seeds to be compared."
     found = by_verdict(against)
     parts = [f"{words} {listed(found[which])}" for which, words in (
@@ -108,47 +133,69 @@ def default_sentence(summary: dict) -> str:
     return f"{name}, the default of select, is {'; '.join(parts)}."
 
 
-def chance_sentence(summary: dict) -> str:
+def chance_sentence(summary: ComparisonSummary) -> str:
     """How little a few seeds can show."""
-    arms = [arm for arm in compared(summary) if arm["difference"]["interval"] is not None]
+    arms = [arm for arm in summary.compared if arm.difference.interval is not None]
     if not arms:
-        return f"No arm shares two seeds with {summary['reference']}: there is no interval."
-    seeds = max(arm["difference"]["num_pairs"] for arm in arms)
-    by_chance = (1 - summary["confidence"]) * len(arms)
-    return (f"With {seeds} seeds no p-value can be less than {2.0 ** (1 - seeds):.4g}, before the "
-            f"correction for {len(arms)} arms; and were there no difference at all, up to about "
-            f"{by_chance:.1f} of these arms would be called better or worse by chance.")
+        return (f"No arm shares two seeds with {summary.reference}, so there are no confidence "
+                "intervals.")
+    seeds = max(arm.difference.num_pairs for arm in arms)
+    by_chance = (1 - summary.confidence) * len(arms)
+    return (f"With {seeds} seeds no p-value can be below {2.0 ** (1 - seeds):.4g}, even before the "
+            f"correction for {counted(len(arms), 'arm')}. If no arm differed from "
+            f"{summary.reference}, up to about {by_chance:.1f} of them would still be called "
+            "better or worse by chance.")
 
 
-def setting_sentence(summary: dict) -> str:
-    setting = summary["setting"]
-    return (f"{setting['num_select']} of {setting['num_candidates']} samples; "
-            f"{setting['parameters'] / 1e6:.3g} M parameters; {setting['iterations']} iterations "
-            f"of annealing over {setting['tokens'] / 1e3:,.0f} thousand tokens; "
-            f"{_seeds(setting['seeds'])}.")
+def setting_sentence(summary: ComparisonSummary) -> str:
+    setting = summary.setting
+    return (f"{setting.num_select:,} of {setting.num_candidates:,} samples are selected; the model "
+            f"has {setting.parameters / 1e6:.3g} M parameters; each annealing runs for "
+            f"{counted(setting.iterations, 'iteration')} on {setting.tokens / 1e3:,.0f} thousand "
+            f"tokens; {seeds_in_words(setting.seeds)}.")
 
 
-def _seeds(seeds: Sequence[int]) -> str:
+def seeds_in_words(seeds: Sequence[int]) -> str:
     """seeds 1 to 12, or each by number."""
     if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
         return f"seeds {seeds[0]} to {seeds[-1]}"
     return f"{'seed' if len(seeds) == 1 else 'seeds'} {listed(map(str, seeds))}"
 
 
-def repetition_sentence(summary: dict) -> str:
-    """How often the annealing sees what an arm picked, from the arm of most tokens to the least."""
-    tokens = {arm["name"]: arm["picks"]["tokens"] for arm in summary["arms"]
-              if arm["picks"]["tokens"]}
+def repetition_sentence(summary: ComparisonSummary) -> str:
+    """How often the annealing sees the selected samples, from the most tokens to the fewest."""
+    tokens = sorted((-arm.selected.tokens, arm.name) for arm in summary.arms if arm.selected)
     if not tokens:
         return ""
-    most, least = max(tokens, key=tokens.get), min(tokens, key=tokens.get)
-    times = [f"{summary['setting']['tokens'] / tokens[name]:.2g} times ({name})"
-             for name in (most, least)]
-    return f"An annealing sees what was picked {times[0]} to {times[1]}."
+    times = [f"{summary.setting.tokens / -tokens_of_arm:.2g} times ({name})"
+             for tokens_of_arm, name in (tokens[0], tokens[-1])]
+    return f"The annealing sees the selected samples {times[0]} to {times[1]}."
 
 
-def missing_sentence(summary: dict) -> str:
-    """Which runs are not there; empty if none is missing."""
-    missing = [f"{arm['name']} ({_seeds(arm['missing'])})"
-               for arm in summary["arms"] if arm["missing"]]
-    return f"Without a result: {listed(missing)}." if missing else ""
+def missing_sentence(summary: ComparisonSummary) -> str:
+    """Which runs are missing; empty if none is."""
+    missing = [f"{arm.name} ({seeds_in_words(arm.missing)})"
+               for arm in summary.arms if arm.missing]
+    return f"No result for {listed(missing)}." if missing else ""
+
+
+def cost_sentence(summary: ComparisonSummary) -> str:
+    """What selecting with the default costs; empty if that is not known."""
+    arm = summary.arm(summary.default_arm)
+    if arm is None or arm.cost.share_of_annealing is None:
+        return ""
+    cost = arm.cost
+    sentence = (f"Selecting with {arm.name} costs {cost.passes:.2g} training passes over the pool, "
+                f"{percent(cost.share_of_annealing)} of the annealing itself")
+    if cost.annealing_left == 0:
+        return (f"{sentence}. The annealing here is so short that no saving of its tokens would "
+                "pay for that.")
+    sentence += (f". That pays off if {arm.name} reaches the loss of {summary.reference} on "
+                 f"{percent(cost.annealing_left)} of the annealing's tokens")
+    gain = arm.difference.mean
+    if gain is not None and gain >= 0:
+        return f"{sentence}; it does not reach it on all of them."
+    if cost.needed_at_most is None:
+        return f"{sentence}, which was not measured."
+    return (f"{sentence}, which was not measured; if each further token brings less than the one "
+            f"before, it needs at most {percent(cost.needed_at_most)}.")

@@ -102,10 +102,13 @@ class Artefact:
         found = self.read()
         return found is not None and bool(key.differences(found["key"]))
 
+    def is_finished(self) -> bool:
+        found = self.read()
+        return found is not None and found["finished"]
+
     def matches(self, key: Key) -> bool:
         """Whether it is finished, with this very key."""
-        found = self.read()
-        return found is not None and found["finished"] and not self.differs(key)
+        return self.is_finished() and not self.differs(key)
 
     def begin(self, key: Key, details: dict | None = None) -> None:
         """Writes the manifest of an artefact that is not finished."""

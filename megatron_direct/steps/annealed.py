@@ -7,28 +7,42 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_direct.data.blend_plan import BlendPart
-from megatron_direct.runtime import files
+from megatron_direct.runtime import files, typed_json
+from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.steps.selected import PoolComposition
 
 
 @dataclass(frozen=True)
+class Losses:
+    """Mean loss per token by dataset; ``all``: over the tokens of all of them."""
+
+    valid: dict[str, float]
+    test: dict[str, float]
+
+
+@dataclass(frozen=True)
 class ArmResult:
-    """``result.json``. before, after: loss per token by set (valid, test) and dataset; tokens: of
-    the annealing; blend: what it was fed."""
+    """``result.json``. tokens: of the annealing; blend: what it was fed."""
 
     arm: str
-    before: Mapping[str, Mapping[str, float]]
-    after: Mapping[str, Mapping[str, float]]
+    before: Losses
+    after: Losses
     tokens: int
-    blend: list[BlendPart]
+    blend: tuple[BlendPart, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> ArmResult:
-        found = files.read_json(folder / "result.json")
-        return cls(**{**found, "blend": [BlendPart(**part) for part in found["blend"]]})
+        return typed_json.read_record(cls, folder / "result.json")
 
     def write(self, folder: Path) -> None:
-        files.write_json(folder / "result.json", asdict(self))
+        files.write_json(folder / "result.json", typed_json.to_json(self))
+
+
+def arm_names(run_path: Path) -> list[str]:
+    """Of the arms that are finished; the default selection first, random ones last."""
+    folders = (path.parent for path in run_path.glob("anneal/*/manifest.json"))
+    names = [folder.name for folder in folders if Artefact(folder, "an annealed arm").is_finished()]
+    return sorted(names, key=lambda name: (name.startswith("random"), name != "direct", name))
 
 
 def write_composition(folder: Path, composition: Mapping[str, PoolComposition]) -> None:
@@ -37,7 +51,7 @@ def write_composition(folder: Path, composition: Mapping[str, PoolComposition]) 
                      {name: asdict(part) for name, part in composition.items()})
 
 
-def read_composition(folder: Path) -> dict[str, PoolComposition]:
-    """What a random arm drew."""
-    return {name: PoolComposition(**part)
-            for name, part in files.read_json(folder / "composition.json").items()}
+def read_composition(folder: Path) -> dict[str, PoolComposition] | None:
+    """What a random arm drew; None of any other arm."""
+    path = folder / "composition.json"
+    return typed_json.read_record(dict[str, PoolComposition], path) if path.is_file() else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from megatron_direct.data import indexed
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import files, parallel
+from megatron_direct.runtime import files, parallel, typed_json
 from megatron_direct.runtime.manifest import Artefact
 
 
@@ -25,8 +26,8 @@ class SelectionOrigin:
     checkpoint_digest: str
     data_path: tuple[str, ...]
     valid_data_path: tuple[str, ...]
-    digests: Mapping[str, str]
-    model: Mapping[str, object]
+    digests: dict[str, str]
+    model: dict[str, Any]
 
 
 def selection_folder(run_path: Path, name: str) -> Path:
@@ -42,18 +43,23 @@ def is_annealed(folder: Path) -> bool:
     return arm_folder(folder.parents[1], folder.name).is_dir()
 
 
+def selection_names(run_path: Path) -> list[str]:
+    """Of those that are finished; the default one first."""
+    folders = (path.parent for path in run_path.glob("selections/*/manifest.json"))
+    names = [folder.name for folder in folders if Artefact(folder, "a selection").is_finished()]
+    return sorted(names, key=lambda name: (name != "direct", name))
+
+
 def find_selection(run_path: Path, name: str) -> tuple[SelectionOrigin, SelectionSummary]:
     """Of a finished selection (rank 0). Raises UserError if there is none of this name."""
     found = Artefact(selection_folder(run_path, name), "a selection").read()
     if found is None or not found["finished"]:
-        there = sorted(path.parent.name for path in run_path.glob("selections/*/manifest.json"))
+        there = selection_names(run_path)
         raise UserError(
             f"{run_path} holds no finished selection called {name}"
             + (f" (there is {', '.join(there)})" if there else "") + ". Run `megatron-direct "
             f"select --run-dir {run_path}` first, or correct --selection or --run-dir.")
-    details = found["details"]
-    return SelectionOrigin(**{**details, "data_path": tuple(details["data_path"]),
-                              "valid_data_path": tuple(details["valid_data_path"])}), \
+    return typed_json.from_json(SelectionOrigin, found["details"]), \
         SelectionSummary.read(selection_folder(run_path, name))
 
 
@@ -80,9 +86,17 @@ class SampleCounts:
 
 
 @dataclass(frozen=True)
+class MeanLoss:
+    """Per token, before annealing."""
+
+    pool: float
+    selected: float
+
+
+@dataclass(frozen=True)
 class SelectionSummary:
-    """``selection.json``. mean_loss: before annealing, of pool and selected; composition: by pool;
-    mask_digests: by pool; not_finite: numbers of samples that can never be selected."""
+    """``selection.json``. composition, mask_digests: by pool; not_finite: numbers of the samples
+    that can never be selected; history: the solver's steps."""
 
     objective: str
     num_select: int
@@ -95,20 +109,18 @@ class SelectionSummary:
     average_stiff_cost: float
     num_stiff: int
     samples: SampleCounts
-    mean_loss: Mapping[str, float]
-    composition: Mapping[str, PoolComposition]
-    mask_digests: Mapping[str, str]
-    not_finite: Sequence[int] = ()
-    history: Sequence[dict] = field(default_factory=list)
+    mean_loss: MeanLoss
+    composition: dict[str, PoolComposition]
+    mask_digests: dict[str, str]
+    not_finite: tuple[int, ...] = ()
+    history: tuple[Any, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> SelectionSummary:
-        found = files.read_json(folder / "selection.json")
-        return cls(**{**found, "samples": SampleCounts(**found["samples"]), "composition": {
-            name: PoolComposition(**part) for name, part in found["composition"].items()}})
+        return typed_json.read_record(cls, folder / "selection.json")
 
     def write(self, folder: Path) -> None:
-        files.write_json(folder / "selection.json", asdict(self))
+        files.write_json(folder / "selection.json", typed_json.to_json(self))
 
     def __str__(self) -> str:
         counts = self.samples

@@ -26,6 +26,7 @@ from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import CurvatureConfig
 from megatron_direct.steps.measure import Measured
 from megatron_direct.steps.selected import (
+    MeanLoss,
     SampleCounts,
     SelectionSummary,
     composition,
@@ -173,10 +174,9 @@ def _solve(config: SelectionConfig, share: _Share, seed: int,
         **_in_numbers(config, found, cost), num_stiff=directions.num_stiff,
         samples=SampleCounts(len(samples), samples.num_unusable, samples.num_cut,
                              samples.num_cut_tokens, len(not_finite)),
-        mean_loss={"pool": float(losses[candidates].mean()),
-                   "selected": float(losses[chosen].mean())},
+        mean_loss=MeanLoss(float(losses[candidates].mean()), float(losses[chosen].mean())),
         composition=composition(samples, chosen), mask_digests={},
-        not_finite=not_finite.tolist()), chosen
+        not_finite=tuple(not_finite.tolist())), chosen
 
 
 def _in_numbers(config: SelectionConfig, found: Selection, cost: np.ndarray) -> dict:
@@ -187,7 +187,7 @@ def _in_numbers(config: SelectionConfig, found: Selection, cost: np.ndarray) -> 
             "status": found.status, "stiff_cost": found.stiff_cost,
             "stiff_budget": found.stiff_budget,
             "least_stiff_cost": float(np.sort(cost)[:count].sum()),
-            "average_stiff_cost": float(cost.mean() * count), "history": found.history}
+            "average_stiff_cost": float(cost.mean() * count), "history": tuple(found.history)}
 
 
 def _write(folder: Path, measured: Measured, summary: SelectionSummary, chosen: np.ndarray) -> None:

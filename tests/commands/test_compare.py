@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import shutil
 from pathlib import Path
 
+import flat_requests
 import numpy as np
 import pytest
 from indexed_files import random_documents, write_dataset
+from page_reader import Page
 from ranks import Layout, RankError, run_on_ranks
 
+from megatron_direct.cli import flags as cli_flags
 from megatron_direct.cli.main import make_parser
-from megatron_direct.commands import anneal as anneal_stage
-from megatron_direct.commands.anneal import AnnealConfig, anneal, arm_folder
-from megatron_direct.commands.compare import CompareConfig, compare
-from megatron_direct.commands.pretrain import PretrainConfig, pretrain
-from megatron_direct.commands.select import SelectConfig, identity_of_pilot, select
-from megatron_direct.config import BatchConfig, ModelConfig, OptimizerConfig, from_flags
+from megatron_direct.commands import compare as compare_command
+from megatron_direct.commands.anneal import AnnealRequest, anneal
+from megatron_direct.commands.compare import CompareRequest, compare
+from megatron_direct.commands.pretrain import PretrainConfig, PretrainRequest, pretrain
+from megatron_direct.commands.select import SelectRequest, select
+from megatron_direct.config import BatchConfig, Given, ModelConfig, OptimizerConfig
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.mcore import checkpoint
-from megatron_direct.steps.curvature import CurvatureConfig
-from megatron_direct.steps.pilot import PilotConfig
-from megatron_direct.steps.solve import SelectionConfig
+from megatron_direct.steps import selected
 
 VOCAB_SIZE, ITERATIONS = 90, 4
 MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2,
                     ffn_hidden_size=48, seq_length=16, vocab_size=VOCAB_SIZE,
                     make_vocab_size_divisible_by=32)
 ARMS = ("random", "perplexity-low", "gradient-dot-adam", "direct")
-CURVATURE = CurvatureConfig(num_eigenpairs=6)
-SELECTION = SelectionConfig(num_select=30, shrinkage_clusters=3)
-PILOT = PilotConfig(pilot_iters=2)
+MEASURED = {"num_eigenpairs": 6, "num_select": 30, "shrinkage_clusters": 3, "pilot_iters": 2,
+            "sketch_size": 128, "num_valid_samples": 16}
 
 
 @pytest.fixture(scope="module")
@@ -51,66 +50,73 @@ def folder(tmp_path_factory) -> Path:
 
 
 def _pretrain(folder):
-    pretrain(PretrainConfig(data_path=(str(folder / "a"), str(folder / "b")),
-                            save=str(folder / "theta"), train_iters=10, save_interval=10),
-             MODEL, Layout().config(), OptimizerConfig(lr=5e-3, lr_warmup_iters=4),
-             BatchConfig(micro_batch_size=2, global_batch_size=8))
+    pretrain(PretrainRequest(
+        PretrainConfig(data_path=(str(folder / "a"), str(folder / "b")),
+                       save=str(folder / "theta"), train_iters=10, save_interval=10),
+        MODEL, Layout().config(), OptimizerConfig(lr=5e-3, lr_warmup_iters=4),
+        BatchConfig(micro_batch_size=2, global_batch_size=8)))
 
 
-def _select_config(folder, name, seed=1):
-    return SelectConfig(load=str(folder / "theta"), data_path=(str(folder / "a"),
-                                                               str(folder / "b")),
-                        valid_data_path=(str(folder / "valid"),), run_dir=str(folder / name),
-                        sketch_size=128, num_valid_samples=16, micro_batch_size=2, seed=seed)
+def _onset(folder, name, seed=1):
+    return {"load": str(folder / "theta"),
+            "data_path": (str(folder / "a"), str(folder / "b")),
+            "valid_data_path": (str(folder / "valid"),), "run_dir": str(folder / name),
+            "seed": seed, **MEASURED}
+
+
+def _given(micro_batch_size=2, **batch):
+    return Given(batch={"micro_batch_size": micro_batch_size, **batch})
 
 
 def _compare(folder, layout, name, arms=ARMS, num_seeds=2, test=("test-1", "test-2")):
-    compare(CompareConfig(test_data_path=tuple(str(folder / name) for name in test), arms=arms,
-                          num_seeds=num_seeds, lr_wsd_decay_iters=ITERATIONS),
-            _select_config(folder, name), CURVATURE, SELECTION, PILOT, {}, layout.config(),
-            {BatchConfig: {"micro_batch_size": 2}})
+    compare(flat_requests.make(
+        CompareRequest, layout.config(), _given(), **_onset(folder, name), micro_batch_size=2,
+        test_data_path=tuple(str(folder / name) for name in test), arms=arms,
+        num_seeds=num_seeds, lr_wsd_decay_iters=ITERATIONS))
 
 
 def _select_and_anneal(folder, name, seed):
     """The same by the two commands that a user would run after the comparison."""
-    select(_select_config(folder, name, seed), {}, Layout().config(), CURVATURE, SELECTION, PILOT,
-           {BatchConfig: {"micro_batch_size": 2}})
-    anneal(AnnealConfig(run_dir=str(folder / name), lr_wsd_decay_iters=ITERATIONS,
-                        test_data_path=(str(folder / "test-1"), str(folder / "test-2"))),
-           {BatchConfig: {"seed": seed}}, Layout().config())
+    select(flat_requests.make(SelectRequest, Layout().config(), _given(),
+                              **_onset(folder, name, seed), micro_batch_size=2))
+    anneal(flat_requests.make(
+        AnnealRequest, Layout().config(), Given(batch={"seed": seed}),
+        run_dir=str(folder / name), lr_wsd_decay_iters=ITERATIONS,
+        test_data_path=(str(folder / "test-1"), str(folder / "test-2"))))
 
 
 def _compare_with_odd_batches(folder, name):
-    compare(CompareConfig(test_data_path=(str(folder / "test-1"),), arms=("random",)),
-            _select_config(folder, name), CURVATURE, SELECTION, PILOT, {}, Layout().config(),
-            {BatchConfig: {"micro_batch_size": 5}})
+    compare(flat_requests.make(
+        CompareRequest, Layout().config(), _given(5), **_onset(folder, name),
+        test_data_path=(str(folder / "test-1"),), arms=("random",)))
 
 
 def _select_with_odd_batches(folder, name):
-    select(_select_config(folder, name), {}, Layout().config(), CURVATURE, SELECTION, PILOT,
-           {BatchConfig: {"micro_batch_size": 5}})
+    select(flat_requests.make(SelectRequest, Layout().config(), _given(5),
+                              **_onset(folder, name)))
 
 
 def _pretrain_with_odd_batches(folder, name):
-    pretrain(PretrainConfig(data_path=(str(folder / "a"),), save=str(folder / name),
-                            train_iters=1), MODEL, Layout().config(), OptimizerConfig(),
-             BatchConfig(micro_batch_size=5, global_batch_size=8))
+    pretrain(PretrainRequest(
+        PretrainConfig(data_path=(str(folder / "a"),), save=str(folder / name), train_iters=1),
+        MODEL, Layout().config(), OptimizerConfig(),
+        BatchConfig(micro_batch_size=5, global_batch_size=8)))
 
 
 def _compare_where_an_arm_diverges(folder, name):
     def decay(*arguments, **keywords):
         raise FloatingPointError("the loss of iteration 3 is not finite")
 
-    anneal_stage.decay, kept = decay, anneal_stage.decay
+    compare_command.decay, kept = decay, compare_command.decay
     try:
         _compare(folder, Layout(), name)
     finally:
-        anneal_stage.decay = kept
+        compare_command.decay = kept
 
 
 @pytest.fixture(scope="module")
 def digest_of_theta(folder) -> str:
-    return checkpoint.digest(checkpoint.latest(folder / "theta"))
+    return checkpoint.read_checkpoint(folder / "theta").digest
 
 
 @pytest.fixture(scope="module")
@@ -149,39 +155,38 @@ def test_summary_and_page_tell_the_differences(run):
 
     assert by_name["direct"]["difference"]["mean"] == pytest.approx(
         np.mean(np.subtract(means("direct"), means("random"))))
-    assert found["default_arm"] == "direct"
+    assert found["setting"]["default_arm"] == "direct"
     costs = [by_name[arm]["cost"]["passes"] for arm in ARMS]
     assert costs[0] == 0 and costs[1] == pytest.approx(1 / 3) and min(costs[2:]) > 0
-    page = (run / "report.html").read_text()
-    assert not re.search(r'(src|href)="http', page)
+    page = Page((run / "report.html").read_text())
+    assert "direct, the default of select, ends with a mean test loss of" in page.text
+    assert page.external == []
     assert "| `direct`" in (run / "results.md").read_text()
 
 
+def _key_of_command(words):
+    request = cli_flags.request_from(CompareRequest, make_parser(words[:1]).parse_args(words))
+    assert request.compare.arms == list(ARMS) and request.compare.num_seeds == 2
+    return compare_command._key(compare_command._setting(request)).digest()
+
+
 def test_the_command_that_it_writes_is_the_one_that_was_run(run):
-    """Its flags, parsed as the command line is, give the identity of the run again."""
+    """Its flags, parsed as the command line is, give the key of the run again."""
     command = (run / "results.md").read_text().split("```bash\n")[1].split("```")[0]
     words = shlex.split(command.split("\n", 1)[1].replace("\\\n", " "))
-    flags = make_parser().parse_args(words[1:])
-    assert flags.arms == list(ARMS) and flags.num_seeds == 2
-    assert flags.lr_wsd_decay_iters == ITERATIONS
-    identity = json.loads((run / "run.json").read_text())["stages"]["compare"]["identity"]
-    for key, value in {**identity, **PILOT.__dict__}.items():
-        if (key in ModelConfig.__dataclass_fields__ or isinstance(value, dict)
-                or key.endswith("digest") or value in (None, "", [])):
-            continue
-        assert getattr(flags, key) == value, key
-    pilot = identity_of_pilot(from_flags(PilotConfig, flags), from_flags(OptimizerConfig, flags),
-                              from_flags(BatchConfig, flags))
-    assert pilot == identity["pilot"]
+    assert words[:2] == ["megatron-direct", "compare"]
+    expected = json.loads((run / "manifest.json").read_text())["digest"]
+    assert run_on_ranks(1, _key_of_command, words[1:]) == [expected]
 
 
 def test_direct_is_what_select_and_anneal_make(folder, run):
     run_on_ranks(1, _select_and_anneal, folder, "by-hand", 2)
-    kept = np.concatenate([SampleMask.load(folder / "by-hand" / "masks" / f"{name}.mask.npz").keep
-                           for name in "ab"])
+    masks = selected.selection_folder(folder / "by-hand", "direct") / "masks"
+    kept = np.concatenate([SampleMask.load(masks / f"{name}.mask.npz").keep for name in "ab"])
     np.testing.assert_array_equal(np.flatnonzero(kept),
                                   np.load(run / "arms" / "direct" / "2" / "chosen.npy"))
-    result = json.loads((arm_folder(folder / "by-hand", "direct") / "result.json").read_text())
+    result = json.loads((selected.arm_folder(folder / "by-hand", "direct")
+                         / "result.json").read_text())
     assert result["after"]["test"] == _losses(run, "direct", 2)
 
 
@@ -207,7 +212,7 @@ def test_other_layouts_find_the_same(folder, run, layout):
     for arm in ("random", "direct"):
         chosen, there = (set(np.load(path / "arms" / arm / "1" / "chosen.npy").tolist())
                          for path in (run, folder / name))
-        # Training multiplies rounding: behind a pilot one near-tie may fall the other way.
+        # Training multiplies rounding: after a pilot one near-tie may fall the other way.
         assert len(chosen & there) >= (30 if arm == "random" else 29)
         for test, loss in _losses(run, arm, 1).items():
             assert _losses(folder / name, arm, 1)[test] == pytest.approx(loss, rel=1e-3)
@@ -242,7 +247,7 @@ def test_a_test_set_that_a_selection_saw_is_refused(folder):
         run_on_ranks(1, _compare, folder, Layout(), "refused", ARMS, 1, ("valid",))
 
 
-def test_an_annealing_that_diverges_is_told_and_the_others_go_on(folder, run):
+def test_an_annealing_that_diverges_is_reported_and_the_others_go_on(folder, run):
     """Not tried again, and not a result."""
     shutil.copytree(run, folder / "diverged")
     shutil.rmtree(folder / "diverged" / "arms" / "perplexity-low" / "2")
@@ -266,4 +271,4 @@ def test_the_reference_is_added_where_it_is_not_asked_for(folder, run):
 
 
 def test_the_checkpoint_is_left_as_it_was(folder, digest_of_theta, run):
-    assert checkpoint.digest(checkpoint.latest(folder / "theta")) == digest_of_theta
+    assert checkpoint.read_checkpoint(folder / "theta").digest == digest_of_theta

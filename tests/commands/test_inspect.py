@@ -34,12 +34,12 @@ def test_statistics(files, capsys):
     prefix, paths = files
     inspect(InspectRequest(InspectConfig(mask=tuple(paths[:2]), data_path=(prefix,))))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["first.npz", "30", "10", "0.3333", str(_tokens(DOCUMENTS)),
+    assert lines[2].split() == ["first.npz", "30", "10", "0.3333", str(_tokens(DOCUMENTS)),
                                 str(_tokens(DOCUMENTS[:10])),
                                 f"{_tokens(DOCUMENTS[:10]) / _tokens(DOCUMENTS):.4f}", prefix,
                                 "runs/first"]
     inspect(InspectRequest(InspectConfig(mask=(paths[0],))))
-    assert capsys.readouterr().out.splitlines()[1].split()[4:7] == ["-"] * 3
+    assert capsys.readouterr().out.splitlines()[2].split()[4:7] == ["-"] * 3
 
 
 @pytest.mark.parametrize(("operation", "which", "kept"), [

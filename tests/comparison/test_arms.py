@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_direct.comparison.arms import ARMS, NEEDS, Case, matched
+from megatron_direct.comparison.arms import NEEDS, REGISTRY, Arm, Case, matched
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.selection.treatment import Evidence, SelectionConfig
 
@@ -34,13 +34,13 @@ def case() -> Case:
                 SelectionConfig())
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", REGISTRY)
 def test_takes_k_candidates_once_each_and_again_the_same(case, name):
-    chosen = ARMS[name].take(case)[0]
+    chosen = REGISTRY[name].take(case)[0]
     assert len(chosen) == (N if name == "whole-pool" else K)
     assert np.array_equal(chosen, np.unique(chosen)) and chosen[0] >= 0 and chosen[-1] < N
-    assert np.array_equal(chosen, ARMS[name].take(case)[0])
-    assert set(ARMS[name].needs) <= set(NEEDS)
+    assert np.array_equal(chosen, REGISTRY[name].take(case)[0])
+    assert set(REGISTRY[name].needs) <= set(NEEDS)
 
 
 def _rows(case, which="onset"):
@@ -65,19 +65,19 @@ def _dots(case, which="onset"):
      @ (STIFF @ case.evidence["onset"].valid_rows.mean(0))),
 ])
 def test_scores_take_the_best(case, name, score):
-    assert set(ARMS[name].take(case)[0]) == set(np.argsort(-score(case))[:K])
+    assert set(REGISTRY[name].take(case)[0]) == set(np.argsort(-score(case))[:K])
 
 
 def test_domain_follows_the_tokens_of_the_validation_set(case):
-    chosen = ARMS["domain"].take(case)[0]
+    chosen = REGISTRY["domain"].take(case)[0]
     assert (case.domains[chosen] == "code").sum() == K // 3
     few = dataclasses.replace(case, valid_domains=np.full(M, "prose"), num_select=30)
-    taken = few.domains[ARMS["domain"].take(few)[0]]
+    taken = few.domains[REGISTRY["domain"].take(few)[0]]
     assert (taken == "prose").sum() == 20 and len(taken) == 30  # all there are, filled up
 
 
 def test_oracle_takes_nothing_corrupted_while_there_is_other(case):
-    assert not case.corrupted[ARMS["oracle"].take(case)[0]].any()
+    assert not case.corrupted[REGISTRY["oracle"].take(case)[0]].any()
 
 
 def test_oracle_takes_sound_samples_of_other_domains_before_corrupted_ones(case):
@@ -85,7 +85,7 @@ def test_oracle_takes_sound_samples_of_other_domains_before_corrupted_ones(case)
     corrupted = np.arange(N) < 8
     few = dataclasses.replace(case, domains=domains, corrupted=corrupted,
                               valid_domains=np.full(M, "prose"))
-    chosen = ARMS["oracle"].take(few)[0]
+    chosen = REGISTRY["oracle"].take(few)[0]
     assert not corrupted[chosen].any() and (domains[chosen] == "prose").sum() == 2
 
 
@@ -93,20 +93,20 @@ def test_quotas_hold_in_the_arms_that_solve(case):
     limited = dataclasses.replace(case, limits={"groups": case.domains,
                                                 "quotas": {"prose": (11, 11)}})
     for name in ("direct", "direct-onset", "descent", "alignment", "flat-energy-no-budget"):
-        assert (case.domains[ARMS[name].take(limited)[0]] == "prose").sum() == 11
-        assert (case.domains[ARMS[name].take(case)[0]] == "prose").sum() != 11
+        assert (case.domains[REGISTRY[name].take(limited)[0]] == "prose").sum() == 11
+        assert (case.domains[REGISTRY[name].take(case)[0]] == "prose").sum() != 11
 
 
 def test_what_the_solver_said_comes_with_what_it_took(case):
     for name in ("direct", "flat-energy"):
-        chosen, said = ARMS[name].take(case)
+        chosen, said = REGISTRY[name].take(case)
         np.testing.assert_array_equal(chosen, said.indices)
     assert said.stiff_cost <= said.stiff_budget
-    assert ARMS["random"].take(case)[1] is None
+    assert REGISTRY["random"].take(case)[1] is None
 
 
 def test_matched_has_the_bins_of_what_it_is_matched_to(case):
-    chosen = ARMS["perplexity-low"].take(case)[0]
+    chosen = REGISTRY["perplexity-low"].take(case)[0]
     drawn = matched(case, chosen, num_bins=2)
 
     def bins(numbers):
@@ -117,6 +117,21 @@ def test_matched_has_the_bins_of_what_it_is_matched_to(case):
     assert np.array_equal(bins(drawn), bins(chosen))
 
 
+def test_an_arm_that_draws_twice_gets_different_numbers_and_again_the_same(case):
+    def choose(case: Case) -> np.ndarray:
+        drawn.append([case.rng.standard_normal(4), case.rng.standard_normal(4)])
+        return np.arange(K)
+
+    drawn: list[list[np.ndarray]] = []
+    for _ in range(2):
+        Arm("twice", "", choose).take(case)
+    first, second = drawn[0]
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    # The first draw is that of a generator with the case's seed, as published results have it.
+    np.testing.assert_array_equal(first, np.random.default_rng(case.seed).standard_normal(4))
+
+
 def test_seeds_draw_anew(case):
     other = dataclasses.replace(case, seed=4)
-    assert not np.array_equal(ARMS["random"].take(case)[0], ARMS["random"].take(other)[0])
+    assert not np.array_equal(REGISTRY["random"].take(case)[0], REGISTRY["random"].take(other)[0])

@@ -1,34 +1,33 @@
-"""Paired statistics against scipy and brute force."""
+"""Paired statistics against scipy, printed tables and brute force."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import math
 
 import numpy as np
 import pytest
 import scipy.stats
 
 from megatron_direct.comparison import statistics
+from megatron_direct.runtime.typed_json import from_json, to_json
 
 DIFFERENCES = np.array([-0.031, -0.012, -0.044, 0.006, -0.027])
 
 
-@pytest.mark.parametrize("degrees", [*range(1, 12), 30, 199, 1000])
-@pytest.mark.parametrize("probability", [0.5, 0.75, 0.975, 0.9995])
-def test_student_quantile(degrees, probability):
-    assert statistics.student_quantile(probability, degrees) == pytest.approx(
-        scipy.stats.t.ppf(probability, degrees), rel=1e-9, abs=1e-12)
-
-
-@pytest.mark.parametrize("probability, degrees", [(0.4, 3), (1.0, 3), (0.9, 0)])
-def test_student_quantile_refuses(probability, degrees):
-    with pytest.raises(ValueError, match="expected degrees of freedom >= 1"):
-        statistics.student_quantile(probability, degrees)
-
-
-def test_student_interval():
-    expected = scipy.stats.t.interval(0.9, 4, DIFFERENCES.mean(), scipy.stats.sem(DIFFERENCES))
-    assert statistics.student_interval(DIFFERENCES, 0.9) == pytest.approx(expected)
+# Quantiles from a printed table (Fisher and Yates 1938, table III): t with P(|T| > t) = 1 - c.
+@pytest.mark.parametrize(("count", "confidence", "quantile"), [
+    (2, 0.95, 12.706), (3, 0.95, 4.303), (5, 0.95, 2.776), (12, 0.95, 2.201), (31, 0.95, 2.042),
+    (5, 0.9, 2.132), (5, 0.99, 4.604)])
+def test_student_interval(count, confidence, quantile):
+    values = np.random.default_rng(count).normal(size=count)
+    # The standard error by its definition.
+    error = math.sqrt(sum((v - sum(values) / count) ** 2 for v in values) / (count - 1) / count)
+    low, high = statistics.student_interval(values, confidence)
+    assert (low + high) / 2 == pytest.approx(sum(values) / count)
+    # The table has four digits.
+    assert (high - low) / 2 == pytest.approx(quantile * error, rel=3e-4)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -90,6 +89,26 @@ def test_holm_against_its_definition():
     for i in range(9):
         expected[order[i]] = max(min(1, (9 - j) * p_values[order[j]]) for j in range(i + 1))
     assert statistics.holm(p_values.tolist()) == pytest.approx(expected.tolist())
+
+
+def test_a_family_of_differences_is_corrected_together():
+    zero = _by_seed([0.0] * 5)
+    family = {"clear": statistics.compare_by_seed(_by_seed([-0.1, -0.2, -0.3, -0.4, -0.5]), zero),
+              "unclear": statistics.compare_by_seed(_by_seed([0.1, -0.1, 0.1, 0.2, 0.1]), zero),
+              "unknown": statistics.compare_by_seed({}, zero)}
+    found = statistics.corrected(family)
+    assert list(found) == list(family)
+    assert found["clear"].p_holm == 2 * family["clear"].p_value == 2 * 2**-4
+    assert found["unclear"].p_holm == family["unclear"].p_value
+    assert found["unknown"].p_holm is None
+    assert (found["clear"].mean, found["clear"].verdict) == (family["clear"].mean, "better")
+
+
+def test_a_difference_is_written_with_its_verdict_and_read_back_equal():
+    found = statistics.compare_by_seed(_by_seed(DIFFERENCES), _by_seed([0.0] * 5))
+    value = json.loads(json.dumps(to_json(found)))
+    assert value["verdict"] == found.verdict and value["interval"] == list(found.interval)
+    assert from_json(statistics.PairedDifference, value) == found
 
 
 def _by_seed(values):

@@ -3,44 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from html.parser import HTMLParser
 
 import pytest
+from page_reader import Page
 from synthetic_run import sample_texts, write_run
 
-from megatron_direct.comparison.summary import summarise
-from megatron_direct.reports import wording
+from megatron_direct.comparison.summarise import summarise
 from megatron_direct.reports.comparison_page import render, write_page
 from megatron_direct.runtime import files
 
 ARMS = {"random": (0.0, 0.0, 0.0), "constant": (0.25, 0.0, 0.5),
         "perplexity-high": (-0.9, 0.02, 0.33), "flat-energy": (-0.05, 0.2, 1.3),
         "descent": (0.3, 0.02, 1.3)}
-VOID = {"meta", "img", "br"}
-
-
-class Reader(HTMLParser):
-    """The elements of a page, which must all be closed in order, and its words."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.tags, self.headings, self.words, self.sources = [], [], [], [], []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.sources += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
+HOSTILE = "<script>alert(1)</script> | `tick`\n& $\\q$"
 
 
 @pytest.fixture(scope="module")
@@ -51,29 +26,66 @@ def run_dir(tmp_path_factory):
                      name="<b>bold</b> & more")
 
 
-def test_the_page(run_dir, tmp_path):
-    summary = summarise(run_dir)
-    write_page(summary, tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
-    page = Reader(text)
+@pytest.fixture(scope="module")
+def page(run_dir) -> Page:
+    return Page(render(summarise(run_dir)))
+
+
+def test_the_sections(page):
     assert page.headings == [
-        "In short", "Which arm ends lowest", "descent against the others", "By test set",
-        "Training loss", "Spectrum", "Stiff cost", "What each arm picked", "How far arms agree",
-        "What choosing costs", "Texts that descent picks and drops", "The run"]
+        "Test loss by arm", "descent compared with the other arms", "Loss by test set",
+        "Training loss", "Spectrum", "Stiff cost", "Selected samples",
+        "Overlap between selections", "Cost of selecting",
+        "Examples of samples that descent selects and leaves out", "Run record"]
     assert page.tags.count("img") == 6
-    # It stands alone: all that it shows is in it.
-    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
-    words = " ".join(page.words)
-    assert "Without a result: perplexity-high (seed 2)." in words
-    assert f"{summary['arms'][0]['mean_loss']:.4f}" in words
-    assert render(summary) == text
 
 
-def test_nothing_in_texts_or_names_becomes_html(run_dir):
-    page = Reader(render(summarise(run_dir)))
-    assert "script" not in page.tags and "b" not in page.tags
-    words = " ".join(page.words)
-    assert "<script>alert(1)</script>" in words and "<b>bold</b> & more" in words
+def test_it_opens_with_the_verdict(run_dir, page):
+    arm = summarise(run_dir).arm("descent")
+    low, high = arm.difference.interval
+    opening = page.text[page.text.index("descent, the default of select, ends"):]
+    assert opening.startswith(
+        f"descent, the default of select, ends with a mean test loss of {arm.mean_loss:.4f} per "
+        f"token, {-arm.difference.mean:.4f} below random (95 % interval of the difference "
+        f"[{low:+.4f}, {high:+.4f}], 3 seeds). Verdict: better.")
+    assert opening.index("Verdict") < opening.index("Test loss by arm")
+    assert "No result for perplexity-high (seed 2)." in page.text
+
+
+def test_the_table_of_losses_follows_the_summary(run_dir, page):
+    summary = summarise(run_dir)
+    assert [row[:3] for row in page.tables[0][1:-1]] == [
+        [str(place), arm.name, f"{arm.mean_loss:.4f}"]
+        for place, arm in enumerate(summary.arms, start=1)]
+    worst = summary.arm("perplexity-high").difference
+    assert page.tables[0][-2][3:] == [
+        f"{worst.mean:+.4f}", "worse", f"[{worst.interval[0]:+.4f}, {worst.interval[1]:+.4f}]",
+        "0.5", "1", "2"]  # two seeds: the least p-value is 1/2
+    assert page.tables[0][-1][1:3] == ["(before annealing)", "4.8000"]
+
+
+def test_it_needs_no_other_file_and_is_written_the_same_twice(run_dir, page, tmp_path):
+    assert page.external == []
+    # Six figures, one of which holds a heat map as a picture.
+    assert sum(reference.startswith("data:") for reference in page.references) == 7
+    for name in ("one.html", "two.html"):
+        write_page(summarise(run_dir), tmp_path / name)
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+def test_text_of_users_is_shown_and_not_interpreted(tmp_path):
+    """The setting's name, those of datasets, and sample texts."""
+    texts = sample_texts()
+    texts["picked"][0]["text"] = f"</pre>{HOSTILE}"
+    run = write_run(tmp_path / "run", ARMS, seeds=(1, 2), domains=(HOSTILE, "a<b>c"), prefix="",
+                    default="descent", num_candidates=60, num_select=15, iterations=4,
+                    texts=texts, name=HOSTILE)
+    page = Page(render(summarise(run)))
+    assert not {"script", "b"} & set(page.tags)
+    shown = " ".join(HOSTILE.split())
+    assert f"Comparison: {shown}" in page.text and f"</pre>{shown}" in page.text
+    assert page.tables[2][0] == ["arm", HOSTILE, "a<b>c", "all"]
+    assert page.external == []
 
 
 def test_a_page_of_what_is_there(run_dir, tmp_path):
@@ -83,8 +95,9 @@ def test_a_page_of_what_is_there(run_dir, tmp_path):
     (copy / "texts.json").unlink()
     setting = files.read_json(copy / "setting.json")
     files.write_json(copy / "setting.json", {**setting, "annealing_seconds": None})
-    page = Reader(render(summarise(copy)))
-    assert page.headings == ["In short", "Spectrum", "What choosing costs", "The run"]
+    page = Page(render(summarise(copy)))
+    assert page.headings == ["Spectrum", "Cost of selecting", "Run record"]
+    assert "descent, the default of select, has no result in this comparison." in page.text
 
 
 def test_a_comparison_without_reference_and_default(run_dir, tmp_path):
@@ -93,27 +106,16 @@ def test_a_comparison_without_reference_and_default(run_dir, tmp_path):
     setting = files.read_json(copy / "setting.json")
     few = {name: setting["arms"][name] for name in ("constant", "flat-energy")}
     files.write_json(copy / "setting.json", {**setting, "arms": few})
-    page = Reader(render(summarise(copy)))
-    assert page.headings[:4] == ["In short", "Which arm ends lowest", "By test set",
-                                 "Training loss"]
-    assert "descent, the default of select, was not run" in " ".join(page.words)
+    page = Page(render(summarise(copy)))
+    assert page.headings[:3] == ["Test loss by arm", "Loss by test set", "Training loss"]
+    assert "descent, the default of select, was not run" in page.text
+    assert "Verdict" not in page.text
 
 
 def test_one_seed_and_one_test_set(tmp_path):
     run = write_run(tmp_path / "run", ARMS, seeds=(7,), domains=("docstrings",), default="descent",
                     num_candidates=60, num_select=15, iterations=2)
-    page = Reader(render(summarise(run)))
-    assert "By test set" not in page.headings
-    assert "No arm shares two seeds with random" in " ".join(page.words)
-    assert "too few seeds" in page.words
-
-
-def test_names_are_shortened_to_what_tells_them_apart():
-    assert wording.short_names(["data_code_test", "data_wiki_en_test"]) == {
-        "data_code_test": "code", "data_wiki_en_test": "wiki_en"}
-    assert wording.short_names(["data_code_test"]) == {"data_code_test": "data_code_test"}
-    assert wording.short_names(["a", "a_b"]) == {"a": "a", "a_b": "a_b"}
-
-
-def test_lists_in_words():
-    assert [wording.listed("abc"[:n]) for n in range(4)] == ["none", "a", "a and b", "a, b and c"]
+    page = Page(render(summarise(run)))
+    assert "Loss by test set" not in page.headings
+    assert "No arm shares two seeds with random" in page.text
+    assert "Verdict: too few seeds" in page.text

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+import re
+import shlex
+from dataclasses import replace
 
 import pytest
 from synthetic_run import write_run
 
-from megatron_direct.comparison.summary import summarise
+from megatron_direct.comparison.summarise import summarise
 from megatron_direct.reports.markdown import results
 
 ARMS = {"random": (0.0, 0.0, 0.0), "perplexity-low": (0.1, 0.01, 0.33),
@@ -41,8 +43,7 @@ def _prose(text):
 
 def test_the_table_over_settings(summaries):
     text = results(summaries)
-    means = [arm["difference"]["mean"] for summary in summaries for arm in summary["arms"]
-             if arm["name"] == "descent"]
+    means = [summary.arm("descent").difference.mean for summary in summaries]
     assert _row(text, "`descent`")[1:] == [f"**{means[0]:.3f}**", f"_+{means[1]:.3f}_"]
 
 
@@ -52,36 +53,31 @@ def test_sentences_follow_the_numbers(summaries):
     assert "Worse than the reference wherever it was run: `gradient-dot` and `flat-energy`." in text
     assert "Lowest in clean: `descent`" in text and "Lowest in shifted: `perplexity-low`" in text
     assert "in 1 of 2 settings (clean), and worse than at least one of them in 1 (shifted)" in text
-    # The same text of the first setting alone says so.
     text = _prose(results(summaries[:1]))
-    assert "in 1 of 1 settings (clean), and worse than at least one of them in 0 (none)" in text
+    assert "in 1 of 1 setting (clean), and worse than at least one of them in 0 (none)" in text
+
+
+def test_it_opens_with_a_verdict_for_each_setting(summaries):
+    text = _prose(results(summaries))
+    opening = text[: text.index("Arms are annealed")]
+    for summary, verdict in zip(summaries, ("better", "worse"), strict=True):
+        arm = summary.arm("descent")
+        assert (f"- {summary.setting.name}: descent, the default of select, ends with a mean test "
+                f"loss of {arm.mean_loss:.4f} per token, {abs(arm.difference.mean):.4f} "
+                f"{'below' if verdict == 'better' else 'above'} random") in opening
+    assert re.findall(r"Verdict: \*\*(\w+)\*\*", opening) == ["better", "worse"]
 
 
 def test_figures_come_from_the_summary(summaries):
     text = results(summaries)
-    found = summaries[1]["default_against"]["gradient-dot"]
-    assert found["num_pairs"] == 3
+    found = summaries[1].default_against["gradient-dot"]
+    assert found.num_pairs == 3
     row = _row(text, "shifted", "`gradient-dot`")
-    assert row[2] == f"{found['mean']:+.4f}" and row[5] == "worse"
-    assert "Without a result: gradient-dot (seed 3)." in _prose(text)
-    paper = next(arm for arm in summaries[0]["arms"] if arm["name"] == "flat-energy")
-    assert (f"`flat-energy`, the paper's own objective, in clean: {paper['mean_loss']:.4f}, "
+    assert row[2] == f"{found.mean:+.4f}" and row[5] == "worse"
+    assert "No result for gradient-dot (seed 3)." in _prose(text)
+    paper = summaries[0].arm("flat-energy")
+    assert (f"`flat-energy`, the paper's own objective, in clean: {paper.mean_loss:.4f}, "
             "place 5 of 5") in _prose(text)
-
-
-def test_what_choosing_costs(summaries):
-    def sentence(summary, **cost):
-        summary = copy.deepcopy(summary)
-        next(a for a in summary["arms"] if a["name"] == "descent")["cost"].update(cost)
-        return _prose(results([summary]))
-
-    cheap = {"share_of_annealing": 0.25, "annealing_left": 0.75}
-    assert "on 75 % of the annealing's tokens. That was not measured;" in sentence(
-        summaries[0], **cheap)
-    assert "on 75 % of the annealing's tokens, and it does not reach it on all" in sentence(
-        summaries[1], **cheap)
-    assert "no saving of its tokens pays for it" in sentence(
-        summaries[0], share_of_annealing=1.5, annealing_left=0.0)
 
 
 def test_it_says_how_to_run_it_again(summaries):
@@ -96,25 +92,58 @@ def test_lines_are_short(summaries):
     assert max(map(len, results(summaries).splitlines())) <= 110
 
 
+def _with_arms(summary, change):
+    """The summary with each arm changed, or left out where it is changed to None."""
+    arms = [change(arm) for arm in summary.arms]
+    return replace(summary, arms=tuple(arm for arm in arms if arm is not None))
+
+
 def test_arms_that_were_not_run_are_named_as_such(summaries):
-    summary = copy.deepcopy(summaries[0])
-    summary["arms"] = [arm for arm in summary["arms"] if arm["name"] != "flat-energy"]
-    summary["default_against"] = {}
-    text = _prose(results([summary]))
+    summary = _with_arms(summaries[0], lambda arm: None if arm.name == "flat-energy" else arm)
+    text = _prose(results([replace(summary, default_against={})]))
     assert "`flat-energy`, the paper's own objective, was not run in clean." in text
     assert "The default was not run." in text
 
 
-def test_nothing_to_compare(summaries):
+def test_nothing_to_compare():
     assert "Nothing has been compared yet" in results([])
 
 
-def test_the_default_is_read_against_what_could_be_had(summaries):
-    summary = copy.deepcopy(summaries[0])
-    arms = {arm["name"]: arm for arm in summary["arms"]}
-    arms["perplexity-low"]["name"] = "oracle"
-    of_default, of_oracle = arms["descent"]["losses"], arms["perplexity-low"]["losses"]
+def test_the_default_is_compared_with_what_could_be_had(summaries):
+    summary = _with_arms(summaries[0], lambda arm: replace(
+        arm, name={"perplexity-low": "oracle"}.get(arm.name, arm.name)))
+    of_default, of_oracle = summary.arm("descent").losses, summary.arm("oracle").losses
     mean = sum(of_default[seed] - of_oracle[seed] for seed in of_oracle) / len(of_oracle)
     text = _prose(results([summary]))
-    assert f"`descent` less other arms: `oracle` ({mean:+.4f} [" in text
-    assert "less other arms" not in results(summaries[:1])  # it has none of them
+    assert f"`descent` minus other arms: `oracle` ({mean:+.4f} [" in text
+    assert "minus other arms" not in results(summaries[:1])  # it has none of them
+
+
+def test_two_settings_of_one_name_are_not_mixed_up(summaries):
+    same = [replace(s, setting=replace(s.setting, name="same")) for s in summaries]
+    row = _row(results(same), "`descent`")
+    assert row == _row(results(summaries), "`descent`")
+
+
+def test_text_of_users_is_shown_and_not_interpreted(summaries):
+    """The setting's name and those of test sets: no markup, no further cell, no further line."""
+    hostile = "<script>alert(1)</script> | `tick` *x*\n- y\n```\nrm -r ~"
+    summary = summaries[0]
+    tests = dict(zip(summary.setting.test, (f"a_{hostile}_test", "a_b_test"), strict=True))
+    summary = _with_arms(summary, lambda arm: replace(
+        arm, tests={tests.get(name, name): loss for name, loss in arm.tests.items()}))
+    text = results([replace(summary, setting=replace(
+        summary.setting, name=hostile, test=tuple(tests.values())))])
+    prose, block = text.split("````bash\n")
+    # Outside of code spans, everything that would be markup is escaped.
+    assert prose.count("script") >= 8
+    assert not re.search(r"(?<!\\)[<>]", re.sub(r"`[^`\n]*`", "", prose.replace("\\`", "")))
+    tables = [line for line in prose.splitlines() if line.startswith("|")]
+    assert any("script" in line for line in tables)
+    widths = {len(re.split(r"(?<!\\)\|", line)) for line in tables}
+    assert widths == {4, 8}  # of the tables' two and six columns, with what is outside the edges
+    assert not any(line.startswith(("- y", "```", "rm ")) for line in prose.splitlines())
+    # The command's comment is one line, and its quoted name ends before the block does.
+    assert block.splitlines()[0].startswith("# <script>") and block.endswith("\n````\n")
+    words = shlex.split(block[block.index("megatron-direct"): block.rindex("````")])
+    assert hostile in words

@@ -111,7 +111,7 @@ def test_the_density_tells_the_energy_of_the_whole_operator(folder):
     assert sum(density["weights"]) == pytest.approx(1)
     report(ReportRequest(ReportConfig(str(folder / "density"))))
     page = (folder / "density" / "report.html").read_text()
-    assert page.count("data:image/svg+xml;base64,") == 3 and "standard error" in page
+    assert page.count("data:image/svg+xml;base64,") == 2 and "standard error" in page
     assert density["positive_trace"]["value"] >= sum(v for v in spectrum["eigenvalues"] if v > 0)
 
 

@@ -1,0 +1,101 @@
+"""The files of a run directory that its report shows, read into typed objects.
+
+All that the report knows of the layout of a run directory is in this module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_direct.curvature.density import Estimate
+from megatron_direct.curvature.spectrum import Elbow
+from megatron_direct.mcore.training import read_metrics
+from megatron_direct.runtime.run_directory import RunDirectory
+from megatron_direct.runtime.typed_json import read_record
+from megatron_direct.steps import annealed, selected
+from megatron_direct.steps.annealed import ArmResult
+from megatron_direct.steps.selected import PoolComposition, SelectionSummary
+
+
+@dataclass(frozen=True)
+class Annealing:
+    result: ArmResult
+    iterations: tuple[int, ...]
+    training_losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Density:
+    nodes: tuple[float, ...]
+    weights: tuple[float, ...]
+    trace: Estimate
+    positive_trace: Estimate
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """``curvature/spectrum.json``."""
+
+    operator: str
+    dimension: int
+    eigenvalues: tuple[float, ...]
+    elbow: Elbow
+    notes: tuple[str, ...]
+    density: Density | None
+
+
+@dataclass(frozen=True)
+class CommandRecord:
+    """One command that worked on the run."""
+
+    name: str
+    layout: dict[str, Any]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A run with a finished selection.
+
+    annealings: by arm, of those that are finished. compositions: by selection and pool; random
+    selections have one, too. seconds: by step of the selection, empty if they were not measured.
+    """
+
+    path: str
+    annealings: dict[str, Annealing]
+    selections: dict[str, SelectionSummary]
+    compositions: dict[str, dict[str, PoolComposition]]
+    spectrum: Spectrum
+    seconds: dict[str, float]
+    commands: tuple[CommandRecord, ...]
+
+
+def read_run(run_dir: str | Path) -> RunReport:
+    """Raises UserError if the directory has no finished selection, or a file cannot be read."""
+    run = RunDirectory(run_dir)
+    run.require()
+    names = selected.selection_names(run.path)
+    if not names:
+        selected.find_selection(run.path, "direct")  # says what is missing
+    selections = {name: selected.find_selection(run.path, name)[1] for name in names}
+    arms = annealed.arm_names(run.path)
+    drawn = {arm: annealed.read_composition(selected.arm_folder(run.path, arm)) for arm in arms}
+    seconds = run.path / "seconds.json"
+    return RunReport(
+        path=str(run.path),
+        annealings={arm: _annealing(selected.arm_folder(run.path, arm)) for arm in arms},
+        selections=selections,
+        compositions={**{name: found.composition for name, found in selections.items()},
+                      **{arm: found for arm, found in drawn.items() if found is not None}},
+        spectrum=read_record(Spectrum, run.path / "curvature" / "spectrum.json"),
+        seconds=read_record(dict[str, float], seconds) if seconds.is_file() else {},
+        commands=tuple(CommandRecord(call["command"], call["flags"]["layout"],
+                                     call["provenance"]["versions"]) for call in run.record()))
+
+
+def _annealing(folder: Path) -> Annealing:
+    metrics = read_metrics(folder / "metrics.jsonl")
+    return Annealing(ArmResult.read(folder), tuple(line["iteration"] for line in metrics),
+                     tuple(line["loss"] for line in metrics))

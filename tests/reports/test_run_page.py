@@ -1,0 +1,166 @@
+"""The report of a run: it follows the files, escapes their text, and stands alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from annealed_run import TEST_LOSSES, made_up_density, write_annealed_run
+from page_reader import Page
+
+from megatron_direct.commands.report import ReportConfig, ReportRequest, report
+from megatron_direct.errors import UserError
+from megatron_direct.reports.run_files import read_run
+from megatron_direct.reports.run_page import headline, loss_tables, write_page
+
+HOSTILE = "<script>alert(1)</script> | `tick`\n& _x_ $\\q$"
+
+
+def _page(run) -> Page:
+    write_page(read_run(run), run / "report.html")
+    return Page((run / "report.html").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_annealed_run(tmp_path_factory.mktemp("runs") / "one")
+
+
+@pytest.fixture(scope="module")
+def page(run) -> Page:
+    return _page(run)
+
+
+def test_it_opens_with_the_difference_and_the_budget(page):
+    first = page.text.index("direct ends with")
+    assert page.text[first:].startswith(
+        "direct ends with a test loss of 3.4400 per token, 0.0500 below random (3.4900; 3.7000 "
+        "before annealing). Each arm was annealed on 307,200 tokens. Selecting the samples took "
+        "165 seconds (pilot 12, sketch 104, curvature 49).")
+    assert page.headings[0] == "Test loss" and first < page.text.index("Test loss ")
+
+
+def test_the_losses_with_the_lowest_in_bold_and_the_difference(page):
+    assert page.headings[:2] == ["Test loss", "Validation loss"]
+    assert page.tables[0] == [
+        ["arm", "docstrings", "source", "licenses", "all"],
+        ["(before annealing)", "5.0000", "3.2000", "4.6000", "3.7000"],
+        ["direct", "4.7000", "2.9000", "4.4000", "3.4400"],
+        ["random", "4.9000", "3.0000", "4.3000", "3.4900"],
+        ["direct - random", "-0.2000", "-0.1000", "+0.1000", "-0.0500"]]
+    assert page.bold == 2 * ["4.7000", "2.9000", "3.4400", "4.3000"]  # row by row
+
+
+def test_the_rest_of_the_page(page):
+    assert page.headings[2:] == ["Annealing", "Spectrum", "Selected samples", "Selection problem",
+                                 "Run record"]
+    assert page.tags.count("img") == 2
+    assert "33 of 1,300 samples. 1,250 samples were cut at the sequence length" in page.text
+    composition = page.tables[2]
+    assert composition[0] == ["pool", "samples", "corrupted", "direct: selected",
+                              "direct: corrupted", "random: selected", "random: corrupted"]
+    assert composition[2] == ["source", "100", "20", "11", "0", "11", "2"]
+    assert ["stiff budget", "-"] in page.tables[3] and ["stiff cost", "12.5"] in page.tables[3]
+    assert page.tables[4][1] == ["select", "TP 2, PP 1", "megatron-direct 0.2.0, torch 2.6.0"]
+
+
+def test_it_needs_no_other_file(page):
+    assert page.external == []
+    assert sum(reference.startswith("data:") for reference in page.references) == 2
+
+
+def test_text_of_users_is_shown_and_not_interpreted(tmp_path):
+    run = write_annealed_run(tmp_path / "<b>run<", domains=(HOSTILE, "x<i>", "_y"), prefix="")
+    page = _page(run)
+    assert not {"script", "b", "i"} & set(page.tags)
+    assert " ".join(HOSTILE.split()) in page.text
+    assert page.tables[0][0] == ["arm", HOSTILE, "x<i>", "_y", "all"]
+    assert f"Run: {run}" in page.text
+
+
+def test_pools_without_corrupted_samples_have_no_such_column(tmp_path):
+    page = _page(write_annealed_run(tmp_path / "run", corrupted=0))
+    assert page.tables[2][0] == ["pool", "samples", "direct: selected", "random: selected"]
+
+
+@pytest.mark.parametrize(("arms", "sentence", "tables"), [
+    ((), "No selection has been annealed yet.", 0),
+    (("random",), "No selection has been annealed yet.", 2),
+    (("direct",), "direct ends with a test loss of 3.4400 per token (3.7000 before annealing); "
+                  "random has not been annealed yet.", 2)])
+def test_arms_that_are_missing(tmp_path, arms, sentence, tables):
+    run = read_run(write_annealed_run(tmp_path / "run", arms=arms))
+    assert headline(run)[0] == sentence
+    assert len(loss_tables(run)) == tables
+    page = _page(tmp_path / "run")
+    assert sentence in page.text
+    assert ("Annealing" in page.headings) == bool(arms)
+    assert "includes the chance of one seed" not in page.text
+    assert not any(" - random" in row[0] for table in page.tables for row in table)
+
+
+def test_without_test_sets_the_validation_loss_stands_for_them(tmp_path):
+    run = read_run(write_annealed_run(tmp_path / "run", kinds=("valid",)))
+    assert headline(run)[0].startswith("direct ends with a validation loss of 3.4400 per token, "
+                                       "0.0500 below random")
+    assert [heading for heading, _ in loss_tables(run)] == ["Validation loss"]
+
+
+def test_arms_that_were_measured_on_other_datasets_are_not_compared(tmp_path):
+    run = write_annealed_run(tmp_path / "run")
+    path = run / "anneal" / "random" / "result.json"
+    result = json.loads(path.read_text())
+    for when in ("before", "after"):
+        result[when]["test"] = {"embedded_docstrings_test": 4.9, "all": 4.9}
+    path.write_text(json.dumps(result))
+    assert headline(read_run(run))[0] == (
+        "direct ends with a test loss of 3.4400 per token (3.7000 before annealing); random was "
+        "measured on other datasets.")
+    page = _page(run)
+    assert page.tables[0][3] == ["random", "4.9000", "-", "-", "4.9000"]
+    assert page.tables[0][4] == ["direct - random", "-0.2000", "-", "-", "-"]
+    assert page.bold[:3] == ["4.7000", "2.9000", "4.4000"]  # and neither of the losses over all
+    assert page.bold.count("3.4400") == 1  # of the validation sets
+
+
+def test_a_selection_that_ends_higher_is_said_to_be_above(tmp_path, monkeypatch):
+    monkeypatch.setitem(TEST_LOSSES, "direct", (5.0, 3.1, 4.4, 3.50001))
+    run = read_run(write_annealed_run(tmp_path / "run"))
+    assert "3.5000 per token, 0.0100 above random" in headline(run)[0]
+    monkeypatch.setitem(TEST_LOSSES, "direct", (5.0, 3.1, 4.4, 3.49001))
+    run = read_run(write_annealed_run(tmp_path / "other"))
+    assert "3.4900 per token, level with random" in headline(run)[0]
+
+
+def test_the_density_is_shown_with_the_trace_where_there_is_one(tmp_path):
+    page = _page(write_annealed_run(tmp_path / "run", density=made_up_density()))
+    assert page.tags.count("img") == 3
+    assert "Trace 42 with standard error 0.5; positive eigenvalues sum to 45." in page.text
+
+
+def test_the_command_prints_what_the_page_opens_with(run, capsys):
+    report(ReportRequest(ReportConfig(run_dir=str(run))))
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert lines[0] == "Test loss"
+    assert lines[4].split() == ["direct", "4.7000", "2.9000", "4.4000", "3.4400"]
+    for sentence in headline(read_run(run)):
+        assert sentence in lines
+    assert lines[-1] == f"report: {run / 'report.html'}"
+
+
+def test_a_run_without_a_selection_is_refused(tmp_path):
+    run = write_annealed_run(tmp_path / "run")
+    path = run / "selections" / "direct" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "finished": False}))
+    with pytest.raises(UserError, match="holds no finished selection called direct"):
+        read_run(run)
+
+
+def test_a_file_that_is_damaged_is_named(tmp_path):
+    run = write_annealed_run(tmp_path / "run")
+    path = run / "anneal" / "random" / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokens": None}))
+    with pytest.raises(UserError, match=r"random/result.json cannot be read: ArmResult"
+                                        r".tokens: expected int, got None"):
+        read_run(run)
