@@ -92,8 +92,8 @@ def compare(request: CompareRequest) -> None:
     this."""
     setting = _setting(request)
     chosen = _arms(setting)
-    run, artefact, key = RunDirectory(setting.folder), Artefact(setting.folder, "a comparison"), \
-        _key(setting)
+    run, artefact = RunDirectory(setting.folder), Artefact(setting.folder, "a comparison")
+    key = _key(setting)
     parallel.on_rank_zero(lambda: run.enter("compare", request))
     if parallel.on_rank_zero(lambda: artefact.state(key)) is State.NEW:
         parallel.on_rank_zero(lambda: artefact.begin(key, _paths(setting)))

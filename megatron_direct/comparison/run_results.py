@@ -112,7 +112,8 @@ def _identity(folder: Path) -> dict[str, Any]:
         return {}
     key = {name: value for name, value in found["key"].items()
            if not name.endswith(("_digest", "_digests"))}
-    return {**found["details"], **key, "seed": key.pop("first_seed")}
+    seed = key.pop("first_seed")  # the key's own seed is the default of a group of settings
+    return {**found["details"], **key, "seed": seed}
 
 
 def _candidates(path: Path) -> Candidates:
