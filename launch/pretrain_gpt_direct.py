@@ -10,4 +10,4 @@ one with ``--sample-mask PREFIX FILE``. docs/blends.md tells how to change a ble
 from megatron_direct.plugins import megatron_lm
 
 if __name__ == "__main__":
-    megatron_lm.run("pretrain_gpt")
+    megatron_lm.run_script("pretrain_gpt")

@@ -58,6 +58,6 @@ def write_shards(folder: Path, documents: Sequence[Sequence[tuple[str, str, np.n
         shards.write_manifest(folder, Manifest(
             path="in.jsonl", file=0, shard=number, lines=len(mine), is_last=False, too_short=0,
             bad=[], dtype=mine[0][2].dtype.name, parts=written))
-    contents = catalogue.build(folder, str(folder / "out"))
+    contents = catalogue.build_catalogue(folder, str(folder / "out"))
     (folder / duplicates.FLAGS).write_bytes(bytes(contents.documents))
     return contents

@@ -62,7 +62,7 @@ def _continue_from(flags) -> None:
 
 def main() -> None:
     with megatron_runtime(), parallel.process_group(), grid.model_parallel(ParallelConfig()):
-        megatron_lm.run("pretrain_gpt", build_instead)
+        megatron_lm.run_script("pretrain_gpt", build_instead)
 
 
 if __name__ == "__main__":

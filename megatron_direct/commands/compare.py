@@ -20,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_direct.comparison import record
 from megatron_direct.comparison.arms import BY_DOMAIN, REGISTRY, Case
 from megatron_direct.comparison.measurements import (
-    MEASUREMENTS,
     CompareConfig,
     Setting,
     domain_names,
     measured_case,
-    measurement_folder,
 )
 from megatron_direct.comparison.run_results import mean_test_loss
 from megatron_direct.comparison.summarise import summarise
@@ -101,7 +100,7 @@ def compare(request: CompareRequest) -> None:
     for seed in setting.seeds:
         missing = parallel.on_rank_zero(
             lambda seed=seed: [name for name in chosen if not any(
-                (_arm_folder(setting, name, seed) / file).is_file()
+                (setting.arm_folder(name, seed) / file).is_file()
                 for file in ("result.json", "failed.json"))])
         if missing:
             case = measured_case(setting, seed, {need for name in missing
@@ -212,7 +211,7 @@ class _Run:
 
     @property
     def folder(self) -> Path:
-        return _arm_folder(self.setting, self.arm, self.seed)
+        return self.setting.arm_folder(self.arm, self.seed)
 
 
 def _run_arm(run: _Run, case: Case | None, before: dict) -> None:
@@ -221,7 +220,7 @@ def _run_arm(run: _Run, case: Case | None, before: dict) -> None:
     began = time.perf_counter()
     with grid.model_parallel(onset.job.layout, onset.job.num_model_chunks):
         dataset, _ = blend.build_blend(Blend(onset.pool.prefixes), masks, blend.BlendRequest(
-            onset.job.model.seq_length, _num_sequences(setting), run.seed, folder / "cache",
+            onset.job.model.seq_length, setting.num_sequences, run.seed, folder / "cache",
             blend.Vocabulary(onset.job.model.vocab_size, str(onset.checkpoint.tokenizer_digest))))
         chunks = model.build(onset.job)
         try:
@@ -268,40 +267,10 @@ def _write_result(run: _Run, result: dict, chosen: np.ndarray) -> None:
     print(f"{result['arm']}, seed {result['seed']}: mean test loss {mean:.4f}", flush=True)
 
 
-def _arm_folder(setting: Setting, name: str, seed: int) -> Path:
-    return setting.folder / "arms" / name / str(seed)
-
-
-def _num_sequences(setting: Setting) -> int:
-    return setting.config.lr_wsd_decay_iters * setting.onset.job.batch.global_batch_size
-
-
 def _report(setting: Setting, chosen: list[str]) -> None:
     """Everything that is made of the results (rank 0)."""
-    done = [name for name in REGISTRY
-            if name in chosen or (setting.folder / "arms" / name).is_dir()]
-    seconds = {seed: _seconds(setting, seed) for seed in setting.seeds}
-    annealing = [files.read_json(path)["seconds"]
-                 for path in sorted(setting.folder.glob("arms/*/*/result.json"))]
-    names = {key: list(indexed.prefix_names(list(prefixes)).values()) for key, prefixes in (
-        ("pools", setting.onset.pool.prefixes), ("valid", setting.onset.valid.prefixes),
-        ("test", setting.config.test_data_path))}
-    tokens = _num_sequences(setting) * setting.onset.job.model.seq_length
-    files.write_json(setting.folder / "setting.json", {
-        "name": setting.config.name or setting.folder.name, "num_select": setting.num_select,
-        "num_candidates": len(setting.onset.pool.usable),
-        "parameters": files.read_json(setting.folder / "before.json")["parameters"],
-        "iterations": setting.config.lr_wsd_decay_iters, "tokens": tokens,
-        "seeds": setting.seeds, **names, "reference": REFERENCE, "default_arm": "direct",
-        "arms": {name: REGISTRY[name].description for name in done},
-        "tokenizer_model": setting.config.tokenizer_model,
-        "shared_seconds": seconds, "annealing_seconds": float(np.median(annealing)),
-        "passes_of_selection": {
-            name: _passes(setting, REGISTRY[name].needs, seconds, np.median(annealing) / tokens)
-            for name in done},
-    })
-    if setting.config.tokenizer_model:
-        files.write_json(setting.folder / "texts.json", _texts(setting))
+    record.write_record(setting, REFERENCE, [name for name in REGISTRY if name in chosen
+                                      or (setting.folder / "arms" / name).is_dir()])
     found = summarise(setting.folder)
     write_summary(found, setting.folder / "comparison.json")
     comparison_page.write_page(found, setting.folder / "report.html")
@@ -309,47 +278,3 @@ def _report(setting: Setting, chosen: list[str]) -> None:
     with files.written_whole(setting.folder / "results.md", "w") as file:
         file.write(text)
     print(f"{text}\nreport: {setting.folder / 'report.html'}", flush=True)
-
-
-def _seconds(setting: Setting, seed: int) -> dict[str, dict[str, float]]:
-    """What each measurement of a seed took, stage by stage; not of one that was broken off."""
-    paths = {name: measurement_folder(setting, seed, name) / "seconds.json"
-             for name in MEASUREMENTS}
-    return {name: files.read_json(path) for name, path in paths.items() if path.is_file()}
-
-
-def _passes(setting: Setting, needs: tuple[str, ...], seconds: dict[int, dict],
-            seconds_per_token: float) -> float | None:
-    """What an arm's choice takes, in passes of training over the pool; None if that is not known.
-    """
-    pass_over_pool = seconds_per_token * setting.onset.pool.num_labels.sum()
-    costs = {"losses": 1 / 3}  # a forward pass: of three passes over the layers
-    for need in needs:
-        took = [sum(of_seed[need].values()) for of_seed in seconds.values() if need in of_seed]
-        if took:
-            costs[need] = float(np.median(took)) / pass_over_pool
-    return sum(costs[need] for need in needs) if all(need in costs for need in needs) else None
-
-
-def _texts(setting: Setting, count: int = 6) -> dict[str, list[dict]]:
-    """Some samples that the first seed's direct takes, and some that it leaves, drawn at random."""
-    onset, samples = setting.onset, setting.onset.pool
-    decode = tokenizer_of(setting.config.tokenizer_model, onset.checkpoint,
-                          onset.job.model).decode
-    seed = setting.seeds[0]
-    path = _arm_folder(setting, "direct", seed) / "chosen.npy"
-    if not path.is_file():
-        return {"picked": [], "dropped": []}
-    names = indexed.prefix_names(samples.prefixes)
-    with np.load(setting.seed_folder(seed) / "samples.npz") as arrays:
-        candidates, losses = arrays["candidates"], arrays["loss"]
-    chosen, rng = np.load(path), np.random.default_rng(seed)
-
-    def some(numbers: np.ndarray) -> list[dict]:
-        drawn = rng.choice(numbers, min(count, len(numbers)), replace=False)
-        return [{"text": decode(samples.tokens(int(number))),
-                 "pool": names[samples.prefixes[int(samples.dataset_of(number))]],
-                 "loss": float(losses[candidates == number][0]),
-                 "labels": int(samples.num_labels[number])} for number in drawn]
-
-    return {"picked": some(chosen), "dropped": some(np.setdiff1d(candidates, chosen))}

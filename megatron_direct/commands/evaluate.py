@@ -88,7 +88,7 @@ def _read(config: EvaluateConfig, checkpoint: Checkpoint, model: ModelConfig) ->
     tokens = tokenizer_of(config.tokenizer_model, checkpoint, model)
     tasks = {}
     for name, file in zip(names, config.tasks, strict=True):
-        questions = questions_of.read(file)
+        questions = questions_of.read_questions(file)
         encoded = choices.encode(questions, tokens, model.seq_length, file)
         tasks[name] = Task(file, digests.file_digest(file), questions, encoded)
     return tasks

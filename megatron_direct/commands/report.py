@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_direct.config import ParallelConfig
 from megatron_direct.reports import run_page
-from megatron_direct.reports.run_files import read_run
+from megatron_direct.reports.run_files import read_report_files
 from megatron_direct.reports.tables import text_table
 from megatron_direct.runtime import parallel
 from megatron_direct.settings import Settings, flag
@@ -32,7 +32,7 @@ def report(request: ReportRequest) -> None:
 
 
 def _report(config: ReportConfig) -> None:
-    run = read_run(config.run_dir)
+    run = read_report_files(config.run_dir)
     path = Path(config.run_dir) / "report.html"
     run_page.write_page(run, path)
     for heading, table in run_page.loss_tables(run):

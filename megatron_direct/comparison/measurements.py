@@ -68,8 +68,16 @@ class Setting:
     def seeds(self) -> list[int]:
         return [self.measure.sketch.seed + number for number in range(self.config.num_seeds)]
 
+    @property
+    def num_sequences(self) -> int:
+        """Of each annealing."""
+        return self.config.lr_wsd_decay_iters * self.onset.job.batch.global_batch_size
+
     def seed_folder(self, seed: int) -> Path:
         return self.folder / "seeds" / str(seed)
+
+    def arm_folder(self, arm: str, seed: int) -> Path:
+        return self.folder / "arms" / arm / str(seed)
 
 
 def _at_onset(settings: MeasureSettings) -> MeasureSettings:

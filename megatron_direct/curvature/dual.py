@@ -107,7 +107,7 @@ class DualOperator:
             # The backward pass adds to gradients that are there: to views of the product.
             for parameter, part in zip(parameters, self.space.split(product), strict=True):
                 parameter.grad = part
-            with tangents.replaced(self._chunks, with_tangents=self.with_tangents):
+            with tangents.tangent_rules(self._chunks, with_tangents=self.with_tangents):
                 for micro_batches in self._passes:
                     slopes.append(passes.run_pass(
                         duals, micro_batches, backward=True, stacked=2,

@@ -1,7 +1,7 @@
 """What a function does to a value and its tangent, where forward-mode differentiation fails.
 
 In a dual level of ``torch.autograd.forward_ad`` a tensor carries its tangent with it, and most of
-what a GPTModel calls takes both along by itself. Replaced, for as long as :func:`replaced` is
+what a GPTModel calls takes both along by itself. Replaced, for as long as :func:`tangent_rules` is
 entered (where, is :mod:`megatron_direct.mcore.dual_functions`'s business), is what would raise or
 be silently wrong:
 
@@ -41,7 +41,8 @@ from megatron_direct.mcore import dual_functions
 _ACTIVATIONS = {torch.nn.functional.silu: pairs.silu, torch.nn.functional.gelu: pairs.gelu}
 
 
-def replaced(chunks: Sequence[torch.nn.Module], *, with_tangents: bool) -> AbstractContextManager:
+def tangent_rules(chunks: Sequence[torch.nn.Module], *, with_tangents: bool,
+                  ) -> AbstractContextManager:
     """The replacements are in place inside, and the originals afterwards, whatever happens."""
     return dual_functions.replaced(chunks, Tangents(with_tangents))
 

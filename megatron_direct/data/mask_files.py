@@ -35,7 +35,7 @@ def find_mask_files(prefixes: Sequence[str], pairs: Sequence[tuple[str, str]] = 
     return found
 
 
-def load_masks(mask_files: dict[str, str]) -> dict[str, SampleMask]:
+def read_mask_files(mask_files: dict[str, str]) -> dict[str, SampleMask]:
     return {prefix: SampleMask.load(path) for prefix, path in mask_files.items()}
 
 

@@ -54,7 +54,7 @@ class _BadRecord(Exception):
     """What is wrong with a record, and what to do; the file and line are added by read()."""
 
 
-def read(path: str | Path) -> list[Question]:
+def read_questions(path: str | Path) -> list[Question]:
     """The file's questions. Raises UserError that names the line of a record that is none."""
     try:
         lines = Path(path).read_bytes().split(b"\n")

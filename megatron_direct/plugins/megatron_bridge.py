@@ -18,7 +18,7 @@ from typing import Any
 from megatron.bridge.training.config import DatasetProvider, GPTDatasetConfig
 
 from megatron_direct.data.blend_plan import MAX_EPOCHS, BlendRules
-from megatron_direct.data.mask_files import find_mask_files, load_masks
+from megatron_direct.data.mask_files import find_mask_files, read_mask_files
 from megatron_direct.errors import UserError
 from megatron_direct.mcore.blend import masked_builder
 from megatron_direct.runtime import parallel
@@ -61,7 +61,7 @@ class MaskedDatasetProvider(DatasetProvider):
         self.gpt.tokenizer = context.tokenizer
         blends = [self.gpt.blend] if self.gpt.blend else self.gpt.blend_per_split or []
         prefixes = list(dict.fromkeys(p for blend in blends if blend for p in blend[0]))
-        masks = load_masks(parallel.on_rank_zero(lambda: find_mask_files(
+        masks = read_mask_files(parallel.on_rank_zero(lambda: find_mask_files(
             prefixes, list(self.sample_mask.items()), self.sample_masks)))
         builder, parts = masked_builder(
             [context.train_samples, context.valid_samples, context.test_samples], lambda: True,

@@ -1,7 +1,7 @@
 """Sample masks in Megatron-LM's own training loop.
 
-:func:`run` runs an entry script of Megatron-LM (``pretrain_gpt.py``) as it is, with two things
-changed: the plugin's flags are added to its own, and the datasets that its
+:func:`run_script` runs an entry script of Megatron-LM (``pretrain_gpt.py``) as it is, with two
+things changed: the plugin's flags are added to its own, and the datasets that its
 ``train_valid_test_datasets_provider`` builds are masked. What differs between versions of
 Megatron-LM (who parses the flags, in which place ``pretrain`` takes the provider) stays its own
 business. Without a mask flag the script runs untouched.
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from megatron_direct.data import checks
 from megatron_direct.data.blend_plan import BLEND_WEIGHTS, MAX_EPOCHS, BlendRules
 from megatron_direct.data.mask import SampleMask
-from megatron_direct.data.mask_files import find_mask_files, load_masks
+from megatron_direct.data.mask_files import find_mask_files, read_mask_files
 from megatron_direct.errors import UserError
 from megatron_direct.mcore.blend import is_gpt_dataset, masked_builder
 from megatron_direct.runtime import parallel
@@ -101,7 +101,7 @@ def _load_masks(args, config) -> dict[str, SampleMask]:
         checks.require_one_vocabulary(prefixes, config.tokenizer.vocab_size, digest)
         return find_mask_files(prefixes, args.sample_mask or (), args.sample_masks)
 
-    masks = load_masks(parallel.on_rank_zero(find))
+    masks = read_mask_files(parallel.on_rank_zero(find))
     digests = ", ".join(f"{prefix}: {mask.digest}" for prefix, mask in masks.items())
     parallel.require_same_on_all_ranks(digests, "digests of the masks")
     return masks
@@ -117,7 +117,7 @@ def _num_consumed(args) -> int:
     return 0 if getattr(args, "phase_transition_iterations", None) else args.consumed_train_samples
 
 
-def run(script: str = "pretrain_gpt",
+def run_script(script: str = "pretrain_gpt",
         instead: Callable[[Callable], Callable] = lambda pretrain: pretrain) -> None:
     """Runs ``script``.py of the Megatron-LM on the Python path, as if it had been started itself.
 

@@ -57,7 +57,7 @@ class Catalogue:
     bad_lines: int
 
 
-def build(folder: Path, output_prefix: str) -> Catalogue:
+def build_catalogue(folder: Path, output_prefix: str) -> Catalogue:
     """Raises UserError where the shards hold no document, or too many domains."""
     lists = _Lists(folder)
     documents = too_short = bad_lines = 0

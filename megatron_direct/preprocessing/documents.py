@@ -66,7 +66,7 @@ def lookup(record: Mapping, key: str):
     return value
 
 
-def read(shard: Shard, fields: Fields) -> Iterator[Document | BadLine]:
+def read_documents(shard: Shard, fields: Fields) -> Iterator[Document | BadLine]:
     """The documents of a shard in their order, and the lines that are not documents."""
     kind = formats.format_of(shard.path)
     if kind == "text":
@@ -76,8 +76,8 @@ def read(shard: Shard, fields: Fields) -> Iterator[Document | BadLine]:
 
 
 def checked(shard: Shard, fields: Fields, skip_bad_lines: bool) -> Iterator[Document | BadLine]:
-    """``read``, but raises UserError at the first bad line unless they are to be skipped."""
-    for item in read(shard, fields):
+    """``read_documents``, but raises UserError at the first bad line unless they are to be skipped."""
+    for item in read_documents(shard, fields):
         if isinstance(item, BadLine) and not skip_bad_lines:
             kind = formats.format_of(shard.path)
             keys = "" if kind == "text" else " " + ", ".join(fields.names)

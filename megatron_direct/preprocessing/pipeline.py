@@ -39,7 +39,7 @@ def preprocess(settings: PreprocessSettings, ranks: Ranks) -> None:
     todo = ranks.on_first(lambda: _todo(settings, work))
     mine = ranks.share(todo, [unit.size for unit in todo])
     with tqdm(unit="B", unit_scale=True, disable=None if ranks.is_first else True) as bar:
-        for size in workers.run(functools.partial(ShardTokenizer, settings),
+        for size in workers.work_through(functools.partial(ShardTokenizer, settings),
                                 expand(mine, settings.folder, settings.shard_bytes),
                                 settings.workers):
             bar.update(size)
@@ -73,7 +73,8 @@ def _todo(settings: PreprocessSettings, work: Sequence[Shard | Stream]) -> list[
 def _excluded(settings: PreprocessSettings) -> list[ExcludedDataset]:
     if not settings.exclude:
         return []
-    model = tokenizer.load(settings.tokenizer_model, settings.eod_token, settings.append_eod)
+    model = tokenizer.load_tokenizer(settings.tokenizer_model, settings.eod_token,
+                                     settings.append_eod)
     digest = tokenizer.identify(settings.tokenizer_model, model).digest
     ends = tokenizer.end_tokens(model)
     return [ExcludedDataset(prefix, digest, ends) for prefix in settings.exclude]
@@ -82,7 +83,7 @@ def _excluded(settings: PreprocessSettings) -> list[ExcludedDataset]:
 def _look_over(settings: PreprocessSettings) -> Catalogue:
     """Lists what the shards hold, and marks duplicates. Raises UserError for leaks, and for bad
     lines that an earlier run skipped and this one does not."""
-    contents = catalogue.build(settings.folder, settings.output_prefix)
+    contents = catalogue.build_catalogue(settings.folder, settings.output_prefix)
     if contents.bad_lines and not settings.skip_bad_lines:
         _refuse_bad_lines(settings.folder)
     excluded = _excluded(settings)
@@ -105,7 +106,7 @@ def _merge(settings: PreprocessSettings, identity: TokenizerIdentity, targets: S
            ranks: Ranks) -> None:
     """Writes this rank's share of the datasets."""
     mine = ranks.share(targets, [target.tokens for target in targets])
-    merged = workers.run(functools.partial(Merger, settings, identity), mine,
+    merged = workers.work_through(functools.partial(Merger, settings, identity), mine,
                          min(settings.workers, len(mine)))
     for target, card in sorted(merged, key=lambda pair: pair[0].prefix):
         print(_describe(target, card), flush=True)

@@ -112,7 +112,7 @@ def model_file(path: Path) -> Path:
     return file
 
 
-def load(path: Path, eod_token: str | None, append_eod: bool) -> Tokenizer:
+def load_tokenizer(path: Path, eod_token: str | None, append_eod: bool) -> Tokenizer:
     """With ``vocab_size``, ``eod`` (id or None) and ``encode(texts)``: int32 arrays.
 
     Raises UserError where ``append_eod`` asks for a token that the model lacks.
@@ -150,7 +150,7 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
-def train(path: Path, texts: Iterator[str], vocab_size: int) -> None:
+def train_model(path: Path, texts: Iterator[str], vocab_size: int) -> None:
     """Trains a SentencePiece model. ``texts`` must fit into memory ten times over.
 
     Raises UserError where the size does not suit the texts, and what ``texts`` raises.

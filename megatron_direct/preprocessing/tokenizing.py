@@ -30,7 +30,7 @@ class ShardTokenizer:
 
     def __init__(self, settings: PreprocessSettings):
         self._settings = settings
-        self._tokenizer = tokenizer.load(settings.tokenizer_model, settings.eod_token,
+        self._tokenizer = tokenizer.load_tokenizer(settings.tokenizer_model, settings.eod_token,
                                          settings.append_eod)
         self._dtype = np.dtype(tokenizer.token_dtype(self._tokenizer.vocab_size))
         self._end = np.array([self._tokenizer.eod] if settings.append_eod else [], np.int32)

@@ -24,8 +24,8 @@ def prepared(settings: PreprocessSettings, work: Sequence[Shard | Stream]) -> To
     if settings.train_tokenizer:
         planned = shard_folder.tokenizer_digest(settings.folder)
         if planned is None or not path.is_file() or digests.file_digest(path) != planned:
-            tokenizer.train(path, texts(settings, work), settings.vocab_size)
-    return tokenizer.load(path, settings.eod_token, settings.append_eod)
+            tokenizer.train_model(path, texts(settings, work), settings.vocab_size)
+    return tokenizer.load_tokenizer(path, settings.eod_token, settings.append_eod)
 
 
 def texts(settings: PreprocessSettings, work: Sequence[Shard | Stream]) -> Iterator[str]:

@@ -29,7 +29,7 @@ class _RemoteError(Exception):
         return f"\n{self.args[0]}"
 
 
-def run(make_worker: Callable[[], Callable[[T], R]], tasks: Iterable[T], count: int
+def work_through(make_worker: Callable[[], Callable[[T], R]], tasks: Iterable[T], count: int
         ) -> Iterator[R]:
     """The results of all tasks by ``count`` workers, in the order in which they come.
 

@@ -129,7 +129,7 @@ def spectra(summary: ComparisonSummary):
     return figure
 
 
-def stiff_costs(summary: ComparisonSummary):
+def stiff_cost_figure(summary: ComparisonSummary):
     """Stiff cost against loss; an arm is the number that it has in the table."""
     figure, axes = drawing.figure(9, 4.6)
     colours = highlighted(summary)

@@ -62,7 +62,7 @@ class ComparisonPage:
 
 
 def write_page(summary: ComparisonSummary, path: str | os.PathLike) -> None:
-    pages.write(render(summary), path)
+    pages.write_html(render(summary), path)
 
 
 def render(summary: ComparisonSummary) -> str:
@@ -88,7 +88,7 @@ def _page(summary: ComparisonSummary) -> ComparisonPage:
         spectrum_notes=list(dict.fromkeys(
             f"seed {seed}: {note}" for seed, spectrum in summary.spectra.items()
             for note in spectrum.notes)),
-        stiff_cost=Shown(image(figures.stiff_costs(summary), "stiff cost against test loss"),
+        stiff_cost=Shown(image(figures.stiff_cost_figure(summary), "stiff cost against test loss"),
                          _problems(summary)) if any(a.problem for a in summary.arms) else None,
         has_random_subspace=summary.arm(RANDOM_SUBSPACE) is not None,
         selected=_selected(summary) if has_selections else None,

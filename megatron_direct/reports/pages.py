@@ -24,6 +24,6 @@ def render(template: str, page) -> str:
     return _environment().get_template(template).render(values)
 
 
-def write(text: str, path: str | os.PathLike) -> None:
+def write_html(text: str, path: str | os.PathLike) -> None:
     with files.written_whole(path, "w") as file:
         file.write(text)

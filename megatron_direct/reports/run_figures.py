@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_direct.curvature.density import SpectralDensity
 from megatron_direct.reports import drawing
-from megatron_direct.reports.run_files import Annealing, Density, Spectrum
+from megatron_direct.reports.run_files import Annealing, Density
 
 _AVERAGED = 15  # one in so many of the iterations is averaged over, to show the trend
 
@@ -29,7 +29,7 @@ def curves(annealings: dict[str, Annealing]):
     return figure
 
 
-def eigenvalues(spectrum: Spectrum):
+def eigenvalues(spectrum: SpectrumRecord):
     """The leading ones, with the elbow; those that are not positive have no place on the axis."""
     figure, axes = drawing.figure()
     values = np.array(spectrum.eigenvalues)
@@ -45,7 +45,7 @@ def eigenvalues(spectrum: Spectrum):
     return figure
 
 
-def density(spectrum: Spectrum, found: Density):
+def density(spectrum: SpectrumRecord, found: Density):
     smoothed = SpectralDensity(np.array(found.nodes), np.array(found.weights), found.trace,
                                found.positive_trace, num_matvecs=0)
     figure, axes = drawing.figure()

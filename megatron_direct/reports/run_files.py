@@ -35,7 +35,7 @@ class Density:
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class SpectrumRecord:
     """``curvature/spectrum.json``."""
 
     operator: str
@@ -67,12 +67,12 @@ class RunReport:
     annealings: dict[str, Annealing]
     selections: dict[str, SelectionSummary]
     compositions: dict[str, dict[str, PoolComposition]]
-    spectrum: Spectrum
+    spectrum: SpectrumRecord
     seconds: dict[str, float]
     commands: tuple[CommandRecord, ...]
 
 
-def read_run(run_dir: str | Path) -> RunReport:
+def read_report_files(run_dir: str | Path) -> RunReport:
     """Raises UserError if the directory has no finished selection, or a file cannot be read."""
     run = RunDirectory(run_dir)
     run.require()
@@ -89,7 +89,7 @@ def read_run(run_dir: str | Path) -> RunReport:
         selections=selections,
         compositions={**{name: found.composition for name, found in selections.items()},
                       **{arm: found for arm, found in drawn.items() if found is not None}},
-        spectrum=read_record(Spectrum, run.path / "curvature" / "spectrum.json"),
+        spectrum=read_record(SpectrumRecord, run.path / "curvature" / "spectrum.json"),
         seconds=read_record(dict[str, float], seconds) if seconds.is_file() else {},
         commands=tuple(CommandRecord(call["command"], call["flags"]["layout"],
                                      call["provenance"]["versions"]) for call in run.record()))

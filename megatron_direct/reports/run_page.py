@@ -41,7 +41,7 @@ class RunPage:
 
 
 def write_page(run: RunReport, path: str | os.PathLike) -> None:
-    pages.write(pages.render("run.html.j2", _page(run)), path)
+    pages.write_html(pages.render("run.html.j2", _page(run)), path)
 
 
 def _page(run: RunReport) -> RunPage:

@@ -78,7 +78,7 @@ def _write(path, records):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     rng = np.random.default_rng(2)
-    tokenizer.train(folder / "tokenizer.model", iter(_words(rng, 9) for _ in range(200)),
+    tokenizer.train_model(folder / "tokenizer.model", iter(_words(rng, 9) for _ in range(200)),
                     VOCAB_SIZE)
     _write(folder / "mixed.jsonl", _records())
     _write(folder / "biased.jsonl", _biased_records())
@@ -93,7 +93,8 @@ def weights(folder):
 
 def _save(folder):
     digest = digests.file_digest(folder / "tokenizer.model")
-    right = tokenizer.load(folder / "tokenizer.model", None, False).encode([f"x {RIGHT}"])[0][1:]
+    loaded = tokenizer.load_tokenizer(folder / "tokenizer.model", None, False)
+    right = loaded.encode([f"x {RIGHT}"])[0][1:]
     with grid.model_parallel(Layout().config()):
         for name, model in (("theta", MODEL), ("experts", EXPERTS), ("biased", MODEL),
                             ("diverged", MODEL), ("unnamed", MODEL)):
@@ -290,8 +291,8 @@ def _errors(folder, cases):
 
 
 def test_what_is_refused(folder, weights):
-    tokenizer.train(folder / "other.model", iter(["the sky is blue"] * 50), 280)
-    tokenizer.train(folder / "large.model", iter(
+    tokenizer.train_model(folder / "other.model", iter(["the sky is blue"] * 50), 280)
+    tokenizer.train_model(folder / "large.model", iter(
         _words(np.random.default_rng(3), 9) for _ in range(200)), VOCAB_SIZE + 9)
     (folder / "again").mkdir()
     _write(folder / "again" / "mixed.jsonl", _records())

@@ -170,8 +170,8 @@ def test_only_the_choices_labels_count():
 @pytest.fixture(scope="module")
 def sentence_piece(tmp_path_factory):
     path = tmp_path_factory.mktemp("sentence_piece") / "tokenizer.model"
-    tokenizer.train(path, iter(["the sky is blue", "the grass is green"] * 50), 290)
-    return tokenizer.load(path, None, False)
+    tokenizer.train_model(path, iter(["the sky is blue", "the grass is green"] * 50), 290)
+    return tokenizer.load_tokenizer(path, None, False)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def hugging_face(tmp_path_factory):
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     path = tmp_path_factory.mktemp("hugging_face") / "tokenizer.json"
     model.save(str(path))
-    return tokenizer.load(path, None, False)
+    return tokenizer.load_tokenizer(path, None, False)
 
 
 @pytest.mark.parametrize("name", ["sentence_piece", "hugging_face"])

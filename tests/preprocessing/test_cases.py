@@ -139,7 +139,7 @@ def test_rows_without_a_group_have_nothing_in_common(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["a", "b", "c"], "book": [1.0, None, float("nan")]}),
                         tmp_path / "a.parquet")
     shard, = reading.plan([tmp_path / "a.parquet"], 10**6)
-    good, *bad = documents.read(shard, Fields(group="book"))
+    good, *bad = documents.read_documents(shard, Fields(group="book"))
     assert good == documents.Document(0, "a", "1.0", "a")
     assert [line for line, _ in bad] == [1, 2]
 
@@ -167,7 +167,7 @@ def test_a_vocabulary_that_the_text_does_not_give(tmp_path):
     assert not model.exists()
     for size in (smallest, largest):
         assert train(size) == ""
-        assert tokenizer.load(model, None, False).vocab_size == size
+        assert tokenizer.load_tokenizer(model, None, False).vocab_size == size
         model.unlink()
 
 
@@ -203,7 +203,7 @@ def test_a_file_that_is_one_document_is_read_in_linear_time(tmp_path, monkeypatc
     monkeypatch.setattr(_Counting, "total", 0)
     monkeypatch.setattr(reading, "opened", lambda path: io.BufferedReader(_Counting(path)))
     shards = reading.plan([tmp_path / f"a.{kind}"], shard_bytes)
-    found = [item for shard in shards for item in documents.read(shard, Fields())]
+    found = [item for shard in shards for item in documents.read_documents(shard, Fields())]
     assert len(shards) > 250 and len(found) == 1
     # Its own shard and the owner of the document read each byte, the owner twice: to find the end,
     # then the text; and a buffer (of 8 KiB or more) is read for each shard.
@@ -228,7 +228,7 @@ def test_documents_that_are_too_long_are_named(tmp_path, monkeypatch, kind, reme
         path.write_bytes(gzip.compress(content.encode()) if suffix else content.encode())
         return [item.text for unit in reading.plan([path], shard_bytes)
                 for shard in reading.shards_of(unit, shard_bytes)
-                for item in documents.read(shard, Fields())]
+                for item in documents.read_documents(shard, Fields())]
 
     assert len(read_all(2000)) == 11
     match = rf"{name}{suffix}:(\d+) .* longer than .*{remedy}"
@@ -254,7 +254,7 @@ def test_every_cut_gives_the_same_documents(tmp_path, kind, seed):
     def read_all(shard_bytes):
         return [(reading.lines_before(shard) + item.line, item.text)
                 for shard in reading.plan([path], shard_bytes)
-                for item in documents.read(shard, Fields())]
+                for item in documents.read_documents(shard, Fields())]
 
     whole = read_all(10**6)
     assert len(whole) > 10

@@ -39,7 +39,7 @@ def _read(paths: list[Path], shard_bytes: int, fields: Fields) -> list[tuple]:
     return [(shard.path.name, reading.lines_before(shard) + item.line, item)
             for unit in reading.plan(paths, shard_bytes)
             for shard in reading.shards_of(unit, shard_bytes)
-            for item in documents.read(shard, fields)]
+            for item in documents.read_documents(shard, fields)]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])

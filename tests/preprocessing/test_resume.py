@@ -168,6 +168,6 @@ def test_shards_without_a_plan_are_refused(text, tmp_path):
 
 
 def test_an_identity_tells_what_tokens_depend_on(hugging_face):
-    known = tokenizer.identify(hugging_face, tokenizer.load(hugging_face, None, True))
-    other = tokenizer.identify(hugging_face, tokenizer.load(hugging_face, "<b>", True))
+    known = tokenizer.identify(hugging_face, tokenizer.load_tokenizer(hugging_face, None, True))
+    other = tokenizer.identify(hugging_face, tokenizer.load_tokenizer(hugging_face, "<b>", True))
     assert (known.eod, other.eod) == (0, 1) and known.digest == other.digest

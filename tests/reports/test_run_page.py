@@ -10,14 +10,14 @@ from page_reader import Page
 
 from megatron_direct.commands.report import ReportConfig, ReportRequest, report
 from megatron_direct.errors import UserError
-from megatron_direct.reports.run_files import read_run
+from megatron_direct.reports.run_files import read_report_files
 from megatron_direct.reports.run_page import headline, loss_tables, write_page
 
 HOSTILE = "<script>alert(1)</script> | `tick`\n& _x_ $\\q$"
 
 
 def _page(run) -> Page:
-    write_page(read_run(run), run / "report.html")
+    write_page(read_report_files(run), run / "report.html")
     return Page((run / "report.html").read_text())
 
 
@@ -89,7 +89,7 @@ def test_pools_without_corrupted_samples_have_no_such_column(tmp_path):
     (("direct",), "direct ends with a test loss of 3.4400 per token (3.7000 before annealing); "
                   "random has not been annealed yet.", 2)])
 def test_arms_that_are_missing(tmp_path, arms, sentence, tables):
-    run = read_run(write_annealed_run(tmp_path / "run", arms=arms))
+    run = read_report_files(write_annealed_run(tmp_path / "run", arms=arms))
     assert headline(run)[0] == sentence
     assert len(loss_tables(run)) == tables
     page = _page(tmp_path / "run")
@@ -100,7 +100,7 @@ def test_arms_that_are_missing(tmp_path, arms, sentence, tables):
 
 
 def test_without_test_sets_the_validation_loss_stands_for_them(tmp_path):
-    run = read_run(write_annealed_run(tmp_path / "run", kinds=("valid",)))
+    run = read_report_files(write_annealed_run(tmp_path / "run", kinds=("valid",)))
     assert headline(run)[0].startswith("direct ends with a validation loss of 3.4400 per token, "
                                        "0.0500 below random")
     assert [heading for heading, _ in loss_tables(run)] == ["Validation loss"]
@@ -113,7 +113,7 @@ def test_arms_that_were_measured_on_other_datasets_are_not_compared(tmp_path):
     for when in ("before", "after"):
         result[when]["test"] = {"embedded_docstrings_test": 4.9, "all": 4.9}
     path.write_text(json.dumps(result))
-    assert headline(read_run(run))[0] == (
+    assert headline(read_report_files(run))[0] == (
         "direct ends with a test loss of 3.4400 per token (3.7000 before annealing); random was "
         "measured on other datasets.")
     page = _page(run)
@@ -125,10 +125,10 @@ def test_arms_that_were_measured_on_other_datasets_are_not_compared(tmp_path):
 
 def test_a_selection_that_ends_higher_is_said_to_be_above(tmp_path, monkeypatch):
     monkeypatch.setitem(TEST_LOSSES, "direct", (5.0, 3.1, 4.4, 3.50001))
-    run = read_run(write_annealed_run(tmp_path / "run"))
+    run = read_report_files(write_annealed_run(tmp_path / "run"))
     assert "3.5000 per token, 0.0100 above random" in headline(run)[0]
     monkeypatch.setitem(TEST_LOSSES, "direct", (5.0, 3.1, 4.4, 3.49001))
-    run = read_run(write_annealed_run(tmp_path / "other"))
+    run = read_report_files(write_annealed_run(tmp_path / "other"))
     assert "3.4900 per token, level with random" in headline(run)[0]
 
 
@@ -144,7 +144,7 @@ def test_the_command_prints_what_the_page_opens_with(run, capsys):
     lines = printed.splitlines()
     assert lines[0] == "Test loss"
     assert lines[4].split() == ["direct", "4.7000", "2.9000", "4.4000", "3.4400"]
-    for sentence in headline(read_run(run)):
+    for sentence in headline(read_report_files(run)):
         assert sentence in lines
     assert lines[-1] == f"report: {run / 'report.html'}"
 
@@ -154,7 +154,7 @@ def test_a_run_without_a_selection_is_refused(tmp_path):
     path = run / "selections" / "direct" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "finished": False}))
     with pytest.raises(UserError, match="holds no finished selection called direct"):
-        read_run(run)
+        read_report_files(run)
 
 
 def test_a_file_that_is_damaged_is_named(tmp_path):
@@ -163,4 +163,4 @@ def test_a_file_that_is_damaged_is_named(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokens": None}))
     with pytest.raises(UserError, match=r"random/result.json cannot be read: ArmResult"
                                         r".tokens: expected int, got None"):
-        read_run(run)
+        read_report_files(run)
