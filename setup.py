@@ -21,7 +21,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_direct", "megatron_direct.*"]),
-    package_data={"megatron_direct.reports": ["templates/*.html.j2"]},
+    package_data={"megatron_direct": ["py.typed"],
+                  "megatron_direct.reports": ["templates/*.html.j2"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",
@@ -38,7 +39,7 @@ setup(
         "mpi": ["mpi4py"],
         "te": ["transformer-engine"],
         # mpich brings mpirun, which no Python package needs on a cluster that has its own.
-        "dev": ["pytest", "hypothesis", "ruff", "mpi4py", "mpich", *DATA],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "mpi4py", "mpich", *DATA],
     },
     entry_points={"console_scripts": ["megatron-direct = megatron_direct.cli.main:main"]},
 )

@@ -102,8 +102,8 @@ def _load_masks(args, config) -> dict[str, SampleMask]:
         return find_mask_files(prefixes, args.sample_mask or (), args.sample_masks)
 
     masks = read_mask_files(parallel.on_rank_zero(find))
-    digests = ", ".join(f"{prefix}: {mask.digest}" for prefix, mask in masks.items())
-    parallel.require_same_on_all_ranks(digests, "digests of the masks")
+    found = ", ".join(f"{prefix}: {mask.digest}" for prefix, mask in masks.items())
+    parallel.require_same_on_all_ranks(found, "digests of the masks")
     return masks
 
 

@@ -76,7 +76,7 @@ def read_documents(shard: Shard, fields: Fields) -> Iterator[Document | BadLine]
 
 
 def checked(shard: Shard, fields: Fields, skip_bad_lines: bool) -> Iterator[Document | BadLine]:
-    """``read_documents``, but raises UserError at the first bad line unless they are to be skipped."""
+    """As read_documents, but raises UserError at the first bad line that is not to be skipped."""
     for item in read_documents(shard, fields):
         if isinstance(item, BadLine) and not skip_bad_lines:
             kind = formats.format_of(shard.path)

@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_direct.curvature.density import SpectralDensity
 from megatron_direct.reports import drawing
-from megatron_direct.reports.run_files import Annealing, Density
+from megatron_direct.reports.run_files import Annealing, Density, SpectrumRecord
 
 _AVERAGED = 15  # one in so many of the iterations is averaged over, to show the trend
 

@@ -234,7 +234,7 @@ def test_the_output_says_what_was_scored(folder, scored):
     assert output["tokenizer"]["named_by_checkpoint"]
     assert output["tasks"]["mixed"]["digest"] == digests.file_digest(folder / "mixed.jsonl")
     assert (output["seq_length"], output["layout"]["ranks"]) == (48, 1)
-    questions = multiple_choice.read(folder / "mixed.jsonl")
+    questions = multiple_choice.read_questions(folder / "mixed.jsonl")
     assert [q["answer"] for q in output["tasks"]["mixed"]["questions"]] == \
         [question.answer for question in questions]
 

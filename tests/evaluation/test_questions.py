@@ -24,7 +24,7 @@ def _read(tmp_path, *lines) -> list[Question]:
     path = tmp_path / "task.jsonl"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n"
                             for line in lines))
-    return multiple_choice.read(path)
+    return multiple_choice.read_questions(path)
 
 
 @pytest.mark.parametrize(("record", "context"), [
@@ -103,10 +103,10 @@ def test_files_that_hold_nothing_are_named(tmp_path):
     with pytest.raises(UserError, match="task.jsonl holds no questions"):
         _read(tmp_path, "")
     with pytest.raises(UserError, match="gone.jsonl cannot be read .*Correct --tasks"):
-        multiple_choice.read(tmp_path / "gone.jsonl")
+        multiple_choice.read_questions(tmp_path / "gone.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"context": "caf\xe9"}\n')
     with pytest.raises(UserError, match="latin.jsonl:1: expected a JSON object .*utf-8"):
-        multiple_choice.read(tmp_path / "latin.jsonl")
+        multiple_choice.read_questions(tmp_path / "latin.jsonl")
 
 
 # --- tokens -----------------------------------------------------------------------------------
