@@ -28,7 +28,7 @@ from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.mask_files import find_mask_files, read_mask_files
 from megatron_direct.errors import UserError
 from megatron_direct.mcore.blend import is_gpt_dataset, masked_builder
-from megatron_direct.runtime import parallel
+from megatron_direct.runtime import digests, parallel
 
 _BUILDER = "BlendedMegatronDatasetBuilder"
 

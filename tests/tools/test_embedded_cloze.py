@@ -32,7 +32,8 @@ def test_choices_are_continuations_of_the_passages(tmp_path):
     assert len({record["answer"] for record in records}) > 1
     path = tmp_path / "cloze.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert [q.answer for q in multiple_choice.read_questions(path)] == [r["answer"] for r in records]
+    read = multiple_choice.read_questions(path)
+    assert [q.answer for q in read] == [r["answer"] for r in records]
 
 
 def test_a_cut_is_between_words_of_one_line():
