@@ -66,8 +66,10 @@ compare: $(READY)
 study: $(READY)
 	$(BIN)/python benchmarks/study.py --results docs/results.md $(FLAGS)
 
+# Style and types.
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 bench-solver: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solver/bench.py

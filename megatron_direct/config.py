@@ -69,8 +69,8 @@ class ModelConfig(Settings):
     rope_type: str | None = flag(
         None, "rotary embedding of latent attention; left out: yarn", choices=("rope", "yarn"))
     rotary_scaling_factor: float = flag(1.0, "how far yarn stretches the positions", above=0)
-    mscale: float = flag(1.0, "yarn's scale of the rotated part")
-    mscale_all_dim: float = flag(0.0, "yarn's scale of the attention scores")
+    mscale: float = flag(1.0, "yarn's scale of the rotated part", at_least=0)
+    mscale_all_dim: float = flag(0.0, "yarn's scale of the attention scores", at_least=0)
     num_experts: int | None = flag(
         None, "experts of a mixture-of-experts layer; left out: none", type=int, at_least=1)
     moe_layer_freq: str = flag(
@@ -87,7 +87,7 @@ class ModelConfig(Settings):
     moe_router_enable_expert_bias: bool = flag(
         False, "a bias, not trained by gradients, on the scores by which experts are chosen")
     moe_router_topk_scaling_factor: float | None = flag(
-        None, "factor on the weights of the chosen experts; left out: 1", type=float)
+        None, "factor on the weights of the chosen experts; left out: 1", type=float, above=0)
     moe_router_num_groups: int | None = flag(
         None, "groups of experts that a token's experts are chosen from", type=int, at_least=1)
     moe_router_group_topk: int | None = flag(
