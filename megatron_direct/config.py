@@ -139,7 +139,13 @@ class ModelConfig(Settings):
     @property
     def padded_vocab_size(self) -> int:
         multiple = self.make_vocab_size_divisible_by
-        return -(-self.vocab_size // multiple) * multiple
+        return -(-self.known_vocab_size // multiple) * multiple
+
+    @property
+    def known_vocab_size(self) -> int:
+        """Entries of the tokenizer, once flags, datasets or a checkpoint have said how many."""
+        assert self.vocab_size is not None
+        return self.vocab_size
 
 
 @dataclass(frozen=True)
@@ -281,7 +287,7 @@ def expert_layers(model: ModelConfig) -> list[bool]:
     if not all(terms):
         raise UserError(f"--moe-layer-freq {model.moe_layer_freq} is neither a number of layers "
                         "nor a pattern such as [0]*3+[1]*58.")
-    pattern = [digit == "1" for term in terms
+    pattern = [digit == "1" for term in terms if term
                for digit in term[1].split(",") * int(term[2] or 1)]
     if len(pattern) != model.num_layers:
         raise UserError(f"--moe-layer-freq {model.moe_layer_freq} is a pattern of {len(pattern)} "

@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     for action in parser._actions:  # what is required may come from the environment
         if action.dest in _ENVIRONMENT:
             action.required = False
-            action.help += f" [{_ENVIRONMENT[action.dest]}]"
+            action.help = f"{action.help} [{_ENVIRONMENT[action.dest]}]"
     return parser
 
 

@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser, request: type) -> None:
     """
     known: set[str] = set()
     for group_type in groups(request):
-        group = parser.add_argument_group(group_type.__doc__.splitlines()[0].rstrip("."))
+        group = parser.add_argument_group(str(group_type.__doc__).splitlines()[0].rstrip("."))
         for f in fields(group_type):
             if f.name not in known:
                 _add_flag(group, f)

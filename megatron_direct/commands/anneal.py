@@ -204,7 +204,7 @@ def _run(arm: _Arm, masks: Mapping[str, SampleMask]) -> ArmResult:
     with grid.model_parallel(job.layout, job.num_model_chunks):
         dataset, parts = blend.build_blend(arm.blend, masks, blend.BlendRequest(
             job.model.seq_length, num_sequences, job.batch.seed, arm.folder / "cache",
-            blend.Vocabulary(job.model.vocab_size, str(arm.checkpoint.tokenizer_digest))),
+            blend.Vocabulary(job.model.known_vocab_size, str(arm.checkpoint.tokenizer_digest))),
             arm.rules)
         for part in parts:
             parallel.say(f"{config.arm}: {part}")

@@ -221,7 +221,8 @@ def _run_arm(run: _Run, case: Case | None, before: dict) -> None:
     with grid.model_parallel(onset.job.layout, onset.job.num_model_chunks):
         dataset, _ = blend.build_blend(Blend(onset.pool.prefixes), masks, blend.BlendRequest(
             onset.job.model.seq_length, setting.num_sequences, run.seed, folder / "cache",
-            blend.Vocabulary(onset.job.model.vocab_size, str(onset.checkpoint.tokenizer_digest))))
+            blend.Vocabulary(onset.job.model.known_vocab_size,
+                             str(onset.checkpoint.tokenizer_digest))))
         chunks = model.build(onset.job)
         try:
             decay(Decay(onset.job, onset.checkpoint, [Segment(0, dataset)],
@@ -241,8 +242,9 @@ def _run_arm(run: _Run, case: Case | None, before: dict) -> None:
               "seconds": seconds, "problem": problem}, chosen))
 
 
-def _choose(run: _Run, case: Case) -> tuple[np.ndarray, dict, dict | None]:
+def _choose(run: _Run, case: Case | None) -> tuple[np.ndarray, dict, dict | None]:
     """(sample numbers, masks, what the solver said) of what the arm takes (rank 0)."""
+    assert case is not None  # on rank 0
     setting = run.setting
     shutil.rmtree(run.folder, ignore_errors=True)  # of an annealing that was killed
     with solve_step.in_terms_of_flags():

@@ -87,7 +87,7 @@ def _train(config: PretrainConfig, job: Job, asked: Blend, tokenizer_digest: str
     dataset, _ = blend.build_blend(asked, {}, blend.BlendRequest(
         job.model.seq_length, config.train_iters * batch.global_batch_size, batch.seed,
         Path(config.save) / "cache",
-        blend.Vocabulary(job.model.vocab_size, str(tokenizer_digest))))
+        blend.Vocabulary(job.model.known_vocab_size, str(tokenizer_digest))))
     chunks = model.build(job, seed=batch.seed)
     parallel.say(f"model with {shards.num_parameters(chunks):,} parameters")
     trainer = training.make_trainer(chunks, job.optimizer, batch)

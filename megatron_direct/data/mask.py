@@ -61,7 +61,7 @@ class SampleMask:
     @cached_property
     def digest(self) -> str:
         """Of what it keeps and whose it is: two masks with one digest are the same mask."""
-        return digests.digest(self.dataset_digest, str(self.num_documents), self._bits.data)
+        return digests.digest(self.dataset_digest, str(self.num_documents), self._bits.tobytes())
 
     def with_run(self, run: str) -> SampleMask:
         """The same mask with the name of the run it came from."""

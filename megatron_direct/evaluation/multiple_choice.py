@@ -66,7 +66,7 @@ def answers(question: Question, encoded: Sequence[EncodedChoice], scores: np.nda
 def accuracies(answered: Sequence[dict]) -> dict:
     """Accuracies of a task with their standard errors (None for one question), and counts."""
     count = len(answered)
-    result = {"questions": count}
+    result: dict[str, float | None] = {"questions": count}
     for name in METRICS:
         share = sum(a["answered"][name] == a["answer"] for a in answered) / count
         # Of a mean of independent questions, from the unbiased variance of right and wrong.

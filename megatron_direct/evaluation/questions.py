@@ -104,10 +104,10 @@ def _question(record: dict, line: int) -> Question:
 def _parts(record: dict) -> tuple[str, Sequence[str], int]:
     """(context, choices, number of the right one)"""
     if "correct_answer" in record:
-        choices = [_text(record, f"distractor{i}") for i in (1, 2, 3)]
+        wrong = [_text(record, f"distractor{i}") for i in (1, 2, 3)]
         support = _text(record, "support").strip() if record.get("support") else ""
         return (f"{support}\n".lstrip() + _worded(_text(record, "question")),
-                [*choices, _text(record, "correct_answer")], 3)
+                [*wrong, _text(record, "correct_answer")], 3)
     if "endings" in record:
         endings = [_tidied(ending) if isinstance(ending, str) else ending
                    for ending in _list(record, "endings")]

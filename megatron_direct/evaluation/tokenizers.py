@@ -24,7 +24,7 @@ def tokenizer_of(path: str, checkpoint: Checkpoint, model: ModelConfig):
         raise UserError(f"{file} (digest {digest}) is not the tokenizer that {checkpoint.path} was "
                         f"trained with (digest {wanted}). Give that one with --tokenizer-model.")
     loaded = tokenizer.load_tokenizer(file, None, append_eod=False)
-    if loaded.vocab_size > model.vocab_size:
+    if loaded.vocab_size > model.known_vocab_size:
         raise UserError(f"{file} has {loaded.vocab_size} entries, the model in {checkpoint.path} "
                         f"has {model.vocab_size}. Give the model's tokenizer with "
                         "--tokenizer-model.")

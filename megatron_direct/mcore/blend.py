@@ -148,9 +148,10 @@ def _plan_one_blend(plan: _Plan, sizes: list[_Size]) -> tuple[dict, list[BlendPa
 
 def _plan_each_split(plan: _Plan, sizes: list[_Size]) -> tuple[dict, list[BlendPart]]:
     """A blend for each split, of which any may be None."""
-    blends, training = [], []
+    blends: list[tuple | None] = []
+    training: list[BlendPart] = []
     for blend, size in zip(plan.config.blend_per_split, sizes, strict=True):
-        planned, parts = None, []
+        planned, parts = None, list[BlendPart]()
         if blend is not None:
             planned, parts = plan.of(blend, size, trained=size[0] == "train")
         blends.append(planned)

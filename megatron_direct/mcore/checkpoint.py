@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,6 +40,9 @@ def latest(folder: str | os.PathLike) -> Path | None:
     return folder / (text if text == "release" else f"iter_{int(text):07d}")
 
 
+Group = TypeVar("Group", bound=Settings)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What is known of a checkpoint before its weights are loaded; the same on every rank.
@@ -59,7 +62,7 @@ class Checkpoint:
     def tokenizer_digest(self) -> str | None:
         return self.arguments.get("tokenizer_digest")
 
-    def settings(self, kind: type[Settings], given: Mapping[str, Any]) -> Settings:
+    def settings(self, kind: type[Group], given: Mapping[str, Any]) -> Group:
         """As given, else as the checkpoint was trained, else the default."""
         carried = {f.name: self.arguments[f.name] for f in dataclasses.fields(kind)
                    if f.name in self.arguments}
@@ -111,7 +114,7 @@ def _common_state(checkpoint: Path) -> dict:
             ) from error
 
 
-def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[torch.nn.Module], optimizer,
+def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[Any], optimizer,
          scheduler, args: dict) -> None:
     """Every rank calls this. ``chunks`` are bare; what was saved before stays until it is done."""
     from megatron.core import dist_checkpointing
@@ -134,7 +137,7 @@ def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[torch.nn.Mo
     parallel.barrier()
 
 
-def load_model(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> None:
+def load_model(checkpoint: Path, chunks: Sequence[Any]) -> None:
     """Weights into bare chunks of any layout. Raises UserError if their shapes are others."""
     from megatron.core import dist_checkpointing
 
@@ -145,7 +148,7 @@ def load_model(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> None:
         chunk.load_state_dict(loaded[key])
 
 
-def load_training(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimizer,
+def load_training(checkpoint: Path, chunks: Sequence[Any], optimizer,
                   scheduler) -> int:
     """Weights, optimizer and schedule; returns the iteration they are of."""
     from megatron.core import dist_checkpointing
@@ -167,7 +170,7 @@ def load_training(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimizer
     return int(loaded["iteration"])
 
 
-def load_second_moments(checkpoint: Path, chunks: Sequence[torch.nn.Module],
+def load_second_moments(checkpoint: Path, chunks: Sequence[Any],
                         shards: Sequence[ParameterShard]) -> dict[str, torch.Tensor]:
     """Adam's, by shard name, in the parameter's shape, in float32; all ranks call this.
 
@@ -197,11 +200,11 @@ def load_second_moments(checkpoint: Path, chunks: Sequence[torch.nn.Module],
     return {name: loaded[name] for name in wanted}
 
 
-def _model_keys(chunks: Sequence[torch.nn.Module]) -> list[str]:
+def _model_keys(chunks: Sequence[Any]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
 
 
-def _model_state(chunks: Sequence[torch.nn.Module]) -> dict:
+def _model_state(chunks: Sequence[Any]) -> dict:
     return {key: chunk.sharded_state_dict(metadata=checkpoint_metadata())
             for key, chunk in zip(_model_keys(chunks), chunks, strict=True)}
 

@@ -8,6 +8,7 @@ losses chooses the weights. The same code drives one rank, tensor parallel ranks
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ def of_samples(chunks: Sequence[torch.nn.Module], samples: SampleSource, numbers
     share experts exchange tokens all the time, and go through equal passes in step. done: [samples]
     bool, what need not be computed any more.
     """
-    layout = chunks[0].config
+    layout: Any = chunks[0].config
     stages = layout.pipeline_model_parallel_size
     return samples.passes(numbers, PassShape(
         micro_batch_size,
@@ -60,7 +61,8 @@ def run_pass(
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     count, size = len(micro_batches), micro_batches[0].tokens.shape[0]
-    losses = torch.zeros(count, size, device=host.device(), dtype=chunks[0].config.params_dtype)
+    config: Any = chunks[0].config
+    losses = torch.zeros(count, size, device=host.device(), dtype=config.params_dtype)
 
     def forward_step(iterator, chunk):
         index = next(iterator)

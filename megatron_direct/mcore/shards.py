@@ -7,7 +7,9 @@ for whatever Megatron shards: gated MLPs, grouped QKV, padded vocabularies.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -49,7 +51,7 @@ class ParameterShard:
         return tensor.reshape(len(self.rows), len(self.columns))
 
 
-def parameter_shards(chunks: list[torch.nn.Module]) -> list[ParameterShard]:
+def parameter_shards(chunks: Sequence[Any]) -> list[ParameterShard]:
     """One shard for each parameter of this rank's chunks, in the order of the chunks."""
     shards = []
     for chunk in chunks:
@@ -76,7 +78,7 @@ def _parameter_shard(parameter: torch.nn.Parameter, sharded, of_heads: bool) -> 
     shape = parameter.shape if parameter.dim() > 1 else (parameter.shape[0], 1)
     rows = torch.empty(shape[0], dtype=torch.int64)
     columns = torch.zeros(shape[1], dtype=torch.int64)
-    name = None
+    name = ""
     for tile, local_rows in _tiles(sharded, shape[0]):
         name = _global_name(tile.key, tile.global_offset[: tile.prepend_axis_num])
         offset = tile.global_offset[tile.prepend_axis_num:]
@@ -117,12 +119,12 @@ def _tiles(sharded, num_rows: int):
         yield tile, tile.data if tile.data.dim() == 1 else tile.data[:, 0]
 
 
-def _global_name(key: str, numbers: tuple[int, ...]) -> str:
+def _global_name(key: str, axes: tuple[int, ...]) -> str:
     """The key with the numbers of layer and expert in their places, where it does not have them.
 
     Megatron stacks what all layers have, and all experts, along axes in front.
     """
-    numbers = list(numbers)
+    numbers = list(axes)
     if numbers and re.search(r"layers\.\D", key):
         key = re.sub(r"layers\.", f"layers.{numbers.pop(0)}.", key, count=1)
     if numbers:
@@ -130,7 +132,7 @@ def _global_name(key: str, numbers: tuple[int, ...]) -> str:
     return key
 
 
-def num_parameters(chunks: list[torch.nn.Module]) -> int:
+def num_parameters(chunks: Sequence[Any]) -> int:
     """Of the whole model; tied and replicated parameters count once."""
     owned = sum(s.parameter.numel() for s in parameter_shards(chunks) if s.owned)
     count = torch.tensor(float(owned), dtype=torch.float64, device=host.device())

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -26,9 +27,9 @@ class Trainer:
     """A model being trained. ``chunks`` are bare, ``wrapped`` in DistributedDataParallel."""
 
     chunks: list[torch.nn.Module]
-    wrapped: list[torch.nn.Module]
-    optimizer: object
-    scheduler: object
+    wrapped: list[Any]
+    optimizer: Any
+    scheduler: Any
 
 
 def make_trainer(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig,
@@ -42,7 +43,7 @@ def make_trainer(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig,
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
 
-    transformer_config = chunks[0].config
+    transformer_config: Any = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=optimizer.use_distributed_optimizer)
     wrapped = [DistributedDataParallel(transformer_config, ddp_config, chunk,

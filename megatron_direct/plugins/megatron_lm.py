@@ -72,7 +72,7 @@ def train_valid_test_datasets_provider(provider: Callable) -> Callable:
         with _replaced(names, _BUILDER, functools.partial(_builder, args)):
             return provider(train_val_test_num_samples, **stage)
 
-    masked.is_distributed = True  # it is called on all ranks: its builder knows who builds
+    setattr(masked, "is_distributed", True)  # noqa: B010  it is called on all ranks: its builder knows who builds
     return masked
 
 
@@ -148,7 +148,7 @@ def _entry_script(script: str, instead: Callable[[Callable], Callable]) -> Itera
         if hasattr(arguments, "parse_and_validate_args"):  # since 0.18 the script parses
             stack.enter_context(_replaced(vars(arguments), "parse_and_validate_args",
                                           _with_arguments(arguments.parse_and_validate_args)))
-        yield spec.origin
+        yield str(spec.origin)
 
 
 def with_masks(pretrain: Callable) -> Callable:

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def process_group(timeout_minutes: int = 10):
     timeout = datetime.timedelta(minutes=timeout_minutes)
     here = ranks.discover()
     # The device is named where there is one, so that NCCL need not guess it at the first barrier.
-    device = {"device_id": host.device()} if host.has_gpu() else {}
+    device: dict[str, Any] = {"device_id": host.device()} if host.has_gpu() else {}
     if here.is_launched:
         dist.init_process_group(host.collective_backend(), timeout=timeout, **device)
     else:
@@ -83,7 +84,7 @@ def on_rank_zero(work: Callable):
     """
     if not dist.is_initialized():  # alone, in a program that is no launch
         return work()
-    outcome = [None, None]
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()

@@ -88,5 +88,4 @@ def _version_of(record: dict) -> str:
 
 def _flags(request) -> dict:
     """By group, every setting; of what a checkpoint supplies, what was given."""
-    return files.as_json({name: dataclasses.asdict(group) for name, group in vars(request).items()
-                          if dataclasses.is_dataclass(group)})
+    return files.as_json({name: dataclasses.asdict(group) for name, group in vars(request).items()})

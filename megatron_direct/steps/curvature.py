@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from megatron_direct.curvature.sketched import SketchedFisherOperator
 from megatron_direct.curvature.spectrum import PAPER_ENERGY_SHARE, Directions, find_elbow
 from megatron_direct.curvature.symmetry import check_symmetry
 from megatron_direct.curvature.vectors import ParameterSpace
+from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.per_sample import GradientModel
 from megatron_direct.mcore import grid
@@ -30,8 +32,8 @@ from megatron_direct.runtime.manifest import Artefact, Key
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps.sketch import Drawn, SketchesKey
 
-OPERATORS = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator,
-             "fisher": FisherOperator}
+OPERATORS: dict[str, Any] = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator,
+                             "fisher": FisherOperator}
 SKETCHED_FISHER = "sketched-fisher"
 
 
@@ -134,26 +136,22 @@ def leading_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path, 
     """
     if config.curvature == SKETCHED_FISHER:
         numbers = valid.numbers
-        operator = SketchedFisherOperator(valid_rows, numbers)
-        work = _Lanczos(config, operator, operator, key)  # it is its own space
+        sketched = SketchedFisherOperator(valid_rows, numbers)
+        work = _Lanczos(config, sketched, sketched, key)  # it is its own space
+        spectrum, density = work.run()
+        sketches = np.stack(spectrum.eigenvectors)
     else:
+        assert gradients is not None
         numbers = _evenly(valid.numbers, config.num_curvature_samples)
-        space = ParameterSpace(gradients.shards)
-        operator = OPERATORS[config.curvature](gradients.chunks, space, valid.samples, numbers,
-                                               gradients.micro_batch_size)
-        if gradients.scales is not None:
-            operator = PreconditionedOperator(operator, space, gradients.scales)
-        work = _Lanczos(config, operator, space, key,
-                        LanczosLog(folder / "lanczos", key.digest(), gradients.shards))
-    spectrum, density = work.run()
-    sketches = np.stack(spectrum.eigenvectors) if config.curvature == SKETCHED_FISHER else \
-        grid.sum_over_model(torch.stack([
+        work = _over_parameters(config, key, folder, valid.samples, numbers, gradients)
+        spectrum, density = work.run()
+        sketches = grid.sum_over_model(torch.stack([
             gradients.sketch.of_vector(work.space.split(v), gradients.shards)
             for v in spectrum.eigenvectors])).cpu().numpy()
     found = Eigenpairs(spectrum.eigenvalues, sketches, work.rank, config.max_matvecs,
                        spectrum.converged,
                        _total_energy(config, density, valid_rows, gradients))
-    notes = _notes(config, found, operator)
+    notes = _notes(config, found, work.operator)
     parallel.on_rank_zero(lambda: _write(folder, key, found, {
         **_summary(spectrum, density), "operator": config.curvature,
         "num_valid_samples": len(numbers), "dimension": work.space.dimension,
@@ -162,6 +160,17 @@ def leading_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path, 
     parallel.say(f"curvature: {'; '.join(notes)}; {spectrum.num_matvecs} products, "
                  f"{spectrum.status}")
     return found.directions(config)
+
+
+def _over_parameters(config: CurvatureConfig, key: SpectrumKey, folder: Path, samples: Samples,
+                     numbers: np.ndarray, gradients: GradientModel) -> _Lanczos:
+    space = ParameterSpace(gradients.shards)
+    operator: Any = OPERATORS[config.curvature](
+        gradients.chunks, space, samples, numbers, gradients.micro_batch_size)
+    if gradients.scales is not None:
+        operator = PreconditionedOperator(operator, space, gradients.scales)
+    return _Lanczos(config, operator, space, key,
+                    LanczosLog(folder / "lanczos", key.digest(), gradients.shards))
 
 
 def _evenly(numbers: np.ndarray, count: int) -> np.ndarray:
@@ -237,7 +246,7 @@ def _total_energy(config: CurvatureConfig, density: SpectralDensity | None,
     """
     if density is not None:
         return density.positive_trace.value
-    if config.curvature == SKETCHED_FISHER or (
+    if gradients is None or config.curvature == SKETCHED_FISHER or (
             config.curvature == "fisher" and gradients.sample_loss == "mean"):
         return float(np.mean(np.sum(valid_rows.astype(np.float64) ** 2, axis=1)))
     return None

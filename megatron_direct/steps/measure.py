@@ -9,7 +9,6 @@ from pathlib import Path
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.gradients.store import SketchStore
 from megatron_direct.runtime import files, parallel
-from megatron_direct.runtime.manifest import Key
 from megatron_direct.steps import curvature as curvature_step
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import SKETCHED_FISHER, CurvatureConfig
@@ -72,7 +71,7 @@ class _Work:
     store: SketchStore
     missing: list[Drawn]
     valid: Drawn
-    spectrum: Key
+    spectrum: curvature_step.SpectrumKey
 
 
 def _compute(settings: MeasureSettings, onset: Onset, work: _Work, clock: _Clock) -> Directions:

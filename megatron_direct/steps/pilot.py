@@ -94,7 +94,7 @@ def _anneal(config: PilotConfig, onset: Onset, folder: Path, seed: int) -> None:
             blend.Blend(onset.pool.prefixes), {}, blend.BlendRequest(
                 seq_length=job.model.seq_length, seed=seed, cache=folder / "cache",
                 num_sequences=config.pilot_iters * job.batch.global_batch_size,
-                vocabulary=blend.Vocabulary(job.model.vocab_size,
+                vocabulary=blend.Vocabulary(job.model.known_vocab_size,
                                             str(onset.checkpoint.tokenizer_digest))))
         decay(Decay(job, onset.checkpoint, [Segment(0, dataset)], config.pilot_iters, folder,
                     "pilot", load_optim=onset.checkpoint.has_optimizer,
