@@ -10,9 +10,9 @@ from pathlib import Path
 import flat_requests
 import numpy as np
 import pytest
-from indexed_files import random_documents, write_dataset
 from page_reader import Page
 from ranks import Layout, RankError, run_on_ranks
+from trained import LEARNT
 
 from megatron_direct.cli import flags as cli_flags
 from megatron_direct.cli.main import make_parser
@@ -21,40 +21,21 @@ from megatron_direct.commands.anneal import AnnealRequest, anneal
 from megatron_direct.commands.compare import CompareRequest, compare
 from megatron_direct.commands.pretrain import PretrainConfig, PretrainRequest, pretrain
 from megatron_direct.commands.select import SelectRequest, select
-from megatron_direct.config import BatchConfig, Given, ModelConfig, OptimizerConfig
+from megatron_direct.config import BatchConfig, Given, OptimizerConfig
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.mcore import checkpoint
 from megatron_direct.steps import selected
 
-VOCAB_SIZE, ITERATIONS = 90, 4
-MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2,
-                    ffn_hidden_size=48, seq_length=16, vocab_size=VOCAB_SIZE,
-                    make_vocab_size_divisible_by=32)
+ITERATIONS = 4
+MODEL = LEARNT.model
 ARMS = ("random", "perplexity-low", "gradient-dot-adam", "direct")
 MEASURED = {"num_eigenpairs": 6, "num_select": 30, "shrinkage_clusters": 3, "pilot_iters": 2,
             "sketch_size": 128, "num_valid_samples": 16}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("compare")
-    for seed, (name, count) in enumerate((("a", 70), ("b", 50), ("valid", 20), ("test-1", 9),
-                                          ("test-2", 9))):
-        documents = random_documents(count, VOCAB_SIZE, seed=seed, longest=30)
-        for number in range(0, count, 2):  # half can be learnt: runs that count up
-            start, length = number % 50, 4 + number % 20
-            documents[number] = [list(range(start, start + length))]
-        write_dataset(folder / name, documents)
-    run_on_ranks(1, _pretrain, folder)
-    return folder
-
-
-def _pretrain(folder):
-    pretrain(PretrainRequest(
-        PretrainConfig(data_path=(str(folder / "a"), str(folder / "b")),
-                       save=str(folder / "theta"), train_iters=10, save_interval=10),
-        MODEL, Layout().config(), OptimizerConfig(lr=5e-3, lr_warmup_iters=4),
-        BatchConfig(micro_batch_size=2, global_batch_size=8)))
+def folder(learnt_folder) -> Path:
+    return learnt_folder
 
 
 def _onset(folder, name, seed=1):
@@ -68,7 +49,7 @@ def _given(micro_batch_size=2, **batch):
     return Given(batch={"micro_batch_size": micro_batch_size, **batch})
 
 
-def _compare(folder, layout, name, arms=ARMS, num_seeds=2, test=("test-1", "test-2")):
+def _compare(folder, layout, name, arms=ARMS, num_seeds=2, test=("test", "test-2")):
     compare(flat_requests.make(
         CompareRequest, layout.config(), _given(), **_onset(folder, name), micro_batch_size=2,
         test_data_path=tuple(str(folder / name) for name in test), arms=arms,
@@ -82,13 +63,13 @@ def _select_and_anneal(folder, name, seed):
     anneal(flat_requests.make(
         AnnealRequest, Layout().config(), Given(batch={"seed": seed}),
         run_dir=str(folder / name), lr_wsd_decay_iters=ITERATIONS,
-        test_data_path=(str(folder / "test-1"), str(folder / "test-2"))))
+        test_data_path=(str(folder / "test"), str(folder / "test-2"))))
 
 
 def _compare_with_odd_batches(folder, name):
     compare(flat_requests.make(
         CompareRequest, Layout().config(), _given(5), **_onset(folder, name),
-        test_data_path=(str(folder / "test-1"),), arms=("random",)))
+        test_data_path=(str(folder / "test"),), arms=("random",)))
 
 
 def _select_with_odd_batches(folder, name):
@@ -137,7 +118,7 @@ def test_every_arm_has_a_result_for_every_seed(run):
     for arm in ARMS:
         for seed in (1, 2):
             result = _result(run, arm, seed)
-            assert set(result["after"]["test"]) == {"test-1", "test-2", "all"}
+            assert set(result["after"]["test"]) == {"test", "test-2", "all"}
             assert result["before"] == _result(run, "random", 1)["before"]
             assert len(np.load(run / "arms" / arm / str(seed) / "chosen.npy")) == 30
     assert _losses(run, "random", 1) != _losses(run, "random", 2)  # seeds are replicates
@@ -150,7 +131,7 @@ def test_summary_and_page_tell_the_differences(run):
     by_name = {arm["name"]: arm for arm in found["arms"]}
 
     def means(arm):
-        return [np.mean([_losses(run, arm, seed)[f"test-{i}"] for i in (1, 2)])
+        return [np.mean([_losses(run, arm, seed)[name] for name in ("test", "test-2")])
                 for seed in (1, 2)]
 
     assert by_name["direct"]["difference"]["mean"] == pytest.approx(

@@ -14,15 +14,15 @@ import flat_requests
 import numpy as np
 import pytest
 import torch
-from indexed_files import random_documents, write_dataset
+from indexed_files import write_dataset
 from page_reader import Page
 from ranks import Layout, RankError, run_on_ranks
+from trained import LEARNT, documents, train
 
 from megatron_direct.commands.anneal import AnnealRequest, anneal
-from megatron_direct.commands.pretrain import PretrainConfig, PretrainRequest, pretrain
 from megatron_direct.commands.report import ReportConfig, ReportRequest, report
 from megatron_direct.commands.select import SelectRequest, select
-from megatron_direct.config import BatchConfig, Given, ModelConfig, OptimizerConfig
+from megatron_direct.config import Given
 from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
@@ -30,39 +30,19 @@ from megatron_direct.gradients.store import SketchStore
 from megatron_direct.steps import selected
 from megatron_direct.steps.sketch import Drawn, read_sketches
 
-VOCAB_SIZE = 90
-MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2,
-                    ffn_hidden_size=48, seq_length=16, vocab_size=VOCAB_SIZE,
-                    make_vocab_size_divisible_by=32)
-OPTIMIZER = OptimizerConfig(lr=5e-3, lr_warmup_iters=4)
-BATCH = BatchConfig(micro_batch_size=2, global_batch_size=8)
+MODEL, OPTIMIZER = LEARNT.model, LEARNT.optimizer
+VOCAB_SIZE = MODEL.known_vocab_size
 ITERATIONS = 8
 OTHERS = [Layout(tp=2, pp=2), Layout(dp=2)]
 
 
-def _documents(seed, count):
-    """Two kinds of text: runs that count up, which can be learnt, and noise."""
-    documents = random_documents(count, VOCAB_SIZE, seed=seed, longest=30)
-    for number in range(0, count, 2):
-        start, length = number % 50, 4 + number % 20
-        documents[number] = [list(range(start, start + length))]
-    return documents
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pipeline")
-    for seed, (name, count) in enumerate((("a", 90), ("b", 60), ("valid", 24), ("test", 12))):
-        write_dataset(folder / name, _documents(seed, count))
-    run_on_ranks(1, _pretrain, folder, Layout(), OPTIMIZER, "theta")
-    return folder
+def folder(learnt_folder) -> Path:
+    return learnt_folder
 
 
 def _pretrain(folder, layout, optimizer, name):
-    pretrain(PretrainRequest(
-        PretrainConfig(data_path=(str(folder / "a"), str(folder / "b")), save=str(folder / name),
-                       train_iters=12, save_interval=12),
-        MODEL, layout.config(), optimizer, BATCH))
+    train(folder, layout, dataclasses.replace(LEARNT, optimizer=optimizer), name)
 
 
 def _select(folder, layout, name, theta="theta", **settings):
@@ -243,8 +223,14 @@ def _anneal_afresh(folder, run, name):
     _anneal(folder, Layout(), name, load_optim=False)
 
 
-def test_arms_differ_in_their_masks_alone(folder, annealed):
+@pytest.fixture(scope="module")
+def both_arms(folder, annealed):
     run_on_ranks(1, _anneal, folder, Layout(), "annealed", "random")
+    return annealed
+
+
+def test_arms_differ_in_their_masks_alone(both_arms):
+    annealed = both_arms
     results = [json.loads((arm_folder(annealed, arm) / "result.json").read_text())
                for arm in ("direct", "random")]
     assert results[0]["tokens"] == results[1]["tokens"]
@@ -255,7 +241,8 @@ def test_arms_differ_in_their_masks_alone(folder, annealed):
     assert _metrics(annealed) != _metrics(annealed, "random")
 
 
-def test_the_report_shows_both_arms(folder, annealed, capsys):
+def test_the_report_shows_both_arms(both_arms, capsys):
+    annealed = both_arms
     report(ReportRequest(ReportConfig(run_dir=str(annealed))))
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     page = Page((annealed / "report.html").read_text())
@@ -449,22 +436,22 @@ def test_exchanged_masks_are_refused(folder, run):
 def test_a_test_set_that_was_remade_between_two_arms_is_refused(folder, annealed):
     shutil.copytree(annealed, folder / "remade", ignore=shutil.ignore_patterns("random"))
     _unfinish(arm_folder(folder / "remade", "direct"))
-    write_dataset(folder / "test", _documents(77, 12))
+    write_dataset(folder / "test", documents(77, 12))
     try:
         with pytest.raises(RankError, match="it was made with other test"):
             run_on_ranks(1, _anneal, folder, Layout(), "remade")
     finally:
-        write_dataset(folder / "test", _documents(3, 12))
+        write_dataset(folder / "test", documents(3, 12))
 
 
 def test_a_pool_that_changed_since_is_refused(folder, run):
     shutil.copytree(run, folder / "changed", ignore=shutil.ignore_patterns("anneal"))
-    write_dataset(folder / "a", _documents(99, 90))
+    write_dataset(folder / "a", documents(99, 90))
     try:
         _refused("a has changed since the selection was made", folder, _anneal, Layout(),
                  "changed")
     finally:
-        write_dataset(folder / "a", _documents(0, 90))
+        write_dataset(folder / "a", documents(0, 90))
 
 
 # --- the selection problem's settings ---------------------------------------------------------
@@ -485,6 +472,19 @@ def test_rows_spread_over_the_ranks_give_the_gathered_selection(folder, settings
     summaries = [_selection(folder / name) for name in names]
     assert summaries[0]["mask_digests"] == summaries[1]["mask_digests"]
     assert summaries[0]["stiff_cost"] == pytest.approx(summaries[1]["stiff_cost"], rel=1e-9)
+
+
+def test_each_rank_reads_an_equal_share_of_the_rows(folder, run):
+    """However few files they were written into: here one."""
+    prefixes = [str(folder / name) for name in "ab"]
+    samples = Samples(prefixes, MODEL.seq_length, VOCAB_SIZE)
+    store = SketchStore(run / "sketches", 256)
+    drawn = Drawn("pool", samples, samples.usable, [dataset_digest(p) for p in prefixes])
+    shares = [read_sketches(store, drawn, share, 4) for share in range(4)]
+    assert {len(share.samples) for share in shares} == {37, 38}
+    whole = read_sketches(store, drawn)
+    np.testing.assert_array_equal(np.concatenate([s.samples for s in shares]), whole.samples)
+    np.testing.assert_array_equal(np.concatenate([s.rows for s in shares]), whole.rows)
 
 
 def test_quotas_are_kept(folder):

@@ -13,6 +13,7 @@ from megatron_direct import SampleMask
 from megatron_direct.data import indexed
 from megatron_direct.data.materialize import materialize
 from megatron_direct.errors import UserError
+from megatron_direct.runtime import files
 
 DOCUMENTS = random_documents(40, 60, seed=5)
 
@@ -60,3 +61,22 @@ def test_what_cannot_be_written_is_refused(prefix, tmp_path):
     with pytest.raises(UserError, match="the dataset is another one"):
         materialize(prefix, SampleMask(np.ones(40), "x"), str(tmp_path / "foreign"))
     assert not list(tmp_path.glob("none*")) and not list(tmp_path.glob("foreign*"))
+
+
+def test_the_mask_is_unpacked_a_few_times_however_many_documents_are_corrupted(
+        tmp_path, monkeypatch):
+    """Unpacking takes a byte a document: once for each corrupted one would be quadratic."""
+    prefix = write_dataset(tmp_path / "set", [[[1, 2]] for _ in range(300)])
+    corrupted = list(range(0, 300, 2))
+    files.write_json(prefix + ".json", {"domain": "x", "corrupted": corrupted})
+    keep = np.arange(300) % 3 == 0
+    mask = SampleMask(keep, indexed.dataset_digest(prefix))
+    unpacked = []
+    whole = SampleMask.keep
+    monkeypatch.setattr(SampleMask, "keep", property(
+        lambda self: unpacked.append(1) or whole.fget(self)))
+    materialize(prefix, mask, str(tmp_path / "some"))
+    assert len(unpacked) < 5
+    kept = np.flatnonzero(keep).tolist()
+    assert indexed.read_card(str(tmp_path / "some"))["corrupted"] == [
+        kept.index(document) for document in corrupted if keep[document]]

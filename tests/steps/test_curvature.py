@@ -7,14 +7,13 @@ import json
 import flat_requests
 import numpy as np
 import pytest
-from indexed_files import random_documents, write_dataset
 from ranks import Layout, RankError, on_layout, run_on_ranks
+from trained import SMALL
 from weights import fill_by_hash
 
-from megatron_direct.commands.pretrain import PretrainConfig, PretrainRequest, pretrain
 from megatron_direct.commands.report import ReportConfig, ReportRequest, report
 from megatron_direct.commands.select import SelectRequest, select
-from megatron_direct.config import BatchConfig, Job, ModelConfig, OptimizerConfig
+from megatron_direct.config import Job
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.sketched import SketchedFisherOperator
 from megatron_direct.curvature.vectors import ParameterSpace
@@ -29,26 +28,14 @@ from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.steps.sketch import Drawn, read_sketches
 
-VOCAB_SIZE = 60
-MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2,
-                    ffn_hidden_size=24, seq_length=12, vocab_size=VOCAB_SIZE,
-                    make_vocab_size_divisible_by=32)
+MODEL = SMALL.model
+VOCAB_SIZE = MODEL.known_vocab_size
 MANY = Layout(tp=2, pp=2)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("curvature")
-    for seed, (name, count) in enumerate((("pool", 40), ("valid", 12))):
-        write_dataset(folder / name, random_documents(count, VOCAB_SIZE, seed=seed, longest=16))
-    run_on_ranks(1, _pretrain, folder)
-    return folder
-
-
-def _pretrain(folder):
-    pretrain(PretrainRequest(PretrainConfig((str(folder / "pool"),), str(folder / "theta"), 6, 6),
-                             MODEL, Layout().config(), OptimizerConfig(lr_warmup_iters=2),
-                             BatchConfig(micro_batch_size=2, global_batch_size=4)))
+def folder(small_folder):
+    return small_folder
 
 
 def _select(folder, layout, name, kind, settings=()):

@@ -8,13 +8,12 @@ import flat_requests
 import numpy as np
 import pytest
 import torch
-from indexed_files import random_documents, write_dataset
 from ranks import Layout, RankError, run_on_ranks
+from trained import SMALL
 from weights import assemble, pieces
 
-from megatron_direct.commands.pretrain import PretrainConfig, PretrainRequest, pretrain
 from megatron_direct.commands.select import SelectRequest, select
-from megatron_direct.config import BatchConfig, Job, ModelConfig, OptimizerConfig
+from megatron_direct.config import Job
 from megatron_direct.curvature.preconditioner import adam_scales
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.indexed import dataset_digest
@@ -30,27 +29,15 @@ from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import OPERATORS
 from megatron_direct.steps.sketch import Drawn, read_sketches, sketched_shards
 
-VOCAB_SIZE, SIZE = 60, 128
-MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2,
-                    ffn_hidden_size=24, seq_length=12, vocab_size=VOCAB_SIZE,
-                    make_vocab_size_divisible_by=32)
-OPTIMIZER = OptimizerConfig(lr_warmup_iters=2)
-BATCH = BatchConfig(micro_batch_size=2, global_batch_size=4)
+SIZE = 128
+MODEL, OPTIMIZER, BATCH = SMALL.model, SMALL.optimizer, SMALL.batch
+VOCAB_SIZE = MODEL.known_vocab_size
 MANY = Layout(tp=2, pp=2)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sketches")
-    for seed, (name, count) in enumerate((("pool", 41), ("valid", 12))):
-        write_dataset(folder / name, random_documents(count, VOCAB_SIZE, seed=seed, longest=16))
-    run_on_ranks(1, _pretrain, folder)
-    return folder
-
-
-def _pretrain(folder):
-    pretrain(PretrainRequest(PretrainConfig((str(folder / "pool"),), str(folder / "theta"), 6, 6),
-                             MODEL, Layout().config(), OPTIMIZER, BATCH))
+def folder(small_folder):
+    return small_folder
 
 
 def _select(folder, layout, name, settings, num_select=10):

@@ -1,0 +1,45 @@
+"""Checkpoints that several test modules start from, each pre-trained once a run of the tests.
+
+A module copies the folder, and leaves in its own copy what its tests make.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from indexed_files import random_documents, write_dataset
+from ranks import Layout, run_on_ranks
+from trained import LEARNT, SMALL, documents, train
+
+
+@pytest.fixture(scope="session")
+def _small(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    for seed, (name, count) in enumerate((("pool", 41), ("valid", 12))):
+        write_dataset(folder / name, random_documents(count, 60, seed=seed, longest=16))
+    run_on_ranks(1, train, folder, Layout(), SMALL, "theta")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _learnt(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("learnt")
+    for seed, (name, count) in enumerate((("a", 90), ("b", 60), ("valid", 24), ("test", 12),
+                                          ("test-2", 9))):
+        write_dataset(folder / name, documents(seed, count))
+    run_on_ranks(1, train, folder, Layout(), LEARNT, "theta")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_folder(_small, tmp_path_factory) -> Path:
+    """Random documents (``pool``, ``valid``), and a checkpoint ``theta`` of SMALL."""
+    return shutil.copytree(_small, tmp_path_factory.mktemp("copy") / "small")
+
+
+@pytest.fixture(scope="module")
+def learnt_folder(_learnt, tmp_path_factory) -> Path:
+    """``documents`` (``a``, ``b``, ``valid``, ``test``, ``test-2``), and ``theta`` of LEARNT."""
+    return shutil.copytree(_learnt, tmp_path_factory.mktemp("copy") / "learnt")
