@@ -34,7 +34,7 @@ COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random 
 	gradient-dot gradient-cosine flat-energy direct
 
 .PHONY: compare study anneal evaluate test test-slow lint data theta clean \
-	bench-solver bench-curvature bench-sketch bench-data
+	bench-solver bench-curvature bench-sketch bench-data bench-select
 
 anneal: $(READY) data theta
 	PATH=$(abspath $(BIN)):$$PATH OMP_NUM_THREADS=1 bash launch/anneal_gpt.sh $(ANNEAL_FLAGS) $(FLAGS)
@@ -84,6 +84,11 @@ bench-sketch: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sketch/bench.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 \
 		benchmarks/sketch/bench.py ranks
+
+bench-select: $(READY) data theta
+	$(BIN)/python benchmarks/select_again.py --ranks $(GPUS_PER_NODE) -- --load $(THETA) \
+		--data-path $(DATA_PATH) --valid-data-path $(VALID_DATA_PATH) \
+		$(filter-out --lr-wsd-decay-iters 75,$(ANNEAL_FLAGS))
 
 bench-data: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py
