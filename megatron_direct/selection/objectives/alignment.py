@@ -6,24 +6,19 @@ scale is dropped. ``target`` is the flat part of the mean validation gradient. L
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from megatron_direct.selection.checks import checked_vector
 from megatron_direct.selection.evidence import Evidence, flat_rows
-from megatron_direct.selection.objectives.objective import Objective, Terms
+from megatron_direct.selection.objectives.objective import Objective, Terms, TermSettings
 from megatron_direct.selection.objectives.quadratic import Quadratic
-
-if TYPE_CHECKING:
-    from megatron_direct.selection.config import SelectionConfig
 
 
 def _quadratic(terms: Terms, dim: int, num_select: int) -> Quadratic:
     return Quadratic(checked_vector("target", terms.target, dim), 0.0)
 
 
-def _terms(config: SelectionConfig, evidence: Evidence) -> Terms:
+def _terms(settings: TermSettings, evidence: Evidence) -> Terms:
     mean = evidence.valid_rows.mean(0)
-    return Terms(target=flat_rows(mean[None], evidence.directions, config.flat_subspace)[0])
+    return Terms(target=flat_rows(mean[None], evidence.directions, settings.flat_subspace)[0])
 
 
 ALIGNMENT = Objective(

@@ -8,18 +8,13 @@ term makes stiff directions expensive, so a stiff budget is optional.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from megatron_direct.errors import UserError
 from megatron_direct.selection.checks import checked_finite, checked_step_size, checked_vector
 from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.objectives.objective import Objective, Terms
+from megatron_direct.selection.objectives.objective import Objective, Terms, TermSettings
 from megatron_direct.selection.objectives.quadratic import Diagonal, LowRank, Quadratic
-
-if TYPE_CHECKING:
-    from megatron_direct.selection.config import SelectionConfig
 
 
 def _quadratic(terms: Terms, dim: int, num_select: int) -> Quadratic:
@@ -28,7 +23,7 @@ def _quadratic(terms: Terms, dim: int, num_select: int) -> Quadratic:
     return Quadratic(step * target, -(step**2), _checked_curvature(terms.curvature, dim))
 
 
-def _terms(config: SelectionConfig, evidence: Evidence) -> Terms:
+def _terms(settings: TermSettings, evidence: Evidence) -> Terms:
     """H as far as it is known, by its computed eigenpairs; elsewhere it counts as zero."""
     directions = evidence.directions
     largest = float(directions.eigenvalues[0])
@@ -40,7 +35,7 @@ def _terms(config: SelectionConfig, evidence: Evidence) -> Terms:
     return Terms(
         target=evidence.valid_rows.mean(0),
         curvature=LowRank(directions.eigenvalues, directions.sketches),
-        step_size=config.step_size / largest,
+        step_size=settings.step_size / largest,
     )
 
 

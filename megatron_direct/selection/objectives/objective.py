@@ -5,15 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.objectives.quadratic import LowRank, Quadratic
 
-if TYPE_CHECKING:  # the configuration takes its choices from the registry of objectives
-    from megatron_direct.selection.config import SelectionConfig
+
+class TermSettings(Protocol):
+    """What objectives read of a SelectionConfig, whose choices come from their registry."""
+
+    @property
+    def flat_subspace(self) -> str: ...
+
+    @property
+    def step_size(self) -> float: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +51,7 @@ class Objective:
                     stiff directions expensive
     treats_sketches whether it sums up whole sketches, treated (treatment.py), or flat parts
     quadratic       (terms, k, K) -> J; checks the values of its terms
-    terms           (config, evidence) -> the terms as sketches yield them
+    terms           (settings, evidence) -> the terms as sketches yield them
     """
 
     name: str
@@ -52,4 +59,4 @@ class Objective:
     needs_budget: bool
     treats_sketches: bool
     quadratic: Callable[[Terms, int, int], Quadratic]
-    terms: Callable[[SelectionConfig, Evidence], Terms]
+    terms: Callable[[TermSettings, Evidence], Terms]
