@@ -17,7 +17,7 @@ class SelectionConfig(Settings):
         None, "K, samples to select; left out: a quarter of the pool", type=int, at_least=1)
     objective: str = flag(
         "descent", "what the selected samples maximise; flat-energy is the paper's",
-        choices=tuple(OBJECTIVES))
+        choices=OBJECTIVES)
     flat_subspace: str = flag(
         "complement", "what counts as flat: all that is not stiff, or only the computed directions "
         "after the elbow whose eigenvalues are above zero", choices=("complement", "bulk"))
