@@ -15,8 +15,7 @@ pieces are of these ep * b samples, in the order (expert-parallel rank, row of i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import embedding, linear
@@ -33,10 +32,9 @@ class OuterProducts:
     def num_samples(self) -> int:
         return self.inputs.shape[1]
 
-    def by_sample(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(sample, its inputs [s, i], its output gradients [s, o])."""
-        for sample in range(self.num_samples):
-            yield sample, self.inputs[:, sample], self.output_grads[:, sample]
+    def part(self, positions: slice, samples: slice) -> OuterProducts:
+        return OuterProducts(self.inputs[positions, samples],
+                             self.output_grads[positions, samples])
 
     def matrices(self) -> torch.Tensor:
         return torch.einsum("sbo,sbi->boi", self.output_grads, self.inputs)
@@ -57,17 +55,12 @@ class RoutedOuterProducts:
     samples: torch.Tensor  # [n] int64
     num_samples: int
 
-    def by_sample(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(sample, inputs, output gradients) of its tokens; nothing for a sample without any."""
-        for sample in self.samples.unique().tolist():
-            tokens = self.samples == sample
-            yield sample, self.inputs[tokens], self.output_grads[tokens]
-
     def matrices(self) -> torch.Tensor:
         sums = self.inputs.new_zeros(
             self.num_samples, self.output_grads.shape[1], self.inputs.shape[1])
-        for sample, inputs, grads in self.by_sample():
-            sums[sample] = grads.T @ inputs
+        for sample in range(self.num_samples):
+            tokens = self.samples == sample
+            sums[sample] = self.output_grads[tokens].T @ self.inputs[tokens]
         return sums
 
     def inner_products(self, vector: torch.Tensor) -> torch.Tensor:
@@ -87,6 +80,14 @@ class RowSums:
     @property
     def num_samples(self) -> int:
         return self.rows.shape[1]
+
+    def part(self, positions: slice, samples: slice) -> RowSums:
+        return RowSums(self.rows[positions, samples], self.held[positions, samples],
+                       self.output_grads[positions, samples], self.num_rows)
+
+    def scaled(self, scale: torch.Tensor) -> RowSums:
+        """The same gradients, their entries multiplied by those of ``scale`` [rows, h]."""
+        return replace(self, output_grads=self.output_grads * embedding(self.rows, scale))
 
     def matrices(self) -> torch.Tensor:
         num_samples, width = self.output_grads.shape[1:]
@@ -110,6 +111,10 @@ class Entries:
     @property
     def num_samples(self) -> int:
         return self.grads.shape[0]
+
+    def scaled(self, scale: torch.Tensor) -> Entries:
+        """The same gradients, their entries multiplied by those of ``scale`` [p, 1]."""
+        return Entries(self.grads * scale[:, 0])
 
     def matrices(self) -> torch.Tensor:
         return self.grads[..., None]
