@@ -6,8 +6,9 @@ linear layer's local inputs and outputs, n tokens that were routed to an expert,
 embedding, p entries of a vector.
 
 Every piece answers three questions about the gradients g_1 ... g_b of its parameter:
-``inner_products(v)`` is [b], <g_i, v>; ``matrices()`` is [b, rows, columns], the gradients
-themselves; and sketches are made from either the matrices or the factors.
+``inner_products(v)`` is [b], <g_i, v>, in the dtype of v; ``matrices()`` is [b, rows, columns], the
+gradients themselves; and sketches are made from either the matrices or the factors. The factors are
+float32 or bfloat16, as the passes are.
 
 An expert sees tokens of all samples that ep ranks have in their micro-batches at the time, and its
 pieces are of these ep * b samples, in the order (expert-parallel rank, row of its micro-batch).
@@ -40,7 +41,8 @@ class OuterProducts:
         return torch.einsum("sbo,sbi->boi", self.output_grads, self.inputs)
 
     def inner_products(self, vector: torch.Tensor) -> torch.Tensor:
-        return (linear(self.inputs, vector) * self.output_grads).sum((0, 2))
+        products = linear(self.inputs.to(vector.dtype), vector) * self.output_grads
+        return products.sum((0, 2))
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class RoutedOuterProducts:
         return sums
 
     def inner_products(self, vector: torch.Tensor) -> torch.Tensor:
-        products = (linear(self.inputs, vector) * self.output_grads).sum(1)
+        products = (linear(self.inputs.to(vector.dtype), vector) * self.output_grads).sum(1)
         return products.new_zeros(self.num_samples).index_add_(0, self.samples, products)
 
 
@@ -120,7 +122,7 @@ class Entries:
         return self.grads[..., None]
 
     def inner_products(self, vector: torch.Tensor) -> torch.Tensor:
-        return self.grads @ vector.reshape(-1)
+        return self.grads.to(vector.dtype) @ vector.reshape(-1)
 
 
 Piece = OuterProducts | RoutedOuterProducts | RowSums | Entries

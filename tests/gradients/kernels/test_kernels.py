@@ -192,8 +192,9 @@ def test_vectors_and_scales():
 @pytest.mark.parametrize("of_factors", [BySpectra, ByFrames], ids=lambda kind: kind.name)
 def test_factors_refuse_a_scale(of_factors):
     assert not of_factors.applies_scale and ByEntries.applies_scale
+    piece, scale = _pieces(40, 33, 9)["dense"], torch.ones(40, 33)
     with pytest.raises(AssertionError, match="cannot be scaled"):
-        of_factors(5, SIZE, CPU).add(0, _pieces(40, 33, 9)["dense"], _hashes(40, 33), torch.ones(40, 33))
+        of_factors(5, SIZE, CPU).add(0, piece, _hashes(40, 33), scale)
 
 
 def test_what_is_not_finite_stays_with_its_sample(kind):
