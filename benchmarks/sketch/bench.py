@@ -1,13 +1,14 @@
 """What a sketching pass costs, against a training pass over the same batch, measured in one run.
 
-    python benchmarks/sketch/bench.py [cost] [ways] [quality]
+    python benchmarks/sketch/bench.py [cost] [kernels] [quality]
     torchrun --nproc-per-node 2 benchmarks/sketch/bench.py ranks
 
 cost: time and peak memory of a sketching pass over those of a training pass (forward and backward,
 with weight gradients), for a model of 23 M parameters, and how they change with the sketch's size,
 the samples' length and the depth; beside it, a dense Gaussian that is drawn anew for each sample.
-ways: the two ways to sketch a linear layer, and the choice between them. quality: errors of inner
-products and norms of true gradients. ranks: samples a second of two data-parallel ranks over one.
+kernels: the ways to hash a linear layer's gradients, and the choice among them (see kernels.py).
+quality: errors of inner products and norms of true gradients. ranks: samples per second of two
+data-parallel ranks over one.
 Ratios are what to read, not times.
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from kernels import print_kernels
 from measuring import fastest_in_turns, peak_bytes, random_documents, seconds
 from quality import print_quality
 
@@ -30,14 +32,12 @@ from megatron_direct.cli import main as cli
 from megatron_direct.config import Job, ModelConfig, ParallelConfig
 from megatron_direct.data.samples import Samples
 from megatron_direct.gradients.hooks import PieceHooks
-from megatron_direct.gradients.kernels import outer_products
 from megatron_direct.gradients.per_sample import sketch_samples
-from megatron_direct.gradients.pieces import OuterProducts
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import grid, model, passes
 from megatron_direct.mcore.shards import num_parameters, parameter_shards
 from megatron_direct.mcore.without_gpu import megatron_runtime
-from megatron_direct.runtime import parallel
+from megatron_direct.runtime import host, parallel
 
 # 23.5 M parameters, 19.3 M of them in the layers.
 MODEL = ModelConfig(num_layers=6, hidden_size=512, num_attention_heads=8, ffn_hidden_size=1408,
@@ -50,15 +50,16 @@ LIMIT = 2 / 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["cost", "ways", "quality"],
-                        help="cost, ways, quality or ranks")
+    parser.add_argument("parts", nargs="*", default=["cost", "kernels", "quality"],
+                        help="cost, kernels, quality or ranks")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     cli.quiet_imports()
     with megatron_runtime(), parallel.process_group(), \
             grid.model_parallel(ParallelConfig()), tempfile.TemporaryDirectory() as folder:
         for part in arguments.parts:
-            {"cost": print_cost, "ways": print_ways, "ranks": print_ranks,
+            {"cost": print_cost, "ranks": print_ranks,
+             "kernels": lambda _, rounds: print_kernels(host.device().type, rounds),
              "quality": lambda *_: print_quality()}[part](folder, arguments.rounds)
 
 
@@ -127,34 +128,6 @@ def _dense_gaussian_seconds(size: int, num_parameters: int, slice_size: int = 50
     for row in range(size):
         sketch[row] = torch.randn(slice_size) @ gradient
     return (time.perf_counter() - begun) * num_parameters / slice_size
-
-
-def print_ways(_folder: str, rounds: int) -> None:
-    """Milliseconds a sample of either way, what the cost model takes, and what it loses by it."""
-    print(f"{'outputs':>8}{'inputs':>8}{'tokens':>8}{'k':>6}{'by G ms':>10}{'spectrum ms':>13}"
-          f"  takes    over the better")
-    worst = 1.0
-    for outputs, inputs in ((512, 512), (768, 512), (1536, 512), (2816, 512), (512, 1408),
-                            (8192, 512), (2048, 2048), (128, 128), (384, 128)):
-        shard = model.ParameterShard("weight", torch.nn.Parameter(torch.empty(outputs, inputs)),
-                                     torch.arange(outputs), torch.arange(inputs), True, True)
-        for tokens, size in ((64, SIZE), (512, SIZE), (512, 512)):
-            piece = OuterProducts(torch.randn(tokens, 2, inputs), torch.randn(tokens, 2, outputs))
-            sketch = Sketch([shard], size, seed=1)
-            taken = fastest_in_turns(_ways(sketch, piece), rounds)
-            takes = "spectra" if outer_products.prefers_spectrum(
-                tokens, outputs, inputs, size) else "entries"
-            loss = taken[takes] / min(taken.values())
-            worst = max(worst, loss)
-            print(f"{outputs:8}{inputs:8}{tokens:8}{size:6}{taken['entries'] * 500:10.2f}"
-                  f"{taken['spectra'] * 500:13.2f}  {takes}{loss:18.2f}", flush=True)
-    print(f"at worst {worst:.2f} times the better way")
-
-
-def _ways(sketch: Sketch, piece: OuterProducts) -> dict:
-    hashes, sums = sketch._hashes["weight"], sketch.sums(2, torch.device("cpu"))
-    return {"entries": lambda: outer_products.add_entries(sums._entries, piece, hashes),
-            "spectra": lambda: outer_products.add_spectra(sums._spectra, piece, hashes)}
 
 
 def print_ranks(folder: str, rounds: int) -> None:

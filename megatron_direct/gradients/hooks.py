@@ -44,24 +44,33 @@ def _watched(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Callable
             yield layer, _WATCHES[kind]
 
 
+Consumer = Callable[[int, ParameterShard, Piece], None]
+
+
 class PieceHooks:
     """A context in which passes over ``chunks`` call ``consume(micro_batch, shard, piece)``.
 
-    ``begin(micro_batch)`` tells which micro-batch comes next (``run_pass(before_forward=begin)``).
-    Pieces come in the backward pass's order, for every shard of ``shards`` with ``adds_gradient``;
-    pieces of one shard may come more than once a micro-batch (tied embeddings), and then add up.
+    It may stay open for many passes: ``begin_pass(consume)`` names what the pieces of the next pass
+    go to; with None, forward passes go by unwatched. ``begin(micro_batch)`` says which micro-batch
+    comes next (``run_pass(before_forward=hooks.begin)``). Pieces come in the backward pass's order,
+    for every shard of ``shards`` with ``adds_gradient``; pieces of one shard may come more than
+    once per micro-batch (tied embeddings), and then add up.
 
     Raises UserError on entry if a parameter belongs to a layer that no hook knows, or if the
     gradients of samples depend on one another.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], shards: Sequence[ParameterShard],
-                 consume: Callable[[int, ParameterShard, Piece], None]):
+                 consume: Consumer | None = None):
         self._chunks = chunks
         self._shards = {id(shard.parameter): shard for shard in shards}
         self._consume = consume
         self._micro_batch = 0
         self._handles: list = []
+        self._frozen: list[torch.nn.Parameter] = []
+
+    def begin_pass(self, consume: Consumer | None) -> None:
+        self._consume, self._micro_batch = consume, 0
 
     def begin(self, micro_batch: int) -> None:
         self._micro_batch = micro_batch
@@ -82,8 +91,8 @@ class PieceHooks:
     def __exit__(self, *_exception) -> None:
         while self._handles:
             self._handles.pop().remove()
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        while self._frozen:
+            self._frozen.pop().requires_grad_(True)
 
     def _require_covered(self, watched: Sequence[torch.nn.Module]) -> None:
         covered = {id(parameter) for layer in watched
@@ -97,19 +106,20 @@ class PieceHooks:
 
     def _hook(self, watch):
         def forward_hook(layer, arguments, keywords, output):
-            tensor = output[0] if isinstance(output, tuple) else output
-            if not torch.is_grad_enabled():
+            if self._consume is None or not torch.is_grad_enabled():
                 return
+            tensor = output[0] if isinstance(output, tuple) else output
             if not tensor.requires_grad:  # the embeddings: nothing below them needs a gradient
                 tensor.requires_grad_(True)
-            micro_batch, pieces = self._micro_batch, watch(layer, arguments, keywords, output)
+            consume, micro_batch = self._consume, self._micro_batch
+            pieces = watch(layer, arguments, keywords, output)
 
             def gradient_hook(output_grad):
                 with torch.no_grad():
                     for parameter, piece in pieces(output_grad.detach()):
                         shard = self._shards.get(id(parameter))
                         if shard is not None and shard.adds_gradient:
-                            self._consume(micro_batch, shard, piece)
+                            consume(micro_batch, shard, piece)
 
             tensor.register_hook(gradient_hook)
 

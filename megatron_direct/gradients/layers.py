@@ -23,7 +23,7 @@ def column_parallel(layer, arguments, keywords, _output):
         whole = grid.gather_over_tensor_ranks(inputs, 0) if layer.sequence_parallel else inputs
         yield weight, OuterProducts(whole, output_grads)
         if layer.bias is not None:
-            yield layer.bias, Entries(output_grads.sum(0))
+            yield layer.bias, Entries(summed(output_grads, 0))
 
     return pieces
 
@@ -35,7 +35,7 @@ def row_parallel(layer, arguments, _keywords, _output):
     def pieces(output_grads):
         if layer.bias is not None:
             # Added after the sum over ranks: spread by position it is a partial sum, and marked so.
-            yield layer.bias, Entries(output_grads.sum(0))
+            yield layer.bias, Entries(summed(output_grads, 0))
         if layer.sequence_parallel:
             output_grads = grid.gather_over_tensor_ranks(output_grads, 0)
         yield layer.weight, OuterProducts(inputs, output_grads)
@@ -86,13 +86,26 @@ def norm(centred: bool, layer, arguments, _keywords, _output):
 
 
 def normalised(inputs: torch.Tensor, eps: float | None, centred: bool) -> torch.Tensor:
-    """Inputs over the root of their mean square in the last dimension, less their mean if asked."""
+    """Inputs over the root of their mean square in the last dimension, less their mean if asked.
+
+    In float32 at least, as norms compute them; eps None means that of the inputs' own dtype.
+    """
+    eps = torch.finfo(inputs.dtype).eps if eps is None else eps
+    inputs = inputs.to(_at_least_float32(inputs))
     if centred:
         inputs = inputs - inputs.mean(-1, keepdim=True)
-    eps = torch.finfo(inputs.dtype).eps if eps is None else eps
     return inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + eps)
 
 
 def over_tokens(values: torch.Tensor) -> torch.Tensor:
     """[b, h] sums of [s, b, ..., h] over everything but samples and width."""
-    return values.transpose(0, 1).flatten(1, -2).sum(1)
+    return summed(values.transpose(0, 1).flatten(1, -2), 1)
+
+
+def summed(values: torch.Tensor, axis: int) -> torch.Tensor:
+    """Sums along an axis, in float32 at least."""
+    return values.sum(axis, dtype=_at_least_float32(values))
+
+
+def _at_least_float32(values: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_direct.data.samples import SampleSource
+from megatron_direct.data.samples import MicroBatch, SampleSource
 from megatron_direct.gradients.hooks import PieceHooks
+from megatron_direct.gradients.pieces import Piece
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import grid, passes
 from megatron_direct.mcore.shards import ParameterShard
@@ -44,22 +45,32 @@ def sketch_samples(model: GradientModel, samples: SampleSource, numbers: np.ndar
     same. done: [samples] bool, True for what need not be computed any more.
     """
     chunks = model.chunks
-    for micro_batches in passes.of_samples(chunks, samples, numbers, model.micro_batch_size, done):
-        size = micro_batches[0].tokens.shape[0]
-        own = grid.own_rows(size)  # an expert sees samples of other ranks, too
-        at_once = grid.expert_size() * size
-        sums = model.sketch.sums(len(micro_batches) * at_once, micro_batches[0].tokens.device)
+    with PieceHooks(chunks, model.shards) as hooks:
+        for micro_batches in passes.of_samples(chunks, samples, numbers, model.micro_batch_size,
+                                               done):
+            rows, losses = _one_pass(model, hooks, micro_batches)
+            kept = passes.sample_rows(micro_batches)
+            yield (rows[kept].cpu().numpy(),
+                   np.concatenate([batch.samples for batch in micro_batches]),
+                   losses.flatten()[kept].float().cpu().numpy())
 
-        def add(micro_batch, shard, piece, sums=sums, own=own, at_once=at_once):
-            begins = 0 if piece.num_samples == at_once else own.start
-            sums.add(shard, piece, micro_batch * at_once + begins)
 
-        weights = None if model.sample_loss == "mean" else [b.num_labels for b in micro_batches]
-        with PieceHooks(chunks, model.shards, add) as hooks:
-            losses = passes.run_pass(chunks, micro_batches, backward=True, weights=weights,
-                                     before_forward=hooks.begin)
-        total = grid.sum_over_model(sums.total()).unflatten(0, (-1, at_once))[:, own]
-        kept = passes.sample_rows(micro_batches)
-        yield (total.flatten(0, 1)[kept].cpu().numpy(),
-               np.concatenate([batch.samples for batch in micro_batches]),
-               losses.flatten()[kept].float().cpu().numpy())
+def _one_pass(model: GradientModel, hooks: PieceHooks, micro_batches: Sequence[MicroBatch],
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+    """([micro-batches * b, k] sketches, [micro-batches, b] losses), padding rows included."""
+    size = micro_batches[0].tokens.shape[0]
+    own = grid.own_rows(size)  # an expert sees samples of other ranks, too
+    at_once = grid.expert_size() * size
+    sums = model.sketch.sums(len(micro_batches) * at_once, micro_batches[0].tokens.device)
+
+    def add(micro_batch: int, shard: ParameterShard, piece: Piece) -> None:
+        begins = 0 if piece.num_samples == at_once else own.start
+        sums.add(shard, piece, micro_batch * at_once + begins)
+
+    hooks.begin_pass(add)
+    weights = None if model.sample_loss == "mean" else [b.num_labels for b in micro_batches]
+    losses = passes.run_pass(model.chunks, micro_batches, backward=True, weights=weights,
+                             before_forward=hooks.begin)
+    hooks.begin_pass(None)
+    total = grid.sum_over_model(sums.total()).unflatten(0, (-1, at_once))[:, own]
+    return total.flatten(0, 1), losses

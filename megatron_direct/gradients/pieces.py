@@ -6,8 +6,9 @@ linear layer's local inputs and outputs, n tokens that were routed to an expert,
 embedding, p entries of a vector.
 
 Every piece answers three questions about the gradients g_1 ... g_b of its parameter:
-``inner_products(v)`` is [b], <g_i, v>; ``matrices()`` is [b, rows, columns], the gradients
-themselves; and sketches are made from either the matrices or the factors.
+``inner_products(v)`` is [b], <g_i, v>, in the dtype of v; ``matrices()`` is [b, rows, columns], the
+gradients themselves; and sketches are made from either the matrices or the factors. The factors are
+float32 or bfloat16, as the passes are.
 
 An expert sees tokens of all samples that ep ranks have in their micro-batches at the time, and its
 pieces are of these ep * b samples, in the order (expert-parallel rank, row of its micro-batch).
@@ -15,8 +16,7 @@ pieces are of these ep * b samples, in the order (expert-parallel rank, row of i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import embedding, linear
@@ -33,16 +33,16 @@ class OuterProducts:
     def num_samples(self) -> int:
         return self.inputs.shape[1]
 
-    def by_sample(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(sample, its inputs [s, i], its output gradients [s, o])."""
-        for sample in range(self.num_samples):
-            yield sample, self.inputs[:, sample], self.output_grads[:, sample]
+    def part(self, positions: slice, samples: slice) -> OuterProducts:
+        return OuterProducts(self.inputs[positions, samples],
+                             self.output_grads[positions, samples])
 
     def matrices(self) -> torch.Tensor:
         return torch.einsum("sbo,sbi->boi", self.output_grads, self.inputs)
 
     def inner_products(self, vector: torch.Tensor) -> torch.Tensor:
-        return (linear(self.inputs, vector) * self.output_grads).sum((0, 2))
+        products = linear(self.inputs.to(vector.dtype), vector) * self.output_grads
+        return products.sum((0, 2))
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,16 @@ class RoutedOuterProducts:
     samples: torch.Tensor  # [n] int64
     num_samples: int
 
-    def by_sample(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(sample, inputs, output gradients) of its tokens; nothing for a sample without any."""
-        for sample in self.samples.unique().tolist():
-            tokens = self.samples == sample
-            yield sample, self.inputs[tokens], self.output_grads[tokens]
-
     def matrices(self) -> torch.Tensor:
         sums = self.inputs.new_zeros(
             self.num_samples, self.output_grads.shape[1], self.inputs.shape[1])
-        for sample, inputs, grads in self.by_sample():
-            sums[sample] = grads.T @ inputs
+        for sample in range(self.num_samples):
+            tokens = self.samples == sample
+            sums[sample] = self.output_grads[tokens].T @ self.inputs[tokens]
         return sums
 
     def inner_products(self, vector: torch.Tensor) -> torch.Tensor:
-        products = (linear(self.inputs, vector) * self.output_grads).sum(1)
+        products = (linear(self.inputs.to(vector.dtype), vector) * self.output_grads).sum(1)
         return products.new_zeros(self.num_samples).index_add_(0, self.samples, products)
 
 
@@ -87,6 +82,14 @@ class RowSums:
     @property
     def num_samples(self) -> int:
         return self.rows.shape[1]
+
+    def part(self, positions: slice, samples: slice) -> RowSums:
+        return RowSums(self.rows[positions, samples], self.held[positions, samples],
+                       self.output_grads[positions, samples], self.num_rows)
+
+    def scaled(self, scale: torch.Tensor) -> RowSums:
+        """The same gradients, their entries multiplied by those of ``scale`` [rows, h]."""
+        return replace(self, output_grads=self.output_grads * embedding(self.rows, scale))
 
     def matrices(self) -> torch.Tensor:
         num_samples, width = self.output_grads.shape[1:]
@@ -111,11 +114,15 @@ class Entries:
     def num_samples(self) -> int:
         return self.grads.shape[0]
 
+    def scaled(self, scale: torch.Tensor) -> Entries:
+        """The same gradients, their entries multiplied by those of ``scale`` [p, 1]."""
+        return Entries(self.grads * scale[:, 0])
+
     def matrices(self) -> torch.Tensor:
         return self.grads[..., None]
 
     def inner_products(self, vector: torch.Tensor) -> torch.Tensor:
-        return self.grads @ vector.reshape(-1)
+        return self.grads.to(vector.dtype) @ vector.reshape(-1)
 
 
 Piece = OuterProducts | RoutedOuterProducts | RowSums | Entries

@@ -25,10 +25,10 @@ def norm_and_column_parallel(layer, arguments, _keywords, _output):
         if layer.sequence_parallel:
             x_hat = grid.gather_over_tensor_ranks(x_hat, 0)
         z = x_hat * (layer.layer_norm_weight + (1 if layer.zero_centered_gamma else 0))
-        yield layer.weight, OuterProducts(
-            z + layer.layer_norm_bias if centred else z, output_grads)
+        z = z + layer.layer_norm_bias if centred else z
+        yield layer.weight, OuterProducts(z.to(inputs.dtype), output_grads)
         if layer.bias is not None:
-            yield layer.bias, Entries(output_grads.sum(0))
+            yield layer.bias, Entries(layers.summed(output_grads, 0))
         z_grads = output_grads @ layer.weight
         if not layer.sequence_parallel:
             z_grads = grid.sum_over_tensor_ranks(z_grads)

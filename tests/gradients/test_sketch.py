@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from megatron_direct.gradients import hashing
-from megatron_direct.gradients.kernels import outer_products
-from megatron_direct.gradients.pieces import Entries, OuterProducts, RoutedOuterProducts, RowSums
+from megatron_direct.gradients.pieces import Entries, OuterProducts, RowSums
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore.shards import ParameterShard
 
@@ -99,29 +98,6 @@ def test_pieces_agree_with_their_own_matrices():
     torch.testing.assert_close(
         Sketch([column], size, 3).of_piece(column, entries),
         torch.stack([Sketch([column], size, 3).of_vector([g], [column]) for g in entries.grads]))
-
-
-@pytest.mark.parametrize(("outputs", "inputs", "tokens"), [(12, 7, 9), (40, 33, 3), (5, 64, 20)])
-def test_both_ways_to_sketch_outer_products_agree(outputs, inputs, tokens):
-    """Rounding alone tells them apart: 2e-6 of the norm."""
-    generator = torch.Generator().manual_seed(2)
-    shard = _shard("w", outputs, inputs)
-    dense = OuterProducts(torch.randn(tokens, 3, inputs, generator=generator),
-                          torch.randn(tokens, 3, outputs, generator=generator))
-    routed = RoutedOuterProducts(torch.randn(tokens, inputs, generator=generator),
-                                 torch.randn(tokens, outputs, generator=generator),
-                                 torch.randint(0, 4, (tokens,), generator=generator), 5)
-    sketch = Sketch([shard], 48, 3)
-    for piece in (dense, routed):
-        truth = torch.stack([sketch.of_vector([matrix], [shard]) for matrix in piece.matrices()])
-        for add in (outer_products.add_entries, outer_products.add_spectra):
-            sums = sketch.sums(piece.num_samples, torch.device("cpu"))
-            of_way = sums._entries if add is outer_products.add_entries else sums._spectra
-            add(of_way, piece, sketch._hashes["w"])
-            assert (sums.total() - truth).norm() < 2e-6 * truth.norm()
-    narrow = (48, 8, 8, 4096)
-    assert outer_products.prefers_spectrum(512, 4096, 4096, 2048)
-    assert not outer_products.prefers_spectrum(*narrow)
 
 
 def test_a_scale_multiplies_the_gradient_entry_by_entry():

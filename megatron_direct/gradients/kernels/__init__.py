@@ -1,1 +1,27 @@
-"""Ways of hashing a layer's gradients, one a file."""
+"""Ways of hashing a layer's gradients, one a file, and the choice among them.
+
+All of them compute the same sketch, and differ in what it costs. The choice rests on shapes alone,
+so that a run that is repeated makes the same choices and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+from megatron_direct.gradients.hashes import Hashes
+from megatron_direct.gradients.kernels import costs
+from megatron_direct.gradients.kernels.entries import ByEntries
+from megatron_direct.gradients.kernels.frames import ByFrames
+from megatron_direct.gradients.kernels.kernel import Kernel, Work
+from megatron_direct.gradients.kernels.spectra import BySpectra
+from megatron_direct.gradients.pieces import Piece
+
+KERNELS: tuple[type[Kernel], ...] = (ByEntries, BySpectra, ByFrames)
+
+
+def cheapest(piece: Piece, hashes: Hashes, device_type: str, scaled: bool) -> type[Kernel]:
+    """The kernel that adds a piece in the least time; scaled: by one that applies a scale."""
+    able = [kernel for kernel in KERNELS
+            if kernel.takes(piece, device_type) and (kernel.applies_scale or not scaled)]
+    if len(able) == 1:
+        return able[0]
+    work, table = Work.of(piece, hashes), costs.of(device_type)
+    return min(able, key=lambda kernel: kernel.cost(work, table))

@@ -1,0 +1,84 @@
+"""Sketches by way of Fourier transforms: sum_t FFT(C1 x_t) * FFT(C2 y_t), never forming G.
+
+The convolution of two count sketches is a product of their spectra (Pham and Pagh, KDD 2013). The
+products are summed over tokens and over all layers, and transformed back once a sample. It costs
+two transforms of length k per token, whatever the width of the layer: it wins on a CPU, for wide
+layers and short samples.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.fft import irfft, rfft
+
+from megatron_direct.gradients.hashes import Hashes, parts_of
+from megatron_direct.gradients.kernels.costs import Coefficients
+from megatron_direct.gradients.kernels.factors import count_sketched
+from megatron_direct.gradients.kernels.kernel import Kernel, Work
+from megatron_direct.gradients.kernels.segments import Segments
+from megatron_direct.gradients.pieces import (
+    Entries,
+    OuterProducts,
+    Piece,
+    RoutedOuterProducts,
+    RowSums,
+)
+
+_CALLS = 8  # operations on tensors, about
+
+
+class BySpectra(Kernel):
+    name = "spectra"
+
+    def __init__(self, num_samples: int, size: int, device: torch.device):
+        self._size = size
+        self._spectra = torch.zeros(num_samples, size // 2 + 1, dtype=torch.complex64,
+                                    device=device)
+
+    @staticmethod
+    def takes(piece: Piece, device_type: str) -> bool:
+        return not isinstance(piece, Entries)
+
+    @staticmethod
+    def cost(work: Work, costs: Coefficients) -> float:
+        return _CALLS * costs.call + work.samples * work.tokens * (
+            work.gathered * costs.gathered
+            + work.size * math.log2(work.size) * costs.transform)
+
+    def add(self, first: int, piece: Piece, hashes: Hashes,
+            scale: torch.Tensor | None = None) -> None:
+        assert scale is None, "factors cannot be scaled entry by entry"
+        spectra = self._spectra[first: first + piece.num_samples]
+        if isinstance(piece, RoutedOuterProducts):
+            self._add_routed(spectra, piece, hashes)
+            return
+        num_tokens, num_samples = piece.output_grads.shape[:2]
+        tokens_at_once = min(num_tokens, parts_of(spectra, self._size))
+        samples_at_once = parts_of(spectra, tokens_at_once * self._size)
+        for start in range(0, num_samples, samples_at_once):
+            samples = slice(start, start + samples_at_once)
+            for token in range(0, num_tokens, tokens_at_once):
+                part = piece.part(slice(token, token + tokens_at_once), samples)
+                spectra[samples] += self._spectra_of(part, hashes)
+
+    def _spectra_of(self, piece: OuterProducts | RowSums, hashes: Hashes) -> torch.Tensor:
+        num_tokens, num_samples = piece.output_grads.shape[:2]
+        left, right = self._spectra.real.new_empty(2, num_samples, num_tokens, self._size)
+        count_sketched(piece, hashes, left.transpose(0, 1), right.transpose(0, 1))
+        return (rfft(left) * rfft(right)).sum(1)
+
+    def _add_routed(self, spectra: torch.Tensor, piece: RoutedOuterProducts, hashes: Hashes,
+                    ) -> None:
+        segments = Segments.of(piece.samples, piece.num_samples)
+        first = 0
+        for tokens in segments.order.split(parts_of(spectra, self._size)):
+            left = hashes.rows.count_sketch(piece.output_grads[tokens].float())
+            right = hashes.columns.count_sketch(piece.inputs[tokens].float())
+            products = torch.view_as_real(rfft(left) * rfft(right))
+            spectra += torch.view_as_complex(segments.sums(products, first))
+            first += len(tokens)
+
+    def total(self) -> torch.Tensor:
+        return irfft(self._spectra, n=self._size)
