@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -93,23 +93,21 @@ def entries(target: Target) -> Iterator[Entry]:
                 yield Entry(PartFile(path, dtype, part), manifest, first)
 
 
-@dataclass
 class _Lists:
     """The files of entries while they are written, one for each domain and split."""
 
-    folder: Path
-    tokens: dict[tuple[str, str], int] = field(default_factory=dict)
-    _waiting: dict[tuple[str, str], list[tuple]] = field(default_factory=dict)
-    _numbers: dict[tuple[str, str], int] = field(default_factory=dict)
-    _domains: set[str] = field(default_factory=set)
-    _count: int = 0
-
-    def __post_init__(self):
-        for path in self.folder.glob("parts-*.bin"):  # of a run that ended after this
+    def __init__(self, folder: Path):
+        self.tokens: dict[tuple[str, str], int] = {}
+        self._folder = folder
+        self._numbers: dict[tuple[str, str], int] = {}  # of the files
+        self._waiting: dict[tuple[str, str], list[tuple]] = {}
+        self._num_waiting = 0
+        self._domains: set[str] = set()
+        for path in folder.glob("parts-*.bin"):  # of a run that did not come to its end
             path.unlink()
 
     def path(self, domain: str, split: str) -> Path:
-        return self.folder / f"parts-{self._numbers[domain, split]:05d}.bin"
+        return self._folder / f"parts-{self._numbers[domain, split]:05d}.bin"
 
     def add(self, part: Part, entry: tuple) -> None:
         key = part.domain, part.split
@@ -118,8 +116,8 @@ class _Lists:
             self._require_domain(part.domain)
         self.tokens[key] = self.tokens.get(key, 0) + part.tokens
         self._waiting.setdefault(key, []).append(entry)
-        self._count += 1
-        if self._count == _ENTRIES_AT_A_TIME:
+        self._num_waiting += 1
+        if self._num_waiting == _ENTRIES_AT_A_TIME:
             self.flush()
 
     def flush(self) -> None:
@@ -127,7 +125,7 @@ class _Lists:
             with open(self.path(*key), "ab") as file:
                 np.array(waiting, _ENTRY).tofile(file)
         self._waiting.clear()
-        self._count = 0
+        self._num_waiting = 0
 
     def _require_domain(self, domain: str) -> None:
         self._domains.add(domain)

@@ -135,9 +135,13 @@ class TokenizerIdentity:
     eod: int | None
 
 
+def digest_of(path: Path) -> str:
+    return digests.file_digest(model_file(path))
+
+
 def identify(path: Path, tokenizer: Tokenizer) -> TokenizerIdentity:
-    return TokenizerIdentity(digests.file_digest(model_file(path)), tokenizer.library,
-                             tokenizer.vocab_size, tokenizer.eod)
+    return TokenizerIdentity(digest_of(path), tokenizer.library, tokenizer.vocab_size,
+                             tokenizer.eod)
 
 
 def end_tokens(tokenizer: Tokenizer) -> frozenset[int]:

@@ -9,7 +9,6 @@ from megatron_direct.preprocessing.documents import Document
 from megatron_direct.preprocessing.reading import Shard, Stream
 from megatron_direct.preprocessing.settings import PreprocessSettings
 from megatron_direct.preprocessing.tokenizer import Tokenizer
-from megatron_direct.runtime import digests
 
 # The trainer holds it in memory about ten times over.
 TRAINING_BYTES = 256 << 20
@@ -23,7 +22,7 @@ def prepared(settings: PreprocessSettings, work: Sequence[Shard | Stream]) -> To
     path = settings.tokenizer_model
     if settings.train_tokenizer:
         planned = shard_folder.tokenizer_digest(settings.folder)
-        if planned is None or not path.is_file() or digests.file_digest(path) != planned:
+        if planned is None or not path.is_file() or tokenizer.digest_of(path) != planned:
             tokenizer.train_model(path, texts(settings, work), settings.vocab_size)
     return tokenizer.load_tokenizer(path, settings.eod_token, settings.append_eod)
 
