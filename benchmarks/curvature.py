@@ -91,7 +91,7 @@ def _gradient(chunks, space, all_passes) -> torch.Tensor:
     gradient = torch.zeros(sum(s.parameter.numel() for s in space.shards), device=space.device)
     for shard, part in zip(space.shards, space.split(gradient), strict=True):
         shard.parameter.grad = part
-    for micro_batches in passes:
+    for micro_batches in all_passes:
         passes.run_pass(chunks, micro_batches, backward=True)
     for shard in space.shards:
         shard.parameter.grad = None

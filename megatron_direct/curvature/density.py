@@ -22,18 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_direct.curvature.krylov import (
-    BlockDot,
-    Combine,
-    Dot,
-    Matvec,
-    RandomVector,
-    Vector,
-    VectorSpace,
-    begin,
-    extend,
-    ritz_pairs,
-)
+from megatron_direct.curvature.krylov import SymmetricOperator, begin, extend, ritz_pairs
+from megatron_direct.curvature.vector_space import Vector
 
 
 @dataclass(frozen=True)
@@ -70,58 +60,24 @@ class SpectralDensity:
         return grid, kernel @ self.weights / (width * np.sqrt(2.0 * np.pi))
 
 
-def estimate_trace(
-    matvec: Matvec,
-    random_vector: RandomVector,
-    num_samples: int,
-    *,
-    dot: Dot,
-    eigenvalues: Sequence[float] | np.ndarray = (),
-    eigenvectors: Sequence[Vector] = (),
-    block_dot: BlockDot | None = None,
-    combine: Combine | None = None,
-) -> Estimate:
-    """Trace by Hutchinson's estimator on the complement of known eigenvectors: a product a sample.
-
-    See `spectral_density` for the arguments and errors.
-    """
-    density = spectral_density(
-        matvec,
-        random_vector,
-        num_samples,
-        1,
-        dot=dot,
-        eigenvalues=eigenvalues,
-        eigenvectors=eigenvectors,
-        block_dot=block_dot,
-        combine=combine,
-    )
-    return density.trace
-
-
 def spectral_density(
-    matvec: Matvec,
-    random_vector: RandomVector,
+    operator: SymmetricOperator,
     num_samples: int,
     num_steps: int,
     *,
-    dot: Dot,
     eigenvalues: Sequence[float] | np.ndarray = (),
     eigenvectors: Sequence[Vector] = (),
-    block_dot: BlockDot | None = None,
-    combine: Combine | None = None,
 ) -> SpectralDensity:
     """Spectral density by stochastic Lanczos quadrature, at most num_samples * num_steps products.
 
     Holds len(eigenvectors) + num_steps + 4 vectors.
 
     Args:
-        matvec, dot, block_dot, combine: as in `lanczos`.
-        random_vector: seed -> vector of independent components with mean 0 and variance 1 (signs
-            have the least variance), called with seeds 0 to num_samples - 1; the same vector in
-            every layout of ranks.
+        operator: its `random_vector` gives vectors of independent components with mean 0 and
+            variance 1 (signs have the least variance), for seeds 0 to num_samples - 1.
         num_samples: >= 2, since the standard error is taken from their spread.
-        num_steps: m >= 1; moments of the density up to order 2 m - 1 are those of the samples.
+        num_steps: m >= 1; moments of the density up to order 2 m - 1 are those of the samples. With
+            m = 1 the trace is Hutchinson's, at one product a sample.
         eigenvalues, eigenvectors: known orthonormal eigenpairs, as `lanczos` returns them. Leading
             pairs that have not converged leave the estimates right, their variance larger.
 
@@ -133,15 +89,14 @@ def spectral_density(
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     known = np.asarray(eigenvalues, dtype=np.float64)
-    space = VectorSpace(dot, block_dot, combine)
     nodes, weights, num_matvecs = [], [], 0
     for seed in range(num_samples):
-        state, norm = begin(random_vector(seed), space, known, eigenvectors)
+        state, norm = begin(operator.random_vector(seed), operator.space, known, eigenvectors)
         while state.has_next and len(state.projected) < num_steps:
-            extend(state, matvec, space)
-        theta, vectors = ritz_pairs(state.projected)
-        nodes.append(theta)
-        weights.append(norm**2 * vectors[:1].ravel() ** 2)
+            extend(state, operator)
+        pairs = ritz_pairs(state.projected)
+        nodes.append(pairs.values)
+        weights.append(norm**2 * pairs.vectors[:1].ravel() ** 2)
         num_matvecs += state.num_matvecs
 
     def trace_of(values_of: Callable[[np.ndarray], np.ndarray]) -> Estimate:

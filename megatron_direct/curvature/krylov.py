@@ -1,116 +1,61 @@
 """Krylov decompositions of a symmetric operator, over vectors that may be spread over ranks.
 
-The problem: H (n x n, symmetric) is known by its products v -> H v. A *vector* is anything with +,
-- and float *: a NumPy array, a torch tensor, or one rank's shard of a vector that is spread over
-many. Every number that a decision rests on comes from inner products, which sum over the shards:
-the ranks therefore stay in step without further messages.
+The problem: H (n x n, symmetric) is known by its products v -> H v. Every number that a decision
+rests on comes from inner products, which sum over the shards of the vectors: the ranks therefore
+stay in step without further messages.
 
-Notation. The basis is V = [locked | active | next], orthonormal:
+Notation. The basis is [locked | active | next]:
 
     locked   l eigenvectors that are set aside (deflated)
     active   a vectors with H V_a = V_a T + v_next b^T + E,  T [a, a] symmetric, b [a]
-    next     the unit vector that H is applied to in the next step
+    next     the vector that H is applied to in the next step
     E        rounding, and what else is wrong with a product
 
 This is the Krylov-Schur form, of which the tridiagonal T of Lanczos is a case: Stewart, "A
-Krylov-Schur algorithm for large eigenproblems", SIAM J. Matrix Anal. Appl. 23 (2002). Every new
-vector is orthogonalised against the whole basis by classical Gram-Schmidt, twice (Giraud, Langou
-and Rozloznik, "The loss of orthogonality in the Gram-Schmidt orthogonalization process", Comput.
-Math. Appl. 50 (2005)): two blocks of inner products, so two all-reduces, a step.
+Krylov-Schur algorithm for large eigenproblems", SIAM J. Matrix Anal. Appl. 23 (2002).
+
+Locked and active vectors are orthonormal. Every new vector is orthogonalised against all of them by
+classical Gram-Schmidt, twice (Giraud, Langou and Rozloznik, "The loss of orthogonality in the
+Gram-Schmidt orthogonalization process", Comput. Math. Appl. 50 (2005)), and the second time is put
+off to the step in which H is applied to it: its inner products are then taken together with those
+of the product, in one all-reduce and one pass over the basis a step (Bielich, Langou, Thomas,
+Swirydowicz, Yamazaki and Boman, "Low-synch Gram-Schmidt with delayed reorthogonalization for Krylov
+solvers", Parallel Computing 112 (2022)). Until then `next` is of norm 1 and orthogonal to the basis
+up to amplified rounding only; the Krylov relation holds with it as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-Vector = Any
+from megatron_direct.curvature.vector_space import Vector, VectorSpace
+
 Matvec = Callable[[Vector], Vector]
-Dot = Callable[[Vector, Vector], float]
-BlockDot = Callable[[Sequence[Vector], Vector], np.ndarray]
-Combine = Callable[[np.ndarray, Sequence[Vector]], Vector]
 RandomVector = Callable[[int], Vector]
 
 # What is left of a vector below this many units of rounding is taken for rounding: single-precision
 # products of a transformer's Hessian err by 20 to 80 units (1e-6 to 5e-6).
 BREAKDOWN_ROUNDOFFS = 100.0
+# Pythagoras gives the norm of what is left of a product without an all-reduce of its own, to the
+# vectors' rounding over this share of the product's square; below it the norm is taken.
+_PYTHAGORAS_SHARE = 0.01
 
 
-class VectorSpace:
-    """Inner products and linear combinations.
+@dataclass(frozen=True)
+class SymmetricOperator:
+    """H, and the space that its vectors are of.
 
-    Args:
-        dot: (v, w) -> inner product over all shards, in float64 if it can be.
-        block_dot: (vectors, w) -> [len(vectors)] inner products in one all-reduce; by default one
-            `dot` each.
-        combine: (coefficients, vectors) -> their linear combination, as a new vector; by default
-            a sum in a loop.
+    matvec: v -> H v. It must not change v, and must give the same bits for the same v.
+    random_vector: seed -> vector, the same in every layout of ranks. dimension: n, where known.
     """
 
-    def __init__(
-        self, dot: Dot, block_dot: BlockDot | None = None, combine: Combine | None = None
-    ) -> None:
-        self.dot = dot
-        self._block_dot = block_dot
-        self._combine = combine
-
-    def block_dot(self, vectors: Sequence[Vector], w: Vector) -> np.ndarray:
-        if self._block_dot is None:
-            return np.array([float(self.dot(v, w)) for v in vectors])
-        return np.asarray(self._block_dot(vectors, w), dtype=np.float64)
-
-    def combine(self, coefficients: np.ndarray, vectors: Sequence[Vector]) -> Vector:
-        if self._combine is not None:
-            return self._combine(coefficients, vectors)
-        # Python floats: a NumPy float64 scalar would turn float32 arrays into float64.
-        total = float(coefficients[0]) * vectors[0]
-        for coefficient, vector in zip(coefficients[1:].tolist(), vectors[1:], strict=True):
-            total = total + coefficient * vector
-        return total
-
-    def norm(self, w: Vector) -> float:
-        return float(np.sqrt(float(self.dot(w, w))))
-
-    def orthogonalise(
-        self, w: Vector, basis: Sequence[Vector]
-    ) -> tuple[Vector, np.ndarray, float, float]:
-        """Remove from w its part in the span of an orthonormal basis.
-
-        Returns:
-            What is left of w; the coefficients [len(basis)] of the part removed; the norm of w
-            after and before. Coefficients and norms are not finite where w is not.
-        """
-        if not basis:
-            norm = self.norm(w)
-            return w, np.zeros(0), norm, norm
-        first = self.block_dot([*basis, w], w)
-        w = w - self.combine(first[:-1], basis)
-        second = self.block_dot([*basis, w], w)
-        w = w - self.combine(second[:-1], basis)
-        # Pythagoras saves an all-reduce, except where it would cancel.
-        square = second[-1] - np.sum(second[:-1] ** 2)
-        norm = float(np.sqrt(square)) if square > 0.5 * second[-1] else self.norm(w)
-        return w, first[:-1] + second[:-1], norm, float(np.sqrt(first[-1]))
-
-    def reorthonormalise(self, vectors: list[Vector]) -> None:
-        """Make vectors that are orthonormal to a few digits so to all of them, in place.
-
-        One Gram-Schmidt pass, one all-reduce a vector: the error is squared.
-        """
-        for i, vector in enumerate(vectors):
-            *coefficients, square = self.block_dot(vectors[: i + 1], vector)
-            coefficients = np.array(coefficients)
-            if i > 0:
-                vector = vector - self.combine(coefficients, vectors[:i])
-            vectors[i] = float(1.0 / np.sqrt(square - np.sum(coefficients**2))) * vector
-
-    def unit_roundoff(self, w: Vector) -> float:
-        """Relative rounding of the vectors' arithmetic, measured so that the ranks agree on it."""
-        rounding = self.norm(7.0 * ((1.0 / 7.0) * w) - w) / self.norm(w)
-        return max(rounding, 2.0**-53)  # that of float64, if by chance nothing was rounded
+    matvec: Matvec
+    space: VectorSpace
+    random_vector: RandomVector | None = None
+    dimension: int | None = None
 
 
 @dataclass
@@ -135,6 +80,19 @@ class KrylovState:
     @property
     def has_next(self) -> bool:
         return len(self.basis) > len(self.locked) + len(self.projected)
+
+
+@dataclass(frozen=True)
+class RitzPairs:
+    """Eigenvalues [a] of T, descending, and its eigenvectors [a, a], by columns."""
+
+    values: np.ndarray
+    vectors: np.ndarray
+
+
+def ritz_pairs(projected: np.ndarray) -> RitzPairs:
+    values, vectors = np.linalg.eigh(projected)
+    return RitzPairs(values[::-1], vectors[:, ::-1])
 
 
 def begin(
@@ -169,84 +127,67 @@ def append_next(state: KrylovState, w: Vector, space: VectorSpace) -> float:
     Returns:
         The norm of what was left of w; 0, and no next vector, if that is but rounding.
     """
-    w, _, norm, norm_w = space.orthogonalise(w, state.basis)
+    w, norm, norm_w = space.orthogonalise(w, state.basis)
     if norm <= BREAKDOWN_ROUNDOFFS * state.unit_roundoff * norm_w:
         return 0.0
     state.basis.append((1.0 / norm) * w)
     return norm
 
 
-def extend(
-    state: KrylovState, matvec: Matvec, space: VectorSpace, negligible: float = 0.0
-) -> None:
+def extend(state: KrylovState, operator: SymmetricOperator, negligible: float = 0.0) -> None:
     """One Lanczos step: apply H to the next vector, which becomes active, and find a new next.
 
     There is no new next vector if the active ones turn out to span an invariant subspace: if what
     is left of the product is rounding, or at most `negligible` * |lambda_max|.
     """
-    a = len(state.projected)
-    w, column, beta, norm_w = space.orthogonalise(matvec(state.basis[-1]), state.basis)
+    space, num_locked, a = operator.space, len(state.locked), len(state.projected)
+    pair = [state.basis[-1], operator.matvec(state.basis[-1])]
     state.num_matvecs += 1
-    require_finite([*column, beta], state.num_matvecs)
-    # By symmetry <v_i, H v_next> is b_i for active v_i, and 0 for locked ones.
-    expected = np.concatenate([np.zeros(len(state.locked)), state.coupling])
-    state.asymmetry = max(state.asymmetry, float(np.abs(column[:-1] - expected).max(initial=0.0)))
+    products = space.inner_products([*state.basis, pair[1]], pair)
+    require_finite(products[:, 1], state.num_matvecs)
 
+    # With V the locked and active vectors, u the next one and w = H u:
+    # v = (u - V d) / nu is of norm 1, and what is left of w is w - V h - v (v . w).
+    d, h = products[:-2].T
+    nu = np.sqrt(products[-2, 0] - d @ d)
+    v_w = (products[-2, 1] - d @ h) / nu
+    square = products[-1, 1] - h @ h - v_w**2
+    of_basis = np.stack([np.append(d / nu, 1.0 - 1.0 / nu),
+                         np.append(h - d * (v_w / nu), v_w / nu)], axis=1)
+    space.remove(of_basis, state.basis, pair)
+    state.basis[-1], left = pair
+    pair.clear()
+    norm_left = np.sqrt(square) if square > _PYTHAGORAS_SHARE * products[-1, 1] \
+        else space.norm(left)
+    require_finite([norm_left], state.num_matvecs)
+
+    # By symmetry <v_i, H v> is nu b_i for active v_i, and 0 for locked ones.
+    coupling = nu * state.coupling
+    of_d = np.append(state.locked * d[:num_locked], state.projected @ d[num_locked:])
+    expected = np.append(np.zeros(num_locked), coupling)
+    asymmetries = np.abs((h - of_d) / nu - expected)
+    state.asymmetry = max(state.asymmetry, float(asymmetries.max(initial=0.0)))
     projected = np.empty((a + 1, a + 1))
     projected[:a, :a] = state.projected
-    projected[:a, a] = projected[a, :a] = state.coupling
-    projected[a, a] = column[-1]
+    projected[:a, a] = projected[a, :a] = coupling
+    projected[a, a] = (v_w - coupling @ d[num_locked:]) / nu
     ritz = np.linalg.eigvalsh(projected)
     state.projected = projected
     state.norm = max(state.norm, float(np.abs(ritz).max()))
     state.smallest_ritz = min(state.smallest_ritz, float(ritz[0]))
 
     state.coupling = np.zeros(a + 1)
+    beta, norm_w = norm_left / nu, float(np.sqrt(products[-1, 1])) / nu
     negligible = max(negligible, BREAKDOWN_ROUNDOFFS * state.unit_roundoff)
     if beta > negligible * max(state.norm, norm_w):
         state.coupling[a] = beta
-        state.basis.append((1.0 / beta) * w)
+        state.basis.append(float(1.0 / norm_left) * left)
 
 
-def require_finite(numbers: Sequence[float], num_matvecs: int) -> None:
+def require_finite(numbers: Sequence[float] | np.ndarray, num_matvecs: int) -> None:
     """Refuse a product by the inner products that were taken of it."""
     if not np.isfinite(numbers).all():
         raise ValueError(
             f"product {num_matvecs} of the operator is not finite: look for a loss or a gradient "
             "that is not finite at these parameters"
         )
-
-
-def ritz_pairs(projected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues [a], descending, and eigenvectors [a, a] of T."""
-    values, vectors = np.linalg.eigh(projected)
-    return values[::-1], vectors[:, ::-1]
-
-
-def rotate(basis: list[Vector], first: int, rotation: np.ndarray, space: VectorSpace) -> np.ndarray:
-    """Turn the leading p of the a vectors from basis[first] on into their products with rotation.
-
-    By Householder reflections, in place: they need one more vector, where the plain product would
-    need p. The other a - p vectors become their orthogonal complement.
-
-    Args:
-        rotation: [a, p], orthonormal columns.
-
-    Returns:
-        [p] signs: the new basis[first + j] is signs[j] * (V_a rotation)[:, j].
-    """
-    reflectors, scales = np.linalg.qr(rotation, mode="raw")
-    for j, scale in enumerate(scales.tolist()):
-        u = reflectors[j, j:].copy()
-        u[0] = 1.0
-        _reflect(basis, first + j, u, scale, space)
-    return np.sign(np.diag(reflectors))
-
-
-def _reflect(
-    basis: list[Vector], first: int, u: np.ndarray, scale: float, space: VectorSpace
-) -> None:
-    """V (I - scale u u^T) for V = basis[first : first + len(u)], in place."""
-    along = space.combine(scale * u, basis[first : first + len(u)])
-    for i, coefficient in enumerate(u.tolist(), start=first):
-        basis[i] = basis[i] - coefficient * along

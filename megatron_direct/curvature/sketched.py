@@ -9,15 +9,31 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_direct.curvature.vector_space import VectorSpace
 from megatron_direct.errors import UserError
 from megatron_direct.gradients import hashing
+
+
+class SketchSpace(VectorSpace):
+    """float64 arrays [dimension], the same on every rank."""
+
+    def __init__(self, dimension: int):
+        self.dimension = dimension
+
+    def dot(self, u: np.ndarray, v: np.ndarray) -> float:
+        return float(u @ v)
+
+    def random_signs(self, seed: int) -> np.ndarray:
+        import torch
+
+        hashes = hashing.hash64(hashing.stream(seed, "sketch"), torch.arange(self.dimension))
+        return hashing.signs(hashes).double().numpy()
 
 
 class SketchedFisherOperator:
     """rows: [M, k] sketches of the validation samples ``numbers``.
 
-    Vectors are float64 arrays [k], the same on every rank. Raises UserError that names the sample
-    if a sketch is not finite.
+    Raises UserError that names the sample if a sketch is not finite.
     """
 
     def __init__(self, rows: np.ndarray, numbers: np.ndarray):
@@ -27,24 +43,16 @@ class SketchedFisherOperator:
                             "finite. Remove the sample from the validation set, or check the "
                             "checkpoint.")
         self._rows = rows.astype(np.float64)
-        self.num_samples, self.dimension = rows.shape
+        self.num_samples, sketch_size = rows.shape
+        self.space = SketchSpace(sketch_size)
 
     def matvec(self, vector: np.ndarray) -> np.ndarray:
         return self._rows.T @ (self._rows @ vector) / self.num_samples
 
-    @staticmethod
-    def dot(u: np.ndarray, v: np.ndarray) -> float:
-        return float(u @ v)
-
-    def random_signs(self, seed: int) -> np.ndarray:
-        import torch
-
-        hashes = hashing.hash64(hashing.stream(seed, "sketch"), torch.arange(self.dimension))
-        return hashing.signs(hashes).double().numpy()
-
     def notes(self) -> list[str]:
         """What M means for what is called flat."""
-        if self.num_samples >= self.dimension:
+        sketch_size = self.space.dimension
+        if self.num_samples >= sketch_size:
             return []
         return [f"{self.num_samples} validation samples span at most {self.num_samples} of "
-                f"{self.dimension} sketch coordinates, the others count as flat unseen"]
+                f"{sketch_size} sketch coordinates, the others count as flat unseen"]

@@ -16,12 +16,14 @@ from megatron_direct.curvature.density import SpectralDensity, spectral_density
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
 from megatron_direct.curvature.hessian import HessianOperator
-from megatron_direct.curvature.lanczos import AsymmetricOperator, Spectrum, lanczos
+from megatron_direct.curvature.krylov import SymmetricOperator
+from megatron_direct.curvature.lanczos import AsymmetricOperator, Spectrum, leading_eigenpairs
 from megatron_direct.curvature.preconditioner import PreconditionedOperator
 from megatron_direct.curvature.resume import LanczosLog
 from megatron_direct.curvature.sketched import SketchedFisherOperator
 from megatron_direct.curvature.spectrum import PAPER_ENERGY_SHARE, Directions, find_elbow
 from megatron_direct.curvature.symmetry import check_symmetry
+from megatron_direct.curvature.thick_restart import Target
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
@@ -136,8 +138,7 @@ def leading_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path, 
     """
     if config.curvature == SKETCHED_FISHER:
         numbers = valid.numbers
-        sketched = SketchedFisherOperator(valid_rows, numbers)
-        work = _Lanczos(config, sketched, sketched, key)  # it is its own space
+        work = _Lanczos(config, SketchedFisherOperator(valid_rows, numbers), key)
         spectrum, density = work.run()
         sketches = np.stack(spectrum.eigenvectors)
     else:
@@ -169,7 +170,7 @@ def _over_parameters(config: CurvatureConfig, key: SpectrumKey, folder: Path, sa
         gradients.chunks, space, samples, numbers, gradients.micro_batch_size)
     if gradients.scales is not None:
         operator = PreconditionedOperator(operator, space, gradients.scales)
-    return _Lanczos(config, operator, space, key,
+    return _Lanczos(config, operator, key,
                     LanczosLog(folder / "lanczos", key.digest(), gradients.shards))
 
 
@@ -181,14 +182,13 @@ def _evenly(numbers: np.ndarray, count: int) -> np.ndarray:
 
 
 class _Lanczos:
-    """One run over an operator. space: has ``dimension``, ``dot``, ``random_signs`` and, if it can,
-    ``block_dot``. log: of its state, from which a run that was killed, or that is asked for more
-    pairs, carries on."""
+    """One run over an operator, whose ``space`` has ``dimension`` and ``random_signs``. log: of its
+    state, from which a run that was killed, or that is asked for more pairs, carries on."""
 
-    def __init__(self, config: CurvatureConfig, operator, space, key: SpectrumKey,
+    def __init__(self, config: CurvatureConfig, operator, key: SpectrumKey,
                  log: LanczosLog | None = None):
-        self.config, self.operator, self.space = config, operator, space
-        self.rank = space.dimension
+        self.config, self.operator, self.space = config, operator, operator.space
+        self.rank = self.space.dimension
         if "fisher" in config.curvature:
             self.rank = min(self.rank, operator.num_samples)
         self._seed, self._log = key.seed, log
@@ -196,27 +196,24 @@ class _Lanczos:
     def run(self) -> tuple[Spectrum, SpectralDensity | None]:
         """Leading eigenpairs, and the density if it is asked for."""
         config, space, log = self.config, self.space, self._log
-        block_dot = getattr(space, "block_dot", None)
         with tqdm(desc=f"lanczos ({config.curvature})", unit="product",
                   disable=None if parallel.is_rank_zero() else True) as progress:
-            matvec = _counted(self.operator.matvec, progress)
+            operator = SymmetricOperator(_counted(self.operator.matvec, progress), space,
+                                         space.random_signs, space.dimension)
+            target = Target(min(config.num_eigenpairs, self.rank), config.lanczos_tol,
+                            config.max_matvecs)
             try:
-                spectrum = lanczos(
-                    matvec, space.random_signs(self._seed), min(config.num_eigenpairs, self.rank),
-                    dot=space.dot, block_dot=block_dot, random_vector=space.random_signs,
-                    dimension=space.dimension, tol=config.lanczos_tol,
-                    max_matvecs=config.max_matvecs,
-                    state=None if log is None else log.load(),
-                    on_step=None if log is None else log.write)
+                spectrum = leading_eigenpairs(operator, target, space.random_signs(self._seed),
+                                              state=None if log is None else log.load(),
+                                              on_step=None if log is None else log.write)
             except AsymmetricOperator as error:
                 raise UserError(f"--curvature {config.curvature}: {error}"
                                 f"{self._likely_cause()}") from error
             if config.density_samples == 0:
                 return spectrum, None
             return spectrum, spectral_density(
-                matvec, space.random_signs, config.density_samples, config.density_steps,
-                dot=space.dot, block_dot=block_dot, eigenvalues=spectrum.eigenvalues,
-                eigenvectors=spectrum.eigenvectors)
+                operator, config.density_samples, config.density_steps,
+                eigenvalues=spectrum.eigenvalues, eigenvectors=spectrum.eigenvectors)
 
     def _likely_cause(self) -> str:
         """The kind of layer at which the asymmetry is largest, where the space has layers."""

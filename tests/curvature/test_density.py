@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_direct.curvature.density import estimate_trace, spectral_density
+from megatron_direct.curvature.density import spectral_density
+from megatron_direct.curvature.krylov import SymmetricOperator
 from megatron_direct.curvature.lanczos import lanczos
+from megatron_direct.curvature.vector_space import FunctionSpace
 
 N = 100
 
@@ -26,6 +28,14 @@ def signs(seed: int) -> np.ndarray:
     return np.random.default_rng([23, seed]).choice([-1.0, 1.0], N)
 
 
+def operator(matvec, random_vector=signs, dot=np.dot) -> SymmetricOperator:
+    return SymmetricOperator(matvec, FunctionSpace(dot), random_vector)
+
+
+def hutchinson(matvec, num_samples, random_vector=signs, **known):
+    return spectral_density(operator(matvec, random_vector), num_samples, 1, **known).trace
+
+
 @pytest.fixture(scope="module")
 def known(matrix) -> dict:
     found = lanczos(lambda v: matrix @ v, signs(99), 4, dot=np.dot, tol=1e-8, max_matvecs=200)
@@ -34,7 +44,7 @@ def known(matrix) -> dict:
 
 
 def test_trace_is_hutchinsons_estimate(matrix):
-    found = estimate_trace(lambda v: matrix @ v, signs, 10, dot=np.dot)
+    found = hutchinson(lambda v: matrix @ v, 10)
     samples = [signs(seed) @ matrix @ signs(seed) for seed in range(10)]
     assert found.value == pytest.approx(np.mean(samples), rel=1e-12)
     assert found.standard_error == pytest.approx(np.std(samples, ddof=1) / 10**0.5, rel=1e-9)
@@ -44,11 +54,10 @@ def test_trace_is_hutchinsons_estimate(matrix):
 def test_standard_error_is_the_error(matrix, known, deflated):
     num_runs, num_samples = 200, 10
     runs = [
-        estimate_trace(
+        hutchinson(
             lambda v: matrix @ v,
-            lambda seed, run=run: signs(1000 * run + seed),
             num_samples,
-            dot=np.dot,
+            lambda seed, run=run: signs(1000 * run + seed),
             **(known if deflated else {}),
         )
         for run in range(num_runs)
@@ -61,8 +70,8 @@ def test_standard_error_is_the_error(matrix, known, deflated):
 
 
 def test_deflation_takes_the_outliers_out_of_the_error(matrix, known):
-    plain = estimate_trace(lambda v: matrix @ v, signs, 10, dot=np.dot)
-    deflated = estimate_trace(lambda v: matrix @ v, signs, 10, dot=np.dot, **known)
+    plain = hutchinson(lambda v: matrix @ v, 10)
+    deflated = hutchinson(lambda v: matrix @ v, 10, **known)
     # Variance of Hutchinson with signs: 2 (|A|_F^2 - |diag A|^2); the outliers hold most of it.
     assert deflated.standard_error < 0.5 * plain.standard_error
     assert abs(deflated.value - np.trace(matrix)) < 4 * deflated.standard_error
@@ -77,7 +86,7 @@ def test_quadrature_is_exact_with_all_steps(matrix, known, deflated):
     project = np.eye(N) - v.T @ v
     values, vectors = np.linalg.eigh(project @ matrix @ project)
     positive = (vectors * np.maximum(values, 0.0)) @ vectors.T
-    found = spectral_density(lambda v: matrix @ v, signs, 2, N, dot=np.dot, **deflate)
+    found = spectral_density(operator(lambda v: matrix @ v), 2, N, **deflate)
     samples = [signs(seed) @ positive @ signs(seed) for seed in range(2)]
     expected = np.mean(samples) + np.sum(deflate.get("eigenvalues", 0.0))
     assert found.positive_trace.value == pytest.approx(expected, rel=1e-9)
@@ -87,7 +96,7 @@ def test_quadrature_is_exact_with_all_steps(matrix, known, deflated):
 
 def test_few_steps_tell_the_energy_and_the_distribution(matrix, known):
     values = np.linalg.eigvalsh(matrix)
-    found = spectral_density(lambda v: matrix @ v, signs, 10, 20, dot=np.dot, **known)
+    found = spectral_density(operator(lambda v: matrix @ v), 10, 20, **known)
     assert found.num_matvecs == 200
     error = abs(found.positive_trace.value - values[values > 0].sum())
     assert error < 4 * found.positive_trace.standard_error < 0.1 * values[values > 0].sum()
@@ -99,7 +108,7 @@ def test_few_steps_tell_the_energy_and_the_distribution(matrix, known):
 
 
 def test_smooth_density(matrix, known):
-    found = spectral_density(lambda v: matrix @ v, signs, 4, 20, dot=np.dot, **known)
+    found = spectral_density(operator(lambda v: matrix @ v), 4, 20, **known)
     grid, density = found.smooth(num_points=4000, width=0.3)
     mass = np.trapezoid(density, grid)
     assert mass == pytest.approx(1.0, abs=1e-4)  # the tails behind four widths
@@ -113,7 +122,7 @@ def test_smooth_density(matrix, known):
 def test_space_that_ends_early():
     # Two distinct eigenvalues: two steps tell all, and the counts are exact with signs.
     values = np.where(np.arange(N) < 10, 5.0, -1.0)
-    found = spectral_density(lambda v: values * v, signs, 3, 20, dot=np.dot)
+    found = spectral_density(operator(lambda v: values * v), 3, 20)
     assert found.num_matvecs == 6
     assert found.trace.value == pytest.approx(values.sum(), rel=1e-12)
     assert found.trace.standard_error == pytest.approx(0.0, abs=1e-10)
@@ -122,11 +131,9 @@ def test_space_that_ends_early():
 
 def test_nothing_left_after_deflation():
     found = spectral_density(
-        lambda v: np.array([2.0, -1.0]) * v,
-        lambda seed: np.ones(2),
+        operator(lambda v: np.array([2.0, -1.0]) * v, lambda seed: np.ones(2)),
         2,
         3,
-        dot=np.dot,
         eigenvalues=[2.0, -1.0],
         eigenvectors=list(np.eye(2)),
     )
@@ -138,21 +145,23 @@ def test_nothing_left_after_deflation():
 def test_single_precision_torch_vectors(matrix):
     single = torch.tensor(matrix, dtype=torch.float32)
     found = spectral_density(
-        lambda v: single @ v,
-        lambda seed: torch.tensor(signs(seed), dtype=torch.float32),
+        operator(
+            lambda v: single @ v,
+            lambda seed: torch.tensor(signs(seed), dtype=torch.float32),
+            dot=lambda u, v: float(u.double() @ v.double()),
+        ),
         3,
         15,
-        dot=lambda u, v: float(u.double() @ v.double()),
     )
-    double = spectral_density(lambda v: matrix @ v, signs, 3, 15, dot=np.dot)
+    double = spectral_density(operator(lambda v: matrix @ v), 3, 15)
     assert found.trace.value == pytest.approx(double.trace.value, rel=1e-5)
     assert found.positive_trace.value == pytest.approx(double.positive_trace.value, rel=1e-5)
 
 
 def test_bad_arguments(matrix):
     with pytest.raises(ValueError, match="num_samples must be at least 2 for a standard error"):
-        estimate_trace(lambda v: matrix @ v, signs, 1, dot=np.dot)
+        hutchinson(lambda v: matrix @ v, 1)
     with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
-        spectral_density(lambda v: matrix @ v, signs, 2, 0, dot=np.dot)
+        spectral_density(operator(lambda v: matrix @ v), 2, 0)
     with pytest.raises(ValueError, match="product 1 of the operator is not finite"):
-        estimate_trace(lambda v: np.nan * v, signs, 2, dot=np.dot)
+        hutchinson(lambda v: np.nan * v, 2)

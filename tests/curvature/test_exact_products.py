@@ -21,7 +21,10 @@ from megatron_direct.config import Job, ModelConfig, ParallelConfig, Precision
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
 from megatron_direct.curvature.hessian import HessianOperator
+from megatron_direct.curvature.krylov import SymmetricOperator
+from megatron_direct.curvature.lanczos import leading_eigenpairs, residual_norms
 from megatron_direct.curvature.symmetry import check_symmetry
+from megatron_direct.curvature.thick_restart import Target
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import PassShape, Samples
 from megatron_direct.errors import UserError
@@ -193,15 +196,13 @@ def _columns(model, layout, prefix, kind, picked):
 
 
 def _leading(model, layout, prefix, kind, count):
-    from megatron_direct.curvature.lanczos import lanczos, residual_norms
-
     operator = _operator(kind, model, layout, prefix, micro_batch_size=8)
     space = operator.space
-    found = lanczos(operator.matvec, space.random_signs(0), count, dot=space.dot,
-                    block_dot=space.block_dot, tol=1e-7, max_matvecs=1000)
+    found = leading_eigenpairs(SymmetricOperator(operator.matvec, space),
+                               Target(count, tol=1e-7, max_matvecs=1000), space.random_signs(0))
     residuals = residual_norms(operator.matvec, found.eigenvalues, found.eigenvectors,
                                dot=space.dot)
-    gram = np.array([space.block_dot(found.eigenvectors, w) for w in found.eigenvectors])
+    gram = space.inner_products(found.eigenvectors, found.eigenvectors)
     vectors = [pieces(space.shards, space.split(w)) for w in found.eigenvectors]
     return found.converged, found.eigenvalues, residuals, gram, vectors
 
