@@ -5,7 +5,7 @@
 #     bash launch/anneal_gpt.sh [flags]
 #     torchrun --nproc-per-node 4 launch/anneal_gpt.sh [flags]
 #
-# This half is bash: it starts torchrun on this file. torchrun reads the file as Python, which is the
+# This half is bash: it starts torchrun on this file, which torchrun reads as Python: that is the
 # half below (also: `megatron-direct anneal-gpt`). Flags are those of `megatron-direct select` and
 # `megatron-direct anneal`; if a flag is left out, these environment variables are read:
 #

@@ -3,10 +3,10 @@
     WORLD_SIZE=64 PYTHONPATH=/path/to/Megatron-LM python tools/build_blend_cache.py \\
         <the flags of launch/pretrain_gpt_direct.py> --data-cache-path DIR
 
-It needs no GPU. WORLD_SIZE is the number of ranks of the training; Megatron-LM checks its batch sizes
-with it. Masks, blend, epochs and tokenizer are checked as in the training, which then finds all its
-indices in DIR. With ``--load``, iteration and consumed samples are those of the checkpoint, so that
-the cache fits the training that continues from it.
+It needs no GPU. WORLD_SIZE is the number of ranks of the training; Megatron-LM checks its batch
+sizes with it. Masks, blend, epochs and tokenizer are checked as in the training, which then finds
+all its indices in DIR. With ``--load``, iteration and consumed samples are those of the
+checkpoint, so that the cache fits the training that continues from it.
 """
 
 from __future__ import annotations

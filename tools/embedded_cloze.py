@@ -4,10 +4,10 @@
         --tokenizer-model build/data/tokenizer.model --output-dir build/cloze
 
 writes ``build/cloze/embedded_source_test.jsonl``, one file per dataset. A question is made from a
-passage of the test set: its beginning is the context, and the choices are its continuation and those
-of three other passages of the same test set from the same place. The text is decoded from the indexed
-dataset, so a question is on held-out text if the dataset is held out. Everything is drawn by a hash of
-seed and text, so one dataset always gives the same questions.
+passage of the test set: its beginning is the context, and the choices are its continuation and
+those of three other passages of the same test set from the same place. The text is decoded from
+the indexed dataset, so a question is on held-out text if the dataset is held out. Everything is
+drawn by a hash of seed and text, so one dataset always gives the same questions.
 """
 
 from __future__ import annotations

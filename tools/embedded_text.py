@@ -3,8 +3,9 @@
     python tools/embedded_text.py --output-dir build/text
 
 writes three domains as JSONL, ``docstrings.jsonl``, ``source.jsonl`` and ``licenses.jsonl``. A
-record has ``text``, and ``file``, the file it comes from. ``preprocess_selection.py --group-key file``
-keeps the records of one file together, so that no file is both in the pool and in a test set.
+record has ``text``, and ``file``, the file it comes from. ``preprocess_selection.py --group-key
+file`` keeps the records of one file together, so that no file is both in the pool and in a test
+set.
 """
 
 from __future__ import annotations
