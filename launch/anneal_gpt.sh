@@ -5,16 +5,16 @@
 #     bash launch/anneal_gpt.sh [flags]
 #     torchrun --nproc-per-node 4 launch/anneal_gpt.sh [flags]
 #
-# This half is bash: it starts torchrun on the file itself. The other half, below, is Python, which
-# is what torchrun reads the file as. Flags are those of `megatron-direct select` and `megatron-direct
-# anneal`; where a flag is left out, these environment variables are read:
+# This half is bash: it starts torchrun on this file, which torchrun reads as Python: that is the
+# half below (also: `megatron-direct anneal-gpt`). Flags are those of `megatron-direct select` and
+# `megatron-direct anneal`; if a flag is left out, these environment variables are read:
 #
 #   GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_ADDR MASTER_PORT      ranks (bash only)
 #   TENSOR_MODEL_PARALLEL_SIZE PIPELINE_MODEL_PARALLEL_SIZE        layout
 #   CHECKPOINT_PATH RUN_DIR                                        --load, --run-dir
-#   DATA_PATH VALID_DATA_PATH TEST_DATA_PATH                       prefixes, parted by spaces
+#   DATA_PATH VALID_DATA_PATH TEST_DATA_PATH                       prefixes, separated by spaces
 #   NUM_SELECT LR_WSD_DECAY_ITERS                                  --num-select, --lr-wsd-decay-iters
-#   ARMS                                                           arms to anneal: direct random
+#   ARMS                          arms to anneal, separated by spaces: direct, random or both
 set -euo pipefail
 
 TP=${TENSOR_MODEL_PARALLEL_SIZE:-1}

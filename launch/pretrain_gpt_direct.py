@@ -4,7 +4,7 @@
         <flags of pretrain_gpt.py> --sample-masks runs/mine/selections/direct/masks
 
 Masks come from ``megatron-direct select``: a folder of them with ``--sample-masks DIR``, or one by
-one with ``--sample-mask PREFIX FILE``. docs/blends.md tells how to change a blend in mid-run.
+one with ``--sample-mask PREFIX FILE``. docs/blends.md explains how to change a blend in mid-run.
 """
 
 from megatron_direct.plugins import megatron_lm

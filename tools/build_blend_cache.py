@@ -3,10 +3,10 @@
     WORLD_SIZE=64 PYTHONPATH=/path/to/Megatron-LM python tools/build_blend_cache.py \\
         <the flags of launch/pretrain_gpt_direct.py> --data-cache-path DIR
 
-Needs no GPU. WORLD_SIZE is the number of ranks of the training, by which Megatron-LM checks its
-batch sizes. Masks, blend, epochs and tokenizer are checked as the training would; it then finds all
-its indices in DIR. With ``--load``, iteration and consumed samples are those of the checkpoint, so
-that the cache is the one of the training that carries on from there.
+It needs no GPU. WORLD_SIZE is the number of ranks of the training; Megatron-LM checks its batch
+sizes with it. Masks, blend, epochs and tokenizer are checked as in the training, which then finds
+all its indices in DIR. With ``--load``, iteration and consumed samples are those of the
+checkpoint, so that the cache fits the training that continues from it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_direct.runtime import parallel
 
 
 def build_instead(pretrain: Callable) -> Callable:
-    """With the signature of ``pretrain``, a function that builds the datasets and returns."""
+    """A function with the signature of ``pretrain`` that builds the datasets and returns."""
     signature = inspect.signature(pretrain)
 
     @functools.wraps(pretrain)

@@ -1,13 +1,13 @@
-"""Cloze questions out of test sets: which of four continuations is this passage's own?
+"""Cloze questions from test sets: which of four continuations belongs to this passage?
 
     python tools/embedded_cloze.py --data-path build/data/embedded_source_test \\
         --tokenizer-model build/data/tokenizer.model --output-dir build/cloze
 
-writes ``build/cloze/embedded_source_test.jsonl``, a file for each dataset. A question is made of a
-passage of the test set: its beginning is the context, and the choices are how it goes on and how
-three other passages of the same test set go on from the same place. The text comes out of the
-indexed dataset, so that a question is of held-out text if the dataset is. Everything is drawn by a
-hash of seed and text: the same questions for the same dataset.
+writes ``build/cloze/embedded_source_test.jsonl``, one file per dataset. A question is made from a
+passage of the test set: its beginning is the context, and the choices are its continuation and
+those of three other passages of the same test set from the same place. The text is decoded from
+the indexed dataset, so a question is on held-out text if the dataset is held out. Everything is
+drawn by a hash of seed and text, so one dataset always gives the same questions.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from megatron_direct.runtime import digests, files
 NUM_CHOICES = 4
 # Many docstrings are short, and longer contexts would leave too few of them.
 CONTEXT_CHARACTERS = 120
-# A word or two. Long texts differ more in how likely they are by themselves than in how well they
-# fit: with 60 characters the embedded checkpoint was right as often as by chance.
+# A word or two. The likelihoods of long texts themselves differ more than how well they fit: with
+# 60 characters the embedded checkpoint was at chance.
 CHOICE_CHARACTERS = 8
 
 
 def passages(prefix: str, model) -> list[str]:
-    """The dataset's documents as text, each once. Raises UserError if it is no test set."""
+    """The dataset's documents as text, each once. Raises UserError if it is not a test set."""
     card = indexed.read_card(prefix)
     if card.get("split") != "test":
         raise UserError(f"{prefix} is {card.get('split', 'no split known')}, not a test set: "
@@ -44,7 +44,7 @@ def passages(prefix: str, model) -> list[str]:
 
 
 def cut(text: str) -> tuple[str, str] | None:
-    """(context, continuation), parted by one space between words; None if the text is short."""
+    """(context, continuation), split at one space between words; None if the text is too short."""
     place = text.find(" ", CONTEXT_CHARACTERS)
     while place >= 0 and (text[place - 1].isspace() or text[place + 1: place + 2].isspace()):
         place = text.find(" ", place + 1)

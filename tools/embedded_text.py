@@ -1,9 +1,9 @@
-"""Text that every Python installation has: the embedded run needs nothing fetched.
+"""Text that every Python installation has, so that the embedded run needs no download.
 
     python tools/embedded_text.py --output-dir build/text
 
 writes three domains as JSONL, ``docstrings.jsonl``, ``source.jsonl`` and ``licenses.jsonl``. A
-record has ``text`` and ``file``, which it was taken from; ``preprocess_selection.py --group-key
+record has ``text``, and ``file``, the file it comes from. ``preprocess_selection.py --group-key
 file`` keeps the records of one file together, so that no file is both in the pool and in a test
 set.
 """
@@ -28,7 +28,7 @@ def python_files(root: Path) -> list[Path]:
 
 
 def docstrings(path: Path, length: int) -> Iterator[str]:
-    """Of one file, one after the other: most are far shorter than a passage."""
+    """Passages of a file's docstrings, joined: most docstrings are far shorter than a passage."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
@@ -72,7 +72,7 @@ def license_files(root: Path, packages: Path) -> list[Path]:
 
 
 def write_domain(path: Path, records: Iterator[tuple[str, str]]) -> tuple[int, int]:
-    """(records, characters) written; a passage that was seen before is left out."""
+    """(records, characters) written; repeated passages are left out."""
     seen: set[str] = set()
     characters = 0
     with open(path, "w", encoding="utf-8") as file:
@@ -108,7 +108,7 @@ def main() -> None:
     domains = {
         "docstrings": ((str(p.relative_to(root)), t) for p in some for t in docstrings(p, length)),
         "source": ((str(p.relative_to(root)), t) for p in some for t in source(p, length)),
-        # Few files, some very long, many alike: here a passage is a document of its own.
+        # Few files, some very long, many alike: here each passage counts as a file of its own.
         "licenses": ((f"{p.name} {i}", t) for p in licenses for i, t in enumerate(
             passages(p.read_text(encoding="utf-8", errors="replace"), length))
             if i % of == part - 1),

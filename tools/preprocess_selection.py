@@ -4,15 +4,16 @@
         --tokenizer-model tokenizer.model --split 98,1,1 --output-prefix data/mine --workers 8
     mpirun -n 64 python tools/preprocess_selection.py ... --workers 32      # over many machines
 
-Each input file is a *domain*, named by its stem (or see --domain, --domain-key), and becomes up to
-three datasets: ``data/mine_wiki_pool`` (which samples are selected from), ``data/mine_wiki_valid``
-and ``data/mine_wiki_test``. Documents that are equal, or that share ``--group-key``, meet in one of
-the three. Beside each dataset stands its card, ``PREFIX.json``: domain, tokenizer, counts.
+The same as ``megatron-direct preprocess``. Each input file is a *domain*, named by its stem (or
+see --domain, --domain-key), and becomes up to three datasets: ``data/mine_wiki_pool`` (from which
+samples are selected), ``data/mine_wiki_valid`` and ``data/mine_wiki_test``. Documents that are
+equal, or that share ``--group-key``, go to the same one of the three. Beside each dataset is its
+card, ``PREFIX.json``: domain, tokenizer, counts.
 
 Input is JSONL (.jsonl, .jsonlines, .json, .ndjson: one object to a line), Parquet (.parquet), or
 any other text, in which an empty line ends a document; text and JSONL also as .gz and .zst. The
-output does not depend on the number of workers or ranks. A run that was killed is carried on by the
-same command: finished shards wait in ``data/mine.shards``. See docs/data.md.
+output does not depend on the number of workers or ranks. A killed run is resumed by the same
+command: finished shards are kept in ``data/mine.shards``. See docs/data.md.
 """
 
 from __future__ import annotations
