@@ -20,20 +20,21 @@ from typing import Any
 import torch
 
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import arguments, torch_adam
+from megatron_direct.mcore import arguments, compat, torch_adam
+from megatron_direct.mcore.checkpoint_formats import FORMAT_FILE, TRACKER, require_readable
 from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
 from megatron_direct.runtime import digests, files, parallel
 from megatron_direct.settings import Settings, flag_name
 
-_TRACKER = "latest_checkpointed_iteration.txt"
 _SECOND_MOMENTS = "optimizer.state.exp_avg_sq."  # before a parameter's own key
+
 
 def latest(folder: str | os.PathLike) -> Path | None:
     """The newest whole checkpoint in a folder, or the folder itself if it is one, or None."""
     folder = Path(folder)
-    if (folder / "metadata.json").is_file():
+    if (folder / FORMAT_FILE).is_file():
         return folder
-    tracker = folder / _TRACKER
+    tracker = folder / TRACKER
     if not tracker.is_file():
         return None
     text = tracker.read_text().strip()
@@ -85,11 +86,8 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 
 def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     """As open_checkpoint, on one rank."""
-    found = latest(folder)
-    if found is None or not (found / "metadata.json").is_file():
-        raise UserError(
-            f"{folder} holds no Megatron distributed checkpoint: expected {_TRACKER} and the "
-            "iteration it names, or metadata.json. Correct --load, or run pretrain first.")
+    found = latest(folder) or Path(folder)
+    require_readable(found)
     common = _common_state(found)
     args = common.get("args")
     return Checkpoint(
@@ -99,14 +97,11 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 
 
 def _common_state(checkpoint: Path) -> dict:
-    """All that is not a tensor of the model or the optimizer."""
-    from megatron.core import dist_checkpointing
-
     try:
-        return dist_checkpointing.load_common_state_dict(str(checkpoint))
+        return compat.load_common_state(checkpoint)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{checkpoint}/common.pt holds objects that this megatron-core does not know "
+            f"{checkpoint} carries objects that this megatron-core does not know "
             f"({str(error).splitlines()[0]}). Use the version that wrote the checkpoint."
             ) from error
 
@@ -129,18 +124,17 @@ def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[torch.nn.Mo
     dist_checkpointing.save(state, str(target))
     parallel.barrier()
     if parallel.is_rank_zero():
-        with files.written_whole(Path(folder) / _TRACKER, "w") as tracker:
+        with files.written_whole(Path(folder) / TRACKER, "w") as tracker:
             tracker.write(str(iteration))
     parallel.barrier()
 
 
 def load_model(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> None:
     """Weights into bare chunks of any layout. Raises UserError if their shapes are others."""
-    from megatron.core import dist_checkpointing
 
     state = _model_state(chunks)
     _check_shapes(checkpoint, state)
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    loaded = compat.load_sharded(state, checkpoint)
     for key, chunk in zip(_model_keys(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[key])
 
@@ -148,14 +142,13 @@ def load_model(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> None:
 def load_training(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimizer,
                   scheduler) -> int:
     """Weights, optimizer and schedule; returns the iteration they are of."""
-    from megatron.core import dist_checkpointing
 
     state = _model_state(chunks)
     _check_shapes(checkpoint, state)
     torch_adam.give_state(optimizer)
     state["optimizer"] = optimizer.sharded_state_dict(
         state, is_loading=True, metadata=checkpoint_metadata())
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    loaded = compat.load_sharded(state, checkpoint)
     if "opt_param_scheduler" not in loaded:
         raise UserError(f"{checkpoint} holds weights but no optimizer. Add --no-load-optim to "
                         "begin with an optimizer of its own.")
@@ -193,7 +186,7 @@ def load_second_moments(checkpoint: Path, chunks: Sequence[torch.nn.Module],
             "other parameters, which --precondition adam needs. Save it with its optimizer (with "
             "Megatron-LM and the distributed optimizer: --dist-ckpt-optim-fully-reshardable), or "
             "leave --precondition out.")
-    loaded = dist_checkpointing.load(dict(wanted), str(checkpoint))  # and what all ranks share
+    loaded = compat.load_sharded(dict(wanted), checkpoint)  # and what all ranks share
     return {name: loaded[name] for name in wanted}
 
 
