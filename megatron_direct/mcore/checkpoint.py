@@ -12,7 +12,7 @@ import dataclasses
 import os
 import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
 from megatron_direct.runtime import digests, files, parallel
 from megatron_direct.settings import Settings, flag_name
 
+_PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.", "mtp.")
 _SECOND_MOMENTS = "optimizer.state.exp_avg_sq."  # before a parameter's own key
 
 
@@ -133,7 +134,7 @@ def load_model(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> None:
     """Weights into bare chunks of any layout. Raises UserError if their shapes are others."""
 
     state = _model_state(chunks)
-    _check_shapes(checkpoint, state)
+    _require_same_tensors(checkpoint, state)
     loaded = compat.load_sharded(state, checkpoint)
     for key, chunk in zip(_model_keys(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[key])
@@ -144,7 +145,7 @@ def load_training(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimizer
     """Weights, optimizer and schedule; returns the iteration they are of."""
 
     state = _model_state(chunks)
-    _check_shapes(checkpoint, state)
+    _require_same_tensors(checkpoint, state)
     torch_adam.give_state(optimizer)
     state["optimizer"] = optimizer.sharded_state_dict(
         state, is_loading=True, metadata=checkpoint_metadata())
@@ -199,26 +200,38 @@ def _model_state(chunks: Sequence[torch.nn.Module]) -> dict:
             for key, chunk in zip(_model_keys(chunks), chunks, strict=True)}
 
 
-def _check_shapes(checkpoint: Path, state: dict) -> None:
-    """Compares whole shapes with the file's before anything is loaded."""
+def _require_same_tensors(checkpoint: Path, state: dict) -> None:
+    """Compares whole shapes with the file's before anything is loaded; all ranks call this.
+
+    Raises UserError also for weights that the model lacks: without them it is another model.
+    """
     from megatron.core import dist_checkpointing
+
+    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    tensors = list(_sharded_tensors(state))
+    known = set().union(*parallel.gather_objects({tensor.key for tensor in tensors}))
+    for tensor in tensors:
+        found = stored.get(tensor.key)
+        if found is None or (tuple(found.global_shape) != tuple(tensor.global_shape)
+                             and not tensor.allow_shape_mismatch):
+            shape = "nothing" if found is None else tuple(found.global_shape)
+            raise UserError(
+                f"{checkpoint} holds {shape} for {tensor.key}, but the flags describe a model "
+                f"with {tuple(tensor.global_shape)}. Give the flags of the model that was saved.")
+    for key in sorted(stored.keys() - known):
+        if key.startswith(_PARTS_OF_MODELS):
+            raise UserError(
+                f"{checkpoint} holds {key}, which the model that the flags describe does not have. "
+                "Give the flags of the model that was saved.")
+
+
+def _sharded_tensors(state: dict) -> Iterator:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     for entry in nested_values(state):
         built = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
-        for tensor in built:
-            if not isinstance(tensor, ShardedTensor):
-                continue
-            found = stored.get(tensor.key)
-            if found is None or (tuple(found.global_shape) != tuple(tensor.global_shape)
-                                 and not tensor.allow_shape_mismatch):
-                shape = "nothing" if found is None else tuple(found.global_shape)
-                raise UserError(
-                    f"{checkpoint} holds {shape} for {tensor.key}, but the flags describe a model "
-                    f"with {tuple(tensor.global_shape)}. Give the flags of the model that was "
-                    "saved.")
+        yield from (tensor for tensor in built if isinstance(tensor, ShardedTensor))
 
 
 def _digest(checkpoint: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pickle
 
@@ -152,7 +153,7 @@ def test_objects_of_another_version_are_named(tmp_path):
         compat.load_common_state(tmp_path)
 
 
-def _load_into_another_shape(model, layout, folder):
+def _load(model, layout, folder):
     from megatron_direct.mcore import model as models
 
     checkpoint.load_model(checkpoint.latest(folder), models.build(Job(model, layout)))
@@ -160,7 +161,17 @@ def _load_into_another_shape(model, layout, folder):
 
 def test_a_model_of_another_shape_is_refused(bare):
     with pytest.raises(RankError, match=r"holds .* for .*, but the flags describe a model with"):
-        on_layout(Layout(), _load_into_another_shape, MODELS["gpt2-tied"], str(bare))
+        on_layout(Layout(), _load, MODELS["gpt2-tied"], str(bare))
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2)], ids=str)
+def test_weights_that_the_model_lacks_are_refused(tmp_path, layout):
+    """A model without head norms takes a place in the file for each of its weights."""
+    on_layout(Layout(), _save_bare, MODELS["qwen3"], str(tmp_path))
+    without = dataclasses.replace(MODELS["qwen3"], qk_layernorm=False)
+    with pytest.raises(RankError, match="holds decoder.layers.self_attention.k_layernorm.weight, "
+                                        "which the model that the flags describe does not have"):
+        on_layout(layout, _load, without, str(tmp_path))
 
 
 def _arguments_of_megatron_lm(**given):
