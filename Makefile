@@ -11,7 +11,7 @@ ifndef CORE
 CORE := $(shell $(PYTHON) -c \
 	'import sys; print("0.19.2" if sys.version_info >= (3, 12) else "0.16.1")')
 endif
-# What was tested together. Python 3.10 has some packages in earlier versions only.
+# What was tested together.
 CONSTRAINTS := $(if $(filter 0.16.%,$(CORE)),constraints-cpu.txt,constraints-core-0.19.txt)
 
 VENV := .venv
