@@ -1,9 +1,24 @@
 # The two commands: `make anneal` and `make test`. Everything they need is installed into .venv.
 
-PYTHON ?= python3.11
+# The first of these Pythons that runs. One that is found need not: pyenv puts names on the path of
+# versions that are not the chosen one.
+ifndef PYTHON
+PYTHON := $(shell for python in python3.12 python3.13 python3.11 python3.10; do \
+	$$python -c "" 2> /dev/null && echo $$python && break; done)
+endif
+# The newest megatron-core that it can have.
+ifndef CORE
+CORE := $(shell $(PYTHON) -c \
+	'import sys; print("0.19.2" if sys.version_info >= (3, 12) else "0.16.1")')
+endif
+# What was tested together.
+CONSTRAINTS := $(if $(filter 0.16.%,$(CORE)),constraints-cpu.txt,constraints-core-0.19.txt)
+
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Beside it: one for each megatron-core that the tests were asked to run with.
+CORE_VENV := .venvs/core-$(CORE)
 
 BUILD := build
 TEXT := $(BUILD)/text/.done
@@ -33,8 +48,8 @@ ANNEAL_FLAGS := --curvature gauss-newton --num-curvature-samples 32 --num-eigenp
 COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random perplexity-middle \
 	gradient-dot gradient-cosine flat-energy direct
 
-.PHONY: compare study anneal evaluate test test-slow lint data theta clean \
-	bench-solver bench-curvature bench-sketch bench-data bench-select
+.PHONY: compare study anneal evaluate test test-slow test-megatron test-checkpoints lint data \
+	theta clean bench-solver bench-curvature bench-sketch bench-data bench-select
 
 anneal: $(READY) data theta
 	PATH=$(abspath $(BIN)):$$PATH OMP_NUM_THREADS=1 bash launch/anneal_gpt.sh $(ANNEAL_FLAGS) $(FLAGS)
@@ -58,6 +73,14 @@ test: $(READY)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# With any megatron-core that is supported: make test-megatron CORE=0.18.2 PYTHON=python3.12
+test-megatron: $(CORE_VENV)/.ready
+	OMP_NUM_THREADS=1 $(CORE_VENV)/bin/python -m pytest -m "not slow" $(TESTS)
+
+# Between all versions that test-megatron has installed: what one has saved, the others train on.
+test-checkpoints:
+	$(firstword $(wildcard .venvs/*))/bin/python tests/checkpoint_versions.py $(wildcard .venvs/*)
 
 compare: $(READY)
 	$(BIN)/python benchmarks/study.py --folder runs/compare --ranks $(GPUS_PER_NODE) \
@@ -94,10 +117,13 @@ bench-data: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data_preprocessing.py
 
-$(READY): setup.py constraints-cpu.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[dev]"
+# Any megatron-core into a virtual environment. Constraints name one, which is not always the one.
+%/.ready: setup.py $(CONSTRAINTS)
+	$(PYTHON) -m venv $*
+	grep -v '^megatron-core==' $(CONSTRAINTS) > $*/constraints.txt
+	$*/bin/pip install --quiet --disable-pip-version-check -c $*/constraints.txt torch==2.13.0
+	$*/bin/pip install --quiet --disable-pip-version-check -c $*/constraints.txt \
+		megatron-core==$(CORE) -e ".[dev]"
 	touch $@
 
 $(TEXT): $(READY) tools/embedded_text.py

@@ -1,4 +1,4 @@
-"""Metadata of megatron-direct. Versions that were tested together: constraints-cpu.txt."""
+"""Metadata of megatron-direct. Versions that were tested together: constraints-*.txt."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ setup(
                   "megatron_direct.reports": ["templates/*.html.j2"]},
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.20",
         "numpy",
         "sentencepiece",
         "psutil",  # megatron-core's checkpoint writer needs it and does not say so

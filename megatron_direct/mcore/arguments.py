@@ -25,9 +25,13 @@ _DESCRIBED = {
     "experimental_attention_variant": (None,),
     "glu_linear_offset": (0.0,),
     "heterogeneous_layers_config_path": (None,),
+    "hybrid_layer_pattern": (None,),
     "hybrid_override_pattern": (None,),
     "is_hybrid_model": (False,),
     "moe_latent_size": (None,),
+    "moe_mlp_glu_interleave_size": (None,),
+    "moe_router_force_biased": (None,),
+    "moe_shared_expert_glu_interleave_size": (None,),
     "mtp_num_layers": (None, 0),
     "no_rope_freq": (None,),
     "openai_gelu": (False,),
@@ -40,6 +44,7 @@ _DESCRIBED = {
     "spec": (None,),
     "squared_relu": (False,),
     "use_legacy_models": (False,),
+    "use_mup": (False,),
     "window_size": (None,),
 }
 

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,20 +20,22 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import arguments, torch_adam
+from megatron_direct.mcore import arguments, compat, torch_adam
+from megatron_direct.mcore.checkpoint_formats import FORMAT_FILE, TRACKER, require_readable
 from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
 from megatron_direct.runtime import digests, files, parallel
 from megatron_direct.settings import Settings, flag_name
 
-_TRACKER = "latest_checkpointed_iteration.txt"
+_PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.", "mtp.")
 _SECOND_MOMENTS = "optimizer.state.exp_avg_sq."  # before a parameter's own key
+
 
 def latest(folder: str | os.PathLike) -> Path | None:
     """The newest whole checkpoint in a folder, or the folder itself if it is one, or None."""
     folder = Path(folder)
-    if (folder / "metadata.json").is_file():
+    if (folder / FORMAT_FILE).is_file():
         return folder
-    tracker = folder / _TRACKER
+    tracker = folder / TRACKER
     if not tracker.is_file():
         return None
     text = tracker.read_text().strip()
@@ -88,11 +90,8 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 
 def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     """As open_checkpoint, on one rank."""
-    found = latest(folder)
-    if found is None or not (found / "metadata.json").is_file():
-        raise UserError(
-            f"{folder} holds no Megatron distributed checkpoint: expected {_TRACKER} and the "
-            "iteration it names, or metadata.json. Correct --load, or run pretrain first.")
+    found = latest(folder) or Path(folder)
+    require_readable(found)
     common = _common_state(found)
     args = common.get("args")
     return Checkpoint(
@@ -102,14 +101,11 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 
 
 def _common_state(checkpoint: Path) -> dict:
-    """All that is not a tensor of the model or the optimizer."""
-    from megatron.core import dist_checkpointing
-
     try:
-        return dist_checkpointing.load_common_state_dict(str(checkpoint))
+        return compat.load_common_state(checkpoint)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{checkpoint}/common.pt holds objects that this megatron-core does not know "
+            f"{checkpoint} carries objects that this megatron-core does not know "
             f"({str(error).splitlines()[0]}). Use the version that wrote the checkpoint."
             ) from error
 
@@ -132,18 +128,17 @@ def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[Any], optim
     dist_checkpointing.save(state, str(target))
     parallel.barrier()
     if parallel.is_rank_zero():
-        with files.written_whole(Path(folder) / _TRACKER, "w") as tracker:
+        with files.written_whole(Path(folder) / TRACKER, "w") as tracker:
             tracker.write(str(iteration))
     parallel.barrier()
 
 
 def load_model(checkpoint: Path, chunks: Sequence[Any]) -> None:
     """Weights into bare chunks of any layout. Raises UserError if their shapes are others."""
-    from megatron.core import dist_checkpointing
 
     state = _model_state(chunks)
-    _check_shapes(checkpoint, state)
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    _require_same_tensors(checkpoint, state)
+    loaded = compat.load_sharded(state, checkpoint)
     for key, chunk in zip(_model_keys(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[key])
 
@@ -151,14 +146,13 @@ def load_model(checkpoint: Path, chunks: Sequence[Any]) -> None:
 def load_training(checkpoint: Path, chunks: Sequence[Any], optimizer,
                   scheduler) -> int:
     """Weights, optimizer and schedule; returns the iteration they are of."""
-    from megatron.core import dist_checkpointing
 
     state = _model_state(chunks)
-    _check_shapes(checkpoint, state)
+    _require_same_tensors(checkpoint, state)
     torch_adam.give_state(optimizer)
     state["optimizer"] = optimizer.sharded_state_dict(
         state, is_loading=True, metadata=checkpoint_metadata())
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    loaded = compat.load_sharded(state, checkpoint)
     if "opt_param_scheduler" not in loaded:
         raise UserError(f"{checkpoint} holds weights but no optimizer. Add --no-load-optim to "
                         "begin with an optimizer of its own.")
@@ -196,7 +190,7 @@ def load_second_moments(checkpoint: Path, chunks: Sequence[Any],
             "other parameters, which --precondition adam needs. Save it with its optimizer (with "
             "Megatron-LM and the distributed optimizer: --dist-ckpt-optim-fully-reshardable), or "
             "leave --precondition out.")
-    loaded = dist_checkpointing.load(dict(wanted), str(checkpoint))  # and what all ranks share
+    loaded = compat.load_sharded(dict(wanted), checkpoint)  # and what all ranks share
     return {name: loaded[name] for name in wanted}
 
 
@@ -209,26 +203,38 @@ def _model_state(chunks: Sequence[Any]) -> dict:
             for key, chunk in zip(_model_keys(chunks), chunks, strict=True)}
 
 
-def _check_shapes(checkpoint: Path, state: dict) -> None:
-    """Compares whole shapes with the file's before anything is loaded."""
+def _require_same_tensors(checkpoint: Path, state: dict) -> None:
+    """Compares whole shapes with the file's before anything is loaded; all ranks call this.
+
+    Raises UserError also for weights that the model lacks: without them it is another model.
+    """
     from megatron.core import dist_checkpointing
+
+    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    tensors = list(_sharded_tensors(state))
+    known = set().union(*parallel.gather_objects({tensor.key for tensor in tensors}))
+    for tensor in tensors:
+        found = stored.get(tensor.key)
+        if found is None or (tuple(found.global_shape) != tuple(tensor.global_shape)
+                             and not tensor.allow_shape_mismatch):
+            shape = "nothing" if found is None else tuple(found.global_shape)
+            raise UserError(
+                f"{checkpoint} holds {shape} for {tensor.key}, but the flags describe a model "
+                f"with {tuple(tensor.global_shape)}. Give the flags of the model that was saved.")
+    for key in sorted(stored.keys() - known):
+        if key.startswith(_PARTS_OF_MODELS):
+            raise UserError(
+                f"{checkpoint} holds {key}, which the model that the flags describe does not have. "
+                "Give the flags of the model that was saved.")
+
+
+def _sharded_tensors(state: dict) -> Iterator:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     for entry in nested_values(state):
         built = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
-        for tensor in built:
-            if not isinstance(tensor, ShardedTensor):
-                continue
-            found = stored.get(tensor.key)
-            if found is None or (tuple(found.global_shape) != tuple(tensor.global_shape)
-                                 and not tensor.allow_shape_mismatch):
-                shape = "nothing" if found is None else tuple(found.global_shape)
-                raise UserError(
-                    f"{checkpoint} holds {shape} for {tensor.key}, but the flags describe a model "
-                    f"with {tuple(tensor.global_shape)}. Give the flags of the model that was "
-                    "saved.")
+        yield from (tensor for tensor in built if isinstance(tensor, ShardedTensor))
 
 
 def _digest(checkpoint: Path) -> str:

@@ -173,7 +173,8 @@ def _cross_entropy(rules: DualRules) -> Callable:
         from megatron.core import parallel_state
 
         assert not arguments.get("label_smoothing")
-        group = parallel_state.get_tensor_model_parallel_group()
+        group = (arguments.get("tp_group")  # of 0.19; None is the same group
+                 or parallel_state.get_tensor_model_parallel_group())
         logits = arguments["vocab_parallel_logits"]
 
         def over_ranks(tensor, operator=torch.distributed.ReduceOp.SUM):

@@ -76,6 +76,8 @@ def _stand_ins():
         torch.set_rng_state(state)
 
     yield torch.cuda, "current_device", lambda: cpu
+    # Asked for before gradients are summed, and used only where CUDA graphs are.
+    yield torch.cuda, "current_stream", lambda *_args, **_kwargs: None
     yield torch.cuda, "synchronize", lambda *_args, **_kwargs: None
     yield torch.cuda, "get_rng_state", get_rng_state
     yield torch.cuda, "set_rng_state", set_rng_state

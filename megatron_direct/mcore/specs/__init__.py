@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_direct.mcore import compat
 from megatron_direct.mcore.specs import local, transformer_engine
 from megatron_direct.mcore.specs.kinds import LayerKind, layers_of
 
@@ -36,8 +37,8 @@ class LayerSpec:
 
 
 SPECS = {
-    "local": LayerSpec(local.block_spec, local.buildable, local.add_up_position_gradients,
-                       exact_products=True),
+    "local": LayerSpec(local.block_spec, compat.models_can_be_built,
+                       local.add_up_position_gradients, exact_products=True),
 }
 
 

@@ -13,11 +13,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import torch
 
+from megatron_direct.mcore import compat
 from megatron_direct.mcore.specs.kinds import KindsOfClasses, LayerKind
 
 
@@ -54,23 +54,6 @@ def block_spec(transformer_config, vp_stage: int | None):
         layer_norm=_norm(transformer_config))
 
 
-@contextlib.contextmanager
-def buildable():
-    """Models of any kind can be built inside.
-
-    Where Transformer Engine is missing, Megatron 0.16's latent attention believes it is there.
-    """
-    from megatron.core.extensions import transformer_engine
-    from megatron.core.transformer import multi_latent_attention
-
-    believed = multi_latent_attention.HAVE_TE
-    multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
-    try:
-        yield
-    finally:
-        multi_latent_attention.HAVE_TE = believed
-
-
 def add_up_position_gradients(chunk: torch.nn.Module) -> None:
     """Makes latent attention's position key right under tensor (and so sequence) parallelism.
 
@@ -92,28 +75,26 @@ def add_up_position_gradients(chunk: torch.nn.Module) -> None:
 
 
 def _layer(spec, config):
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-
-    attention = {}
+    parts = spec.submodules
+    attention_class, attention = parts.self_attention.module, {}
     if config.multi_latent_attention:
+        attention_class = compat.latent_self_attention()
         attention["core_attention"] = _latent_attention()
     if config.qk_layernorm:
         if config.multi_latent_attention:
             attention.update(q_layernorm=_norm(config), kv_layernorm=_norm(config))
         else:  # of heads, which are spread over the ranks: never of a slice of the sequence
             attention.update(q_layernorm=_torch_norm(config), k_layernorm=_torch_norm(config))
-    parts = spec.submodules
-    mlp, has_experts = parts.mlp, parts.mlp.module is MoELayer
+    mlp, has_experts = parts.mlp, compat.is_mixture_of_experts(parts.mlp)
     if has_experts:
-        mlp = dataclasses.replace(mlp, submodules=dataclasses.replace(
-            mlp.submodules, router=_router()))
+        mlp = compat.with_submodules(mlp, router=_router())
     return dataclasses.replace(spec, submodules=dataclasses.replace(
         parts,
         mlp=mlp,
         input_layernorm=_norm(config),
         pre_mlp_layernorm=_norm(config),
-        self_attention=dataclasses.replace(parts.self_attention, submodules=dataclasses.replace(
-            parts.self_attention.submodules, **attention)),
+        self_attention=dataclasses.replace(
+            compat.with_submodules(parts.self_attention, **attention), module=attention_class),
         sharded_state_dict_keys_map=_checkpoint_names(
             config.multi_latent_attention, has_experts)))
 

@@ -1,0 +1,134 @@
+"""What differs between the versions of megatron-core that are supported, 0.16.1 to 0.19.2.
+
+One source serves them all. Versions are told apart by what they can do (a signature, the type of a
+builder), not by their numbers: forks and images carry parts of other releases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import inspect
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_COMMON_FILE = "common.pt"
+
+# Loggers that tell users of this package what only its authors can change: that GPTModel, and a
+# checkpoint's common.pt, will be dropped some day (both since 0.19).
+_DEPRECATIONS = ("megatron.core.models.gpt.gpt_model",
+                 "megatron.core.dist_checkpointing.strategies.common")
+
+
+def version() -> str:
+    return importlib.metadata.version("megatron-core")
+
+
+# --- models ------------------------------------------------------------------------------------
+
+
+def is_mixture_of_experts(mlp: Any) -> bool:
+    """Of a transformer layer's ``mlp``: a ModuleSpec, and since 0.18 a partial of a class."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    return (mlp.func if isinstance(mlp, functools.partial) else mlp.module) is MoELayer
+
+
+def with_submodules(builder: Any, **submodules: Any) -> Any:
+    """A ModuleSpec or a partial of a class, with some of its submodules replaced."""
+    if isinstance(builder, functools.partial):
+        replaced = dataclasses.replace(builder.keywords["submodules"], **submodules)
+        return functools.partial(builder, submodules=replaced)
+    return dataclasses.replace(
+        builder, submodules=dataclasses.replace(builder.submodules, **submodules))
+
+
+def latent_self_attention() -> type:
+    """MLASelfAttention that builds what its submodules say.
+
+    Since 0.19 Megatron decides about norms itself. Where queries have no latents it then takes for
+    granted that their projection has a norm of its own, as only Transformer Engine's can have: it
+    would be another model, or none at all.
+    """
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+    class LatentSelfAttention(MLASelfAttention):
+        def _resolve_qk_norm_config(self, submodules) -> dict:
+            if self.config.q_lora_rank is not None:
+                return super()._resolve_qk_norm_config(submodules)
+            return {"linear_q_proj": submodules.linear_q_proj,
+                    "linear_q_up_proj": IdentityOp,
+                    "linear_kv_up_proj": submodules.linear_kv_up_proj,
+                    "q_layernorm": IdentityOp,
+                    "kv_layernorm": submodules.kv_layernorm}
+
+    return LatentSelfAttention
+
+
+@contextlib.contextmanager
+def models_can_be_built() -> Iterator[None]:
+    """Models of any kind can be built inside, without a word about GPTModel's end.
+
+    Where Transformer Engine is missing, latent attention of 0.16 believes it is there.
+    """
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.transformer import multi_latent_attention
+
+    believed = multi_latent_attention.HAVE_TE
+    multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
+    try:
+        with _without_deprecations():
+            yield
+    finally:
+        multi_latent_attention.HAVE_TE = believed
+
+
+@contextlib.contextmanager
+def _without_deprecations() -> Iterator[None]:
+    def is_news(record: logging.LogRecord) -> bool:
+        return "deprecated" not in record.getMessage().lower()
+
+    loggers = [logging.getLogger(name) for name in _DEPRECATIONS]
+    for logger in loggers:
+        logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_news)
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+def can_read_common_state(checkpoint: Path) -> bool:
+    """Whether this version finds what a ``torch_dist`` checkpoint holds beside its tensors.
+
+    Until 0.18 it is in a file of its own, for which ``load`` takes a strategy. Since 0.19 it is
+    one of the sharded objects; the file is still read where there is one.
+    """
+    from megatron.core import dist_checkpointing
+
+    return ((checkpoint / _COMMON_FILE).is_file()
+            or "common_strategy" not in inspect.signature(dist_checkpointing.load).parameters)
+
+
+def load_common_state(checkpoint: Path) -> dict[str, Any]:
+    """All that is not a tensor of the model or the optimizer; no other rank need call this."""
+    from megatron.core import dist_checkpointing
+
+    with _without_deprecations():
+        return dist_checkpointing.load_common_state_dict(str(checkpoint))
+
+
+def load_sharded(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """What a sharded state dict describes, and the common state; all ranks call this."""
+    from megatron.core import dist_checkpointing
+
+    with _without_deprecations():
+        return dist_checkpointing.load(state, str(checkpoint))

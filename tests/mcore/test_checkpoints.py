@@ -1,0 +1,193 @@
+"""Checkpoints: training resumed in other layouts, formats told apart, reading on one rank alone."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pickle
+
+import pytest
+import torch
+from ranks import Layout, RankError, on_layout, run_on_ranks
+from tiny_models import MODELS
+from trained_checkpoint import CASES, require_equal, resume, save
+
+from megatron_direct.config import Job
+from megatron_direct.errors import UserError
+from megatron_direct.mcore import checkpoint, compat
+
+LLAMA = MODELS["llama-tied"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_training_goes_on_in_another_layout(tmp_path, case):
+    expected = save(case, tmp_path)
+    require_equal(resume(case, tmp_path), expected)
+    with pytest.raises(AssertionError):  # so the test can fail
+        require_equal(expected, type(expected)(expected.weights, expected.losses[::-1]))
+
+
+def _save_bare(model, layout, folder):
+    from megatron_direct.mcore import model as models
+
+    checkpoint.save(folder, 7, models.build(Job(model, layout)), None, None,
+                    {**vars(model), "extra": {"nested": [1, 2]}})
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """The checkpoint of an untrained model, without an optimizer."""
+    folder = tmp_path_factory.mktemp("bare")
+    on_layout(Layout(), _save_bare, LLAMA, str(folder))
+    return folder
+
+
+def _read_on_rank_zero_alone(folder):
+    """What rank 0 reads while no other rank calls anything: a collective would find them out."""
+    from megatron_direct.runtime import parallel
+
+    seen = []
+    if parallel.is_rank_zero():
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("all_gather_object", "all_gather", "all_reduce", "barrier", "broadcast",
+                         "broadcast_object_list", "gather_object", "scatter_object_list"):
+                patch.setattr(torch.distributed, name, _refuse)
+            found = checkpoint.read_checkpoint(folder)
+        seen = [found.iteration, found.arguments["extra"], found.has_optimizer]
+    parallel.barrier()
+    return seen
+
+
+def _refuse(*_arguments, **_keywords):
+    raise AssertionError("a collective, where only one rank reads")
+
+
+def test_one_rank_reads_what_a_checkpoint_carries(bare):
+    zero, one = run_on_ranks(2, _read_on_rank_zero_alone, bare)
+    assert zero == [7, {"nested": [1, 2]}, False] and one == []
+
+
+def test_the_digest_is_of_the_files(bare, tmp_path):
+    before = checkpoint.read_checkpoint(bare).digest
+    assert checkpoint.read_checkpoint(bare / "iter_0000007").digest == before
+    on_layout(Layout(), _save_bare, LLAMA, str(tmp_path))
+    file = next((tmp_path / "iter_0000007").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert checkpoint.read_checkpoint(tmp_path).digest != before
+
+
+def _folder(tmp_path, *files: str, **contents: str):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(contents.get(name, ""))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("files", "match"), [
+    ((), "holds no Megatron distributed checkpoint: expected latest_checkpointed_iteration.txt"),
+    ((".metadata", "__0_0.distcp"), r"fsdp_dtensor or torch_dcp\), and torch_dist is expected.*"
+                                    "checkpoint_inspector.py convert-fsdp-dtensor-to-torch-dist"),
+    (("mp_rank_00/model_optim_rng.pt",), "old format .*--ckpt-convert-format torch_dist"),
+])
+def test_other_formats_are_refused_with_the_way_out(tmp_path, files, match):
+    with pytest.raises(UserError, match=match):
+        checkpoint.read_checkpoint(_folder(tmp_path, *files))
+
+
+def test_a_format_is_told_also_where_a_tracker_names_the_iteration(tmp_path):
+    _folder(tmp_path / "iter_0000012", ".metadata")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("12")
+    with pytest.raises(UserError, match="iter_0000012 is in torch's own format"):
+        checkpoint.read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    ('{"sharded_backend": "zarr"}', "zarr format.*Convert it with Megatron-LM core_v0.15"),
+    ('{"sharded_backend": "other"}', "in the format other, and torch_dist is expected"),
+    ('{"sharded_backend"', "metadata.json names no format"),
+    ("[]", "metadata.json names no format"),
+])
+def test_other_backends_are_refused_with_the_way_out(tmp_path, text, match):
+    (tmp_path / "metadata.json").write_text(text)
+    with pytest.raises(UserError, match=match):
+        checkpoint.read_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_a_later_version_is_refused(bare, tmp_path, monkeypatch):
+    """Without common.pt, by a megatron-core that looks for it alone."""
+    from megatron.core import dist_checkpointing
+
+    def load_of_an_earlier_version(state, folder, sharded_strategy=None, common_strategy=None):
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(dist_checkpointing, "load", load_of_an_earlier_version)
+    (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+    with pytest.raises(UserError, match="written by megatron-core 0.19 or later, which "
+                                        f"megatron-core {compat.version()}, installed here"):
+        checkpoint.read_checkpoint(tmp_path)
+
+
+def test_a_version_that_keeps_all_in_one_place_needs_no_common_file(tmp_path, monkeypatch):
+    from megatron.core import dist_checkpointing
+
+    monkeypatch.setattr(dist_checkpointing, "load", lambda state, folder: None)
+    assert compat.can_read_common_state(tmp_path)
+
+
+class _Unknown:
+    """Stands for a class that another version's checkpoint carries."""
+
+
+def test_objects_of_another_version_are_named(tmp_path):
+    """Read with torch's own restrictions, which name what they do not know."""
+    (tmp_path / "metadata.json").write_text(json.dumps(
+        {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
+         "common_backend_version": 1}))
+    torch.save({"args": argparse.Namespace(kind=_Unknown()), "iteration": 1},
+               tmp_path / "common.pt")
+    with pytest.raises(UserError, match="carries objects that this megatron-core does not know.*"
+                                        "Use the version that wrote"):
+        checkpoint.read_checkpoint(tmp_path)
+    with pytest.raises(pickle.UnpicklingError):
+        compat.load_common_state(tmp_path)
+
+
+def _load(model, layout, folder):
+    from megatron_direct.mcore import model as models
+
+    checkpoint.load_model(checkpoint.latest(folder), models.build(Job(model, layout)))
+
+
+def test_a_model_of_another_shape_is_refused(bare):
+    with pytest.raises(RankError, match=r"holds .* for .*, but the flags describe a model with"):
+        on_layout(Layout(), _load, MODELS["gpt2-tied"], str(bare))
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2)], ids=str)
+def test_weights_that_the_model_lacks_are_refused(tmp_path, layout):
+    """A model without head norms takes a place in the file for each of its weights."""
+    on_layout(Layout(), _save_bare, MODELS["qwen3"], str(tmp_path))
+    without = dataclasses.replace(MODELS["qwen3"], qk_layernorm=False)
+    with pytest.raises(RankError, match="holds decoder.layers.self_attention.k_layernorm.weight, "
+                                        "which the model that the flags describe does not have"):
+        on_layout(layout, _load, without, str(tmp_path))
+
+
+def _arguments_of_megatron_lm(**given):
+    return {"padded_vocab_size": 64, "group_query_attention": False, "num_query_groups": 1,
+            **given}
+
+
+@pytest.mark.parametrize(("given", "match"), [
+    ({"use_mup": True}, "--use-mup True: such a model is not supported"),
+    ({"hybrid_layer_pattern": "M*-"}, "--hybrid-layer-pattern"),
+    ({"moe_mlp_glu_interleave_size": 32}, "--moe-mlp-glu-interleave-size 32"),
+])
+def test_models_that_later_versions_can_train_and_we_cannot_build_are_refused(
+        tmp_path, given, match):
+    from megatron_direct.mcore import arguments
+
+    assert arguments.translated(_arguments_of_megatron_lm(), tmp_path)["vocab_size"] == 64
+    with pytest.raises(UserError, match=match):
+        arguments.translated(_arguments_of_megatron_lm(**given), tmp_path)
