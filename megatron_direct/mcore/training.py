@@ -44,6 +44,7 @@ def make_trainer(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig,
 
     transformer_config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
         use_distributed_optimizer=optimizer.use_distributed_optimizer)
     wrapped = [DistributedDataParallel(transformer_config, ddp_config, chunk,
                                        disable_bucketing=index > 0)
@@ -57,6 +58,8 @@ def make_trainer(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig,
         adam_beta2=optimizer.adam_beta2,
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
+        bf16=transformer_config.bf16,
+        params_dtype=transformer_config.params_dtype,
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
     ), wrapped)
     transformer_config.finalize_model_grads_func = finalize_model_grads

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from megatron_direct.config import Precision
 from megatron_direct.curvature.density import SpectralDensity, spectral_density
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
@@ -33,6 +34,7 @@ from megatron_direct.steps.sketch import Drawn, SketchesKey
 OPERATORS = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator,
              "fisher": FisherOperator}
 SKETCHED_FISHER = "sketched-fisher"
+EXACT = ("hessian", "gauss-newton")  # with second derivatives of the layers
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,20 @@ class Eigenpairs:
         values = self.eigenvalues[: config.num_eigenpairs]
         elbow = find_elbow(values, config.energy_share, total_energy=self.total_energy)
         return Directions(values, self.sketches[: len(values)], elbow.num_stiff)
+
+
+def layer_spec(config: CurvatureConfig) -> str:
+    """Of the layers that its products can be taken of."""
+    return "local" if config.curvature in EXACT else "fused"
+
+
+def require_precision(config: CurvatureConfig, precision: Precision) -> None:
+    """Raises UserError for exact products of a model in bfloat16, before any work."""
+    if precision.bf16 and config.curvature in EXACT:
+        raise UserError(
+            f"--curvature {config.curvature} needs float32: its products are exact, and of "
+            "bfloat16 weights and activations they would not be. Add --no-bf16, or use "
+            "--curvature fisher.")
 
 
 def known_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path) -> Directions | None:
