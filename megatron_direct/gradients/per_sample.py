@@ -13,6 +13,7 @@ from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import grid, passes
 from megatron_direct.mcore.shards import ParameterShard
+from megatron_direct.runtime import host
 
 SAMPLE_LOSSES = ("mean", "sum")
 
@@ -41,8 +42,28 @@ def sketch_samples(model: GradientModel, samples: SampleSource, numbers: np.ndar
     """Yields ([n, k] sketches, [n] sample numbers, [n] mean losses), pass by pass.
 
     Each data-parallel rank yields its own share; within a copy of the model every rank yields the
-    same. done: [samples] bool, True for what need not be computed any more.
+    same. done: [samples] bool, True for what need not be computed any more. A pass's rows come to
+    the host while the next pass runs.
     """
+    earlier = None
+    for computed, numbers_of_pass in _passes(model, samples, numbers, done):
+        on_its_way = host.HostCopy(computed), numbers_of_pass
+        if earlier is not None:
+            yield _on_host(*earlier)
+        earlier = on_its_way
+    if earlier is not None:
+        yield _on_host(*earlier)
+
+
+def _on_host(copy: host.HostCopy, numbers: np.ndarray,
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows = copy.numpy()
+    return rows[:, :-1], numbers, rows[:, -1]
+
+
+def _passes(model: GradientModel, samples: SampleSource, numbers: np.ndarray,
+            done: np.ndarray | None) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    """([n, k + 1] float32 sketches and mean losses on the device, [n] sample numbers)"""
     chunks = model.chunks
     for micro_batches in passes.of_samples(chunks, samples, numbers, model.micro_batch_size, done):
         size = micro_batches[0].tokens.shape[0]
@@ -59,7 +80,6 @@ def sketch_samples(model: GradientModel, samples: SampleSource, numbers: np.ndar
             losses = passes.run_pass(chunks, micro_batches, backward=True, weights=weights,
                                      before_forward=hooks.begin)
         total = grid.sum_over_model(sums.total()).unflatten(0, (-1, at_once))[:, own]
-        kept = passes.sample_rows(micro_batches)
-        yield (total.flatten(0, 1)[kept].cpu().numpy(),
-               np.concatenate([batch.samples for batch in micro_batches]),
-               losses.flatten()[kept].float().cpu().numpy())
+        kept = host.to_device(passes.sample_rows(micro_batches))
+        rows = torch.cat([total.flatten(0, 1), losses.flatten()[:, None].float()], dim=1)
+        yield rows[kept], np.concatenate([batch.samples for batch in micro_batches])

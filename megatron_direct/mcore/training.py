@@ -134,12 +134,12 @@ class Feed:
         """This rank's of an iteration, counted from 0, one at a time: (tokens, labels, loss_mask,
         position_ids), each [b, s]. They come in the order of Megatron-LM's sampler: ranks side by
         side."""
-        size, device = self.batch.micro_batch_size, host.device()
+        size = self.batch.micro_batch_size
         consumed = self.first_sequence + iteration * self.batch.global_batch_size
         for number in range(self.batch.num_microbatches(grid.data_size())):
             start = consumed + (number * grid.data_size() + grid.data_rank()) * size
             rows = [self.dataset[index] for index in range(start, start + size)]
-            yield tuple(torch.stack([row[key] for row in rows]).to(device)
+            yield tuple(host.to_device(torch.stack([row[key] for row in rows]))
                         for key in ("tokens", "labels", "loss_mask", "position_ids"))
 
 
