@@ -96,7 +96,8 @@ PACKAGES := $(BUILD)/packages
 WITH_PACKAGES := PYTHONPATH=$(CURDIR):$(abspath $(PACKAGES)):$$PYTHONPATH
 
 test-gpu: $(PACKAGES)/.done
-	$(WITH_PACKAGES) $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider --durations=0 $(FLAGS)
+	$(WITH_PACKAGES) $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider --durations=0 \
+		tests/gpu tests/gradients $(FLAGS)
 
 bench-gpu: $(PACKAGES)/.done
 	$(WITH_PACKAGES) $(GPU_PYTHON) benchmarks/gpu.py --output $(BUILD)/gpu.json $(FLAGS)
