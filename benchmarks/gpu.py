@@ -234,8 +234,12 @@ def _timed(part: str, prepare: Callable[[], Callable[[], None]], runs: Runs, end
         call = prepare()
         for _ in range(runs.warm_up):
             call()
-        _synchronize(reset_peak=True)
-        times = [_milliseconds(call) for _ in range(runs.repeats)]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        times = [_milliseconds(call)]
+        while len(times) < runs.repeats and time.monotonic() < ends:
+            times.append(_milliseconds(call))
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
         return Timing(part, statistics.median(times) / passes_of_call, peak)
     except Exception as error:
@@ -258,13 +262,6 @@ def _milliseconds(call: Callable[[], None]) -> float:
     ended.record()
     ended.synchronize()
     return begun.elapsed_time(ended)
-
-
-def _synchronize(reset_peak: bool) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        if reset_peak:
-            torch.cuda.reset_peak_memory_stats()
 
 
 def _in_words(error: Exception) -> str:

@@ -46,8 +46,7 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     value_width, repeats = value.shape[-1], query.shape[2] // key.shape[2]
     width = max(query.shape[-1], value_width)
     width += -width % _WIDTH_MULTIPLE
-    query, key, value = (pad(x, (0, width - x.shape[-1])).permute(1, 2, 0, 3)
-                         for x in (query, key, value))
+    query, key, value = (_widened(x, width).permute(1, 2, 0, 3) for x in (query, key, value))
     takes_groups = _takes_groups(query)
     if repeats > 1 and not takes_groups:
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
@@ -55,6 +54,12 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         query, key, value, is_causal=True, scale=scale,
         enable_gqa=repeats > 1 and takes_groups)
     return context[..., :value_width].permute(2, 0, 1, 3).flatten(2)
+
+
+def _widened(heads: torch.Tensor, width: int) -> torch.Tensor:
+    """With columns of zeros; torch's own pad copies what is wide enough already."""
+    missing = width - heads.shape[-1]
+    return pad(heads, (0, missing)) if missing else heads
 
 
 def _takes_groups(query: torch.Tensor) -> bool:
