@@ -48,8 +48,9 @@ ANNEAL_FLAGS := --curvature gauss-newton --num-curvature-samples 32 --num-eigenp
 COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random perplexity-middle \
 	gradient-dot gradient-cosine flat-energy direct
 
-.PHONY: compare study anneal evaluate test test-slow test-megatron test-checkpoints lint data \
-	theta clean bench-solver bench-curvature bench-sketch bench-data bench-select
+.PHONY: compare study anneal evaluate test test-slow test-gpu test-megatron test-checkpoints \
+	lint data theta clean bench-solver bench-curvature bench-sketch bench-data bench-select \
+	bench-gpu
 
 anneal: $(READY) data theta
 	PATH=$(abspath $(BIN)):$$PATH OMP_NUM_THREADS=1 bash launch/anneal_gpt.sh $(ANNEAL_FLAGS) $(FLAGS)
@@ -116,6 +117,28 @@ bench-select: $(READY) data theta
 bench-data: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data_preprocessing.py
+
+# On a machine with a GPU, whose own python3 has torch for it. What else is needed comes from the
+# wheels in the folder $(WHEELS), if one is given, without a network; GPU_PYTHON names another
+# interpreter.
+GPU_PYTHON ?= python3
+WHEELS ?=
+PACKAGES := $(BUILD)/packages
+WITH_PACKAGES := PYTHONPATH=$(CURDIR):$(abspath $(PACKAGES)):$$PYTHONPATH
+
+test-gpu: $(PACKAGES)/.done
+	$(WITH_PACKAGES) $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider --durations=0 \
+		tests/gpu tests/gradients $(FLAGS)
+
+bench-gpu: $(PACKAGES)/.done
+	$(WITH_PACKAGES) $(GPU_PYTHON) benchmarks/gpu.py --output $(BUILD)/gpu.json $(FLAGS)
+
+# Without dependencies: those that are missing are in the folder, and torch must stay as it is.
+$(PACKAGES)/.done: $(if $(WHEELS),$(wildcard $(WHEELS)/*.whl))
+	mkdir -p $(@D)
+	$(if $(WHEELS),$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --upgrade \
+		--disable-pip-version-check --target $(@D) $(WHEELS)/*.whl)
+	touch $@
 
 # Any megatron-core into a virtual environment. Constraints name one, which is not always the one.
 %/.ready: setup.py $(CONSTRAINTS)

@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _measure(layout: ParallelConfig, samples: Samples, arguments) -> None:
-    chunks = model.build(Job(MODEL, layout))
+    chunks = model.build(Job(MODEL, layout), spec="local")
     space = ParameterSpace(parameter_shards(chunks))
     operators = {name: operator(chunks, space, samples, samples.usable, arguments.micro_batch_size)
                  for name, operator in OPERATORS.items()}

@@ -315,10 +315,13 @@ def _divided_by_tensor_ranks(model: ModelConfig) -> Iterator[tuple[str, int]]:
 class Precision(Settings):
     """Number formats.
 
-    Sketch sums, losses and vectors over the parameters are in fp32 whatever these are.
+    As Megatron trains in bfloat16: main parameters, the optimizer's state, the reduction of
+    gradients, softmax and losses stay in float32, and so do sums of sketches and vectors over the
+    parameters.
     """
 
-    parameters: str = flag("fp32", "weights and activations", choices=("fp32", "fp64", "bf16"))
+    bf16: bool = flag(False, "weights and activations in bfloat16; left out: as the checkpoint was "
+                             "trained, else float32")
 
 
 @dataclass(frozen=True)
@@ -351,3 +354,4 @@ class Given:
     model: Mapping[str, object] = field(default_factory=dict)
     optimizer: Mapping[str, object] = field(default_factory=dict)
     batch: Mapping[str, object] = field(default_factory=dict)
+    precision: Mapping[str, object] = field(default_factory=dict)

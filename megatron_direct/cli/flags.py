@@ -12,11 +12,12 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
-from megatron_direct.config import BatchConfig, Given, ModelConfig, OptimizerConfig
+from megatron_direct.config import BatchConfig, Given, ModelConfig, OptimizerConfig, Precision
 from megatron_direct.settings import Settings, flag_name, flag_type
 
 # The groups whose flags may be given where the rest comes from a checkpoint.
-_OF_CHECKPOINT = {"model": ModelConfig, "optimizer": OptimizerConfig, "batch": BatchConfig}
+_OF_CHECKPOINT = {"model": ModelConfig, "optimizer": OptimizerConfig, "batch": BatchConfig,
+                  "precision": Precision}
 
 
 def add_flags(parser: argparse.ArgumentParser, request: type) -> None:

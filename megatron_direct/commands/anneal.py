@@ -21,6 +21,7 @@ from megatron_direct.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    Precision,
 )
 from megatron_direct.data import blend_files, checks
 from megatron_direct.data.blend_plan import BLEND_WEIGHTS, MAX_EPOCHS, Blend, BlendRules
@@ -84,7 +85,8 @@ class AnnealConfig(Settings):
 class AnnealRequest:
     anneal: AnnealConfig
     layout: ParallelConfig = field(default_factory=ParallelConfig)
-    given: Given = field(default_factory=Given, metadata={"groups": ("optimizer", "batch")})
+    given: Given = field(default_factory=Given,
+                         metadata={"groups": ("optimizer", "batch", "precision")})
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class ArmKey(Key):
     valid_digests: tuple[str, ...]
     weights: tuple[float, ...] | None = None
     test_digests: tuple[str, ...] = ()
+    precision: Precision = field(default_factory=Precision)
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class _Arm:
             config.lr_wsd_decay_iters, config.load_optim, self.job.model, self.job.optimizer,
             self.job.batch.global_batch_size, self.job.batch.seed,
             of(self.origin.valid_data_path), None if weights is None else tuple(weights),
-            of(self.test))
+            of(self.test), self.job.precision)
 
 
 def anneal(request: AnnealRequest) -> None:
@@ -177,7 +180,8 @@ def _check(request: AnnealRequest, origin: SelectionOrigin) -> _Arm:
     checkpoint = open_checkpoint(origin.load)
     job = Job(ModelConfig(**origin.model), request.layout,
               checkpoint.settings(OptimizerConfig, given.optimizer),
-              checkpoint.settings(BatchConfig, given.batch))
+              checkpoint.settings(BatchConfig, given.batch),
+              checkpoint.settings(Precision, given.precision))
     _require_same_optimizer(config, job.optimizer, checkpoint)
     job.require_runs_on(parallel.world_size(), trains=True)
     asked, test = _blend(config, origin)

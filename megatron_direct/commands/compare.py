@@ -31,7 +31,13 @@ from megatron_direct.comparison.measurements import (
 from megatron_direct.comparison.run_results import mean_test_loss
 from megatron_direct.comparison.summarise import summarise
 from megatron_direct.comparison.summary import write_summary
-from megatron_direct.config import Given, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_direct.config import (
+    Given,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Precision,
+)
 from megatron_direct.data import indexed
 from megatron_direct.data.blend_plan import Blend
 from megatron_direct.errors import UserError
@@ -84,6 +90,7 @@ class ComparisonKey(Key):
     sketch: SketchConfig
     curvature: CurvatureConfig
     problem: SelectionConfig
+    precision: Precision = field(default_factory=Precision)
 
 
 def compare(request: CompareRequest) -> None:
@@ -172,7 +179,8 @@ def _key(setting: Setting) -> ComparisonKey:
         dataclasses.replace(sketch, micro_batch_size=defaults.micro_batch_size,
                             seed=defaults.seed),
         setting.measure.curvature,
-        dataclasses.replace(setting.selection, num_select=setting.num_select))
+        dataclasses.replace(setting.selection, num_select=setting.num_select),
+        onset.job.precision)
 
 
 def _paths(setting: Setting) -> dict:

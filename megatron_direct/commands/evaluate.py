@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_direct.config import Given, Job, ModelConfig, ParallelConfig
+from megatron_direct.config import Given, Job, ModelConfig, ParallelConfig, Precision
 from megatron_direct.errors import UserError
 from megatron_direct.evaluation import choices
 from megatron_direct.evaluation import questions as questions_of
@@ -57,14 +57,15 @@ class Task:
 class EvaluateRequest:
     evaluate: EvaluateConfig
     layout: ParallelConfig = field(default_factory=ParallelConfig)
-    given: Given = field(default_factory=Given, metadata={"groups": ("model",)})
+    given: Given = field(default_factory=Given, metadata={"groups": ("model", "precision")})
 
 
 def evaluate(request: EvaluateRequest) -> None:
     """Scores the tasks, prints a table and writes the output (rank 0); all ranks call this."""
     config = request.evaluate
     checkpoint = open_checkpoint(config.load)
-    job = Job(model_of(checkpoint, request.given, []), request.layout)
+    job = Job(model_of(checkpoint, request.given, []), request.layout,
+              precision=checkpoint.settings(Precision, request.given.precision))
     job.require_runs_on(parallel.world_size(), trains=False)
     tasks = parallel.on_rank_zero(lambda: _read(config, checkpoint, job.model))
     samples = ChoiceSamples([choice for task in tasks.values() for of_one in task.encoded
@@ -119,6 +120,7 @@ def _report(config: EvaluateConfig, checkpoint: Checkpoint, job: Job, tasks: dic
             "named_by_checkpoint": checkpoint.tokenizer_digest is not None},
         "seq_length": job.model.seq_length,
         "layout": {**vars(job.layout), "ranks": parallel.world_size()},
+        "precision": vars(job.precision),
         "versions": versions(),
         "tasks": {name: {"file": str(task.file), "digest": task.digest,
                          "questions": answered[name]} for name, task in tasks.items()},

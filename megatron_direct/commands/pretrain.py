@@ -10,7 +10,14 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_direct.config import BatchConfig, Job, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_direct.config import (
+    BatchConfig,
+    Job,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Precision,
+)
 from megatron_direct.data import blend_files, checks
 from megatron_direct.data.blend_plan import Blend
 from megatron_direct.mcore import blend, checkpoint, grid, model, shards, training
@@ -39,6 +46,7 @@ class PretrainRequest:
     layout: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    precision: Precision = field(default_factory=Precision)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class CheckpointKey(Key):
     optimizer: OptimizerConfig
     global_batch_size: int
     seed: int
+    precision: Precision = field(default_factory=Precision)
 
 
 def pretrain(request: PretrainRequest) -> None:
@@ -62,13 +71,14 @@ def pretrain(request: PretrainRequest) -> None:
     vocab_size, tokenizer_digest = checks.require_one_vocabulary(
         asked.prefixes, request.model.vocab_size, None)
     job = Job(dataclasses.replace(request.model, vocab_size=vocab_size), request.layout,
-              request.optimizer, request.batch)
+              request.optimizer, request.batch, request.precision)
     job.require_runs_on(parallel.world_size(), trains=True)
     digests = dataset_digests(asked.prefixes)
     key = CheckpointKey(
         tuple(digests[prefix] for prefix in asked.prefixes),
         None if asked.weights is None else tuple(asked.weights), config.train_iters,
-        tokenizer_digest, job.model, job.optimizer, job.batch.global_batch_size, job.batch.seed)
+        tokenizer_digest, job.model, job.optimizer, job.batch.global_batch_size, job.batch.seed,
+        job.precision)
     run, artefact = RunDirectory(config.save), Artefact(config.save, "a checkpoint")
     parallel.on_rank_zero(lambda: run.enter("pretrain", request))
     state = parallel.on_rank_zero(lambda: artefact.state(key))
@@ -95,7 +105,7 @@ def _train(config: PretrainConfig, job: Job, asked: Blend, tokenizer_digest: str
     start = 0 if found is None else checkpoint.load_training(
         found, chunks, trainer.optimizer, trainer.scheduler)
     log = training.MetricsLog(Path(config.save) / "metrics.jsonl", start)
-    arguments = {**vars(job.model), **vars(job.optimizer), **vars(batch),
+    arguments = {**vars(job.model), **vars(job.optimizer), **vars(batch), **vars(job.precision),
                  "data_path": list(config.data_path), "train_iters": config.train_iters,
                  "tokenizer_digest": tokenizer_digest}
 

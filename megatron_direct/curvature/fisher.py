@@ -56,7 +56,7 @@ class FisherOperator:
             rows = slice(None) if len(products) > size else own
             total[micro_batch, rows] += products
 
-        with PieceHooks(self._chunks, self.space.shards, add) as hooks:
+        with PieceHooks(self._chunks, self.space.shards, add, self.space.dtype) as hooks:
             losses = passes.run_pass(self._chunks, micro_batches, backward=True,
                                        before_forward=hooks.begin)
         _require_finite(losses, micro_batches)

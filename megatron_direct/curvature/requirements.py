@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_direct.errors import UserError
+from megatron_direct.mcore.specs import layers_without_second_derivative
 
 # (field of TransformerConfig, the value it must have, the flag that gives it)
 _REQUIRED = (
@@ -51,6 +52,10 @@ def require_exact_products(chunks: Sequence[torch.nn.Module]) -> None:
         raise UserError(
             f"exact curvature products need weights in float32, but some are {dtypes.pop()}. Build "
             "the model for curvature without --bf16 and --fp16, or use --curvature fisher.")
+    if any(next(layers_without_second_derivative(chunk), None) for chunk in chunks):
+        raise UserError("exact curvature products need attention with a second derivative, but the "
+                        "model has a fused one. Build the model for curvature of the layer spec "
+                        '"local" (it loads the same checkpoint), or use --curvature fisher.')
     if not all(parameter.requires_grad for parameter in parameters):
         raise UserError("exact curvature products need every parameter to be trainable, but some "
                         "are frozen. Set requires_grad on them for as long as products are taken.")

@@ -36,7 +36,9 @@ class ParameterSpace(VectorSpace):
         self._sizes = [shard.parameter.numel() for shard in shards]
         self.device = host.device()
         # A rank may hold none, if the space is one of some parameters only.
-        self.dtype = shards[0].parameter.dtype if shards else torch.float32
+        # Vectors over bfloat16 parameters are in float32.
+        self.dtype = torch.promote_types(
+            shards[0].parameter.dtype if shards else torch.float32, torch.float32)
         owned = torch.repeat_interleave(
             torch.tensor([shard.owned for shard in shards], dtype=torch.bool),
             torch.tensor(self._sizes, dtype=torch.int64))

@@ -109,11 +109,9 @@ class SampleSource:
             tokens[row, : len(text) - 1] = text[:-1]
             labels[row, : len(text) - 1] = text[1:]
             mask[row, self.first_label(sample): len(text) - 1] = 1.0
-        device = host.device()
-        positions = torch.arange(length, device=device).expand(size, length)
-        return MicroBatch(samples, torch.from_numpy(tokens).to(device),
-                          torch.from_numpy(labels).to(device), torch.from_numpy(mask).to(device),
-                          positions)
+        positions = torch.arange(length, device=host.device()).expand(size, length)
+        return MicroBatch(samples, *(host.to_device(torch.from_numpy(array))
+                                     for array in (tokens, labels, mask)), positions)
 
 
 class Samples(SampleSource):

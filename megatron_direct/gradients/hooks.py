@@ -12,6 +12,7 @@ a function that turns the gradient of the output into (parameter, piece) pairs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -54,17 +55,19 @@ class PieceHooks:
     go to; with None, forward passes go by unwatched. ``begin(micro_batch)`` says which micro-batch
     comes next (``run_pass(before_forward=hooks.begin)``). Pieces come in the backward pass's order,
     for every shard of ``shards`` with ``adds_gradient``; pieces of one shard may come more than
-    once per micro-batch (tied embeddings), and then add up.
+    once per micro-batch (tied embeddings), and then add up. dtype: of the pieces; None: as the
+    model computes them.
 
     Raises UserError on entry if a parameter belongs to a layer that no hook knows, or if the
     gradients of samples depend on one another.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], shards: Sequence[ParameterShard],
-                 consume: Consumer | None = None):
+                 consume: Consumer | None = None, dtype: torch.dtype | None = None):
         self._chunks = chunks
         self._shards = {id(shard.parameter): shard for shard in shards}
         self._consume = consume
+        self._dtype = dtype
         self._micro_batch = 0
         self._handles: list = []
         self._frozen: list[torch.nn.Parameter] = []
@@ -119,8 +122,17 @@ class PieceHooks:
                     for parameter, piece in pieces(output_grad.detach()):
                         shard = self._shards.get(id(parameter))
                         if shard is not None and shard.adds_gradient:
-                            consume(micro_batch, shard, piece)
+                            consume(micro_batch, shard, _cast(piece, self._dtype))
 
             tensor.register_hook(gradient_hook)
 
         return forward_hook
+
+
+def _cast(piece: Piece, dtype: torch.dtype | None) -> Piece:
+    """The piece, its floating-point tensors in a dtype."""
+    if dtype is None:
+        return piece
+    return dataclasses.replace(piece, **{
+        name: value.to(dtype) for name, value in vars(piece).items()
+        if torch.is_tensor(value) and value.is_floating_point()})

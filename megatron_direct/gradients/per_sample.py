@@ -14,6 +14,7 @@ from megatron_direct.gradients.pieces import Piece
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import grid, passes
 from megatron_direct.mcore.shards import ParameterShard
+from megatron_direct.runtime import host
 
 SAMPLE_LOSSES = ("mean", "sum")
 
@@ -42,22 +43,39 @@ def sketch_samples(model: GradientModel, samples: SampleSource, numbers: np.ndar
     """Yields ([n, k] sketches, [n] sample numbers, [n] mean losses), pass by pass.
 
     Each data-parallel rank yields its own share; within a copy of the model every rank yields the
-    same. done: [samples] bool, True for what need not be computed any more.
+    same. done: [samples] bool, True for what need not be computed any more. A pass's rows come to
+    the host while the next pass runs.
     """
+    earlier = None
+    for computed, numbers_of_pass in _passes(model, samples, numbers, done):
+        on_its_way = host.HostCopy(computed), numbers_of_pass
+        if earlier is not None:
+            yield _on_host(*earlier)
+        earlier = on_its_way
+    if earlier is not None:
+        yield _on_host(*earlier)
+
+
+def _on_host(copy: host.HostCopy, numbers: np.ndarray,
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows = copy.numpy()
+    return rows[:, :-1], numbers, rows[:, -1]
+
+
+def _passes(model: GradientModel, samples: SampleSource, numbers: np.ndarray,
+            done: np.ndarray | None) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    """([n, k + 1] float32 sketches and mean losses on the device, [n] sample numbers)"""
     chunks = model.chunks
     with PieceHooks(chunks, model.shards) as hooks:
         for micro_batches in passes.of_samples(chunks, samples, numbers, model.micro_batch_size,
                                                done):
-            rows, losses = _one_pass(model, hooks, micro_batches)
-            kept = passes.sample_rows(micro_batches)
-            yield (rows[kept].cpu().numpy(),
-                   np.concatenate([batch.samples for batch in micro_batches]),
-                   losses.flatten()[kept].float().cpu().numpy())
+            yield (_one_pass(model, hooks, micro_batches),
+                   np.concatenate([batch.samples for batch in micro_batches]))
 
 
 def _one_pass(model: GradientModel, hooks: PieceHooks, micro_batches: Sequence[MicroBatch],
-              ) -> tuple[torch.Tensor, torch.Tensor]:
-    """([micro-batches * b, k] sketches, [micro-batches, b] losses), padding rows included."""
+              ) -> torch.Tensor:
+    """[n, k + 1] sketches and mean losses, on the device."""
     size = micro_batches[0].tokens.shape[0]
     own = grid.own_rows(size)  # an expert sees samples of other ranks, too
     at_once = grid.expert_size() * size
@@ -73,4 +91,5 @@ def _one_pass(model: GradientModel, hooks: PieceHooks, micro_batches: Sequence[M
                              before_forward=hooks.begin)
     hooks.begin_pass(None)
     total = grid.sum_over_model(sums.total()).unflatten(0, (-1, at_once))[:, own]
-    return total.flatten(0, 1), losses
+    rows = torch.cat([total.flatten(0, 1), losses.flatten()[:, None].float()], dim=1)
+    return rows[host.to_device(passes.sample_rows(micro_batches))]

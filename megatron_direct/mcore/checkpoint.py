@@ -28,6 +28,7 @@ from megatron_direct.settings import Settings, flag_name
 
 _PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.", "mtp.")
 _SECOND_MOMENTS = "optimizer.state.exp_avg_sq."  # before a parameter's own key
+_MAIN_PARAMETERS = "optimizer.state.fp32_param."
 
 
 def latest(folder: str | os.PathLike) -> Path | None:
@@ -146,22 +147,36 @@ def load_model(checkpoint: Path, chunks: Sequence[Any]) -> None:
 def load_training(checkpoint: Path, chunks: Sequence[Any], optimizer,
                   scheduler) -> int:
     """Weights, optimizer and schedule; returns the iteration they are of."""
-
-    state = _model_state(chunks)
-    _require_same_tensors(checkpoint, state)
-    torch_adam.give_state(optimizer)
-    state["optimizer"] = optimizer.sharded_state_dict(
-        state, is_loading=True, metadata=checkpoint_metadata())
-    loaded = compat.load_sharded(state, checkpoint)
-    if "opt_param_scheduler" not in loaded:
+    if "opt_param_scheduler" not in _common_state(checkpoint):
         raise UserError(f"{checkpoint} holds weights but no optimizer. Add --no-load-optim to "
                         "begin with an optimizer of its own.")
-    for key, chunk in zip(_model_keys(chunks), chunks, strict=True):
-        chunk.load_state_dict(loaded[key])
+    load_model(checkpoint, chunks)
+    torch_adam.give_state(optimizer)
+    state = _main_parameters_where_they_are(checkpoint, optimizer.sharded_state_dict(
+        _model_state(chunks), is_loading=True, metadata=checkpoint_metadata()))
+    loaded = compat.load_sharded({"optimizer": state}, checkpoint)
     torch_adam.load(optimizer, loaded["optimizer"])
-    optimizer.reload_model_params()
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     return int(loaded["iteration"])
+
+
+def _main_parameters_where_they_are(checkpoint: Path, state: dict) -> dict:
+    """An optimizer's state, with the main parameters that the checkpoint lacks under the weights.
+
+    Of a model that was trained in float32 the weights are the main parameters.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+
+    def look_up(entry):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.key not in stored:
+            return dataclasses.replace(entry, key=entry.key.removeprefix(_MAIN_PARAMETERS))
+        return entry
+
+    return dict_list_map_inplace(look_up, state)
 
 
 def load_second_moments(checkpoint: Path, chunks: Sequence[Any],

@@ -13,13 +13,13 @@ from megatron_direct.config import Job, ModelConfig
 from megatron_direct.mcore.specs import SPECS
 from megatron_direct.runtime import host
 
-_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 
-
-def build(job: Job, *, seed: int = 1234, spec: str = "local") -> list[torch.nn.Module]:
+def build(job: Job, *, seed: int = 1234, spec: str = "fused",
+          dtype: torch.dtype | None = None) -> list[torch.nn.Module]:
     """This rank's model chunks, with weights drawn anew. Needs grid.model_parallel().
 
-    spec: a name in :data:`megatron_direct.mcore.specs.SPECS`.
+    spec: a name in :data:`megatron_direct.mcore.specs.SPECS`; exact curvature products need
+    "local". dtype: of weights and activations; left out: as the job says.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -28,7 +28,8 @@ def build(job: Job, *, seed: int = 1234, spec: str = "local") -> list[torch.nn.M
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
-    model, num_chunks, dtype = job.model, job.num_model_chunks, _DTYPES[job.precision.parameters]
+    model, num_chunks = job.model, job.num_model_chunks
+    dtype = dtype or (torch.bfloat16 if job.precision.bf16 else torch.float32)
     transformer_config, layers = _transformer_config(job, dtype), SPECS[spec]
     chunks = []
     for number in range(num_chunks):
@@ -92,6 +93,8 @@ def _transformer_config(job: Job, dtype: torch.dtype):
         batch_p2p_comm=num_chunks == 1,
         pipeline_dtype=dtype,
         params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        attention_softmax_in_fp32=True,
         use_cpu_initialization=not host.has_gpu(),
         # Losses come out of a pass as sums: sample weights and token counts are ours to apply.
         calculate_per_token_loss=True,

@@ -56,13 +56,15 @@ def run_pass(
         know whose activations they see.
     stacked: activations that a chunk passes on as one, stacked along the sequence.
 
-    Returns the samples' losses, [micro-batches, b], on every rank of the copy of the model.
+    Returns the samples' losses, [micro-batches, b], in float32 at least, on every rank of the copy
+    of the model.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     count, size = len(micro_batches), micro_batches[0].tokens.shape[0]
     config: Any = chunks[0].config
-    losses = torch.zeros(count, size, device=host.device(), dtype=config.params_dtype)
+    losses = torch.zeros(count, size, device=host.device(), dtype=torch.promote_types(
+        config.params_dtype, torch.float32))
 
     def forward_step(iterator, chunk):
         index = next(iterator)

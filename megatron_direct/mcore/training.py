@@ -45,6 +45,7 @@ def make_trainer(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig,
 
     transformer_config: Any = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
         use_distributed_optimizer=optimizer.use_distributed_optimizer)
     wrapped = [DistributedDataParallel(transformer_config, ddp_config, chunk,
                                        disable_bucketing=index > 0)
@@ -58,6 +59,8 @@ def make_trainer(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig,
         adam_beta2=optimizer.adam_beta2,
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
+        bf16=transformer_config.bf16,
+        params_dtype=transformer_config.params_dtype,
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
     ), wrapped)
     transformer_config.finalize_model_grads_func = finalize_model_grads
@@ -132,12 +135,12 @@ class Feed:
         """This rank's of an iteration, counted from 0, one at a time: (tokens, labels, loss_mask,
         position_ids), each [b, s]. They come in the order of Megatron-LM's sampler: ranks side by
         side."""
-        size, device = self.batch.micro_batch_size, host.device()
+        size = self.batch.micro_batch_size
         consumed = self.first_sequence + iteration * self.batch.global_batch_size
         for number in range(self.batch.num_microbatches(grid.data_size())):
             start = consumed + (number * grid.data_size() + grid.data_rank()) * size
             rows = [self.dataset[index] for index in range(start, start + size)]
-            yield tuple(torch.stack([row[key] for row in rows]).to(device)
+            yield tuple(host.to_device(torch.stack([row[key] for row in rows]))
                         for key in ("tokens", "labels", "loss_mask", "position_ids"))
 
 

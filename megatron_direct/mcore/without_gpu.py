@@ -3,12 +3,16 @@
 megatron-core asks for CUDA in a handful of places (the current device, the CUDA random states, the
 type string of a tensor). On a machine without a GPU, :func:`megatron_runtime` answers these
 questions with the CPU for as long as it is entered, and puts everything back when it is left. On a
-machine with a GPU it makes the rank's own the current one.
+machine with a GPU it makes the rank's own the current one, and asks torch for sums in one order,
+whatever the order in which threads end: a run that was killed ends with the bytes of an unbroken
+one, and a selection can be made again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import warnings
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -28,13 +32,32 @@ def megatron_runtime():
     """Everything that uses megatron-core runs inside this context, on any machine."""
     if has_gpu():
         torch.cuda.set_device(device())
-        yield
+        with _sums_in_one_order():
+            yield
         return
     with contextlib.ExitStack() as stack:
         for owner, name, stand_in in _stand_ins():
             stack.enter_context(_replaced(owner, name, stand_in))
         stack.enter_context(_CudaMeansCpu())
         yield
+
+
+@contextlib.contextmanager
+def _sums_in_one_order():
+    """What has no such kernel goes on as it is: the attention and the sums of this package have."""
+    # cuBLAS reads it when it is first used; of this size its workspace is what torch gives it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    enabled = torch.are_deterministic_algorithms_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # that would cost time for nothing
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have a deterministic")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 class _CudaMeansCpu(TorchFunctionMode):

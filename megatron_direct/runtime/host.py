@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from megatron_direct.runtime import ranks
@@ -16,6 +17,31 @@ def device() -> torch.device:
     if has_gpu():
         return torch.device("cuda", ranks.discover().local_rank)
     return torch.device("cpu")
+
+
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the host, on this rank's device. By pinned memory, so that the host does not
+    wait for what the GPU still has to do."""
+    return tensor.pin_memory().to(device(), non_blocking=True) if has_gpu() else tensor
+
+
+class HostCopy:
+    """A tensor on its way to the host, behind what the GPU had to do when it was made."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._tensor, self._arrived = tensor, None
+        if tensor.is_cuda:
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def numpy(self) -> np.ndarray:
+        """Waits for this copy, and for nothing that was queued since."""
+        if self._arrived is None:
+            return self._tensor.numpy()
+        self._arrived.synchronize()
+        return self._tensor.numpy().copy()  # pinned memory is scarce, and the next pass's
 
 
 def collective_backend() -> str:

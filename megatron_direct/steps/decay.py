@@ -62,6 +62,7 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
         checkpoint.load_training(plan.start.path, chunks, trainer.optimizer, trainer.scheduler)
     else:
         checkpoint.load_model(plan.start.path, chunks)
+        trainer.optimizer.reload_model_params()
     onset = trainer.scheduler.num_steps
     when_loaded()
     folder = plan.folder / "checkpoints"
@@ -71,7 +72,8 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
     training.anneal_over(trainer, optimizer, batch, training.DecaySteps(onset, done,
                                                                        plan.iterations))
     log = training.MetricsLog(plan.folder / "metrics.jsonl", done)
-    arguments = {**plan.start.arguments, **vars(optimizer), **vars(batch)}
+    arguments = {**plan.start.arguments, **vars(optimizer), **vars(batch),
+                 **vars(plan.job.precision)}
 
     def after_step(step: training.Step) -> None:
         log.write(step)

@@ -42,6 +42,7 @@ def measure(settings: MeasureSettings, onset: Onset, folder: Path) -> Measured:
 
     ``seconds.json`` tells what the stages took, unless a part had been done before.
     """
+    curvature_step.require_precision(settings.curvature, onset.job.precision)
     clock = _Clock(folder)
     point = gradient_point(settings.pilot, onset, folder / "pilot", settings.sketch.seed)
     clock.stop("pilot")
@@ -85,7 +86,9 @@ def _compute(settings: MeasureSettings, onset: Onset, work: _Work, clock: _Clock
     needs_model = settings.curvature.curvature != SKETCHED_FISHER
     directions = None
     if work.missing or needs_model:
-        with sketch_step.gradient_model(settings.sketch, onset.job, work.point) as gradients:
+        with sketch_step.gradient_model(
+                settings.sketch, onset.job, work.point,
+                curvature_step.layer_spec(settings.curvature)) as gradients:
             for drawn in work.missing:
                 sketch_step.write_sketches(work.store, gradients, drawn)
             clock.stop("sketch")

@@ -12,6 +12,7 @@ from megatron_direct.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    Precision,
 )
 from megatron_direct.data import checks, indexed
 from megatron_direct.data.samples import Samples
@@ -73,10 +74,11 @@ def open_onset(config: OnsetConfig, layout: ParallelConfig, given: Given,
 def job_of(checkpoint: Checkpoint, layout: ParallelConfig, given: Given,
            prefixes: Sequence[str]) -> Job:
     """The model of a checkpoint, checked against the flags given and the datasets, with the
-    optimizer and batches that it was trained with where no flag says otherwise."""
+    optimizer, batches and precision that it was trained with where no flag says otherwise."""
     return Job(model_of(checkpoint, given, prefixes), layout,
                checkpoint.settings(OptimizerConfig, given.optimizer),
-               checkpoint.settings(BatchConfig, given.batch))
+               checkpoint.settings(BatchConfig, given.batch),
+               checkpoint.settings(Precision, given.precision))
 
 
 def model_of(checkpoint: Checkpoint, given: Given, prefixes: Sequence[str]) -> ModelConfig:

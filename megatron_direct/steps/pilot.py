@@ -10,10 +10,10 @@ The pilot's weights serve the measurements alone: the annealing itself begins at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_direct.config import ModelConfig, OptimizerConfig
+from megatron_direct.config import ModelConfig, OptimizerConfig, Precision
 from megatron_direct.mcore import blend, checkpoint, grid, model
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
@@ -42,6 +42,7 @@ class PilotKey(Key):
     optimizer: OptimizerConfig
     global_batch_size: int
     seed: int
+    precision: Precision = field(default_factory=Precision)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def gradient_point(config: PilotConfig, onset: Onset, folder: Path, seed: int) -
     if config.pilot_iters == 0:
         return GradientPoint(onset.checkpoint.path, onset.checkpoint.digest)
     key = PilotKey(onset.checkpoint.digest, onset.digests_of(onset.pool), config.pilot_iters,
-                   onset.job.model, onset.job.optimizer, onset.job.batch.global_batch_size, seed)
+                   onset.job.model, onset.job.optimizer, onset.job.batch.global_batch_size, seed,
+                   onset.job.precision)
     artefact = Artefact(folder, "a pilot")
     earlier = parallel.on_rank_zero(lambda: _of_fewer_pools(artefact, key))
     if earlier is not None:

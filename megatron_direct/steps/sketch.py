@@ -6,13 +6,13 @@ import contextlib
 import fnmatch
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from megatron_direct.config import Job, ModelConfig
+from megatron_direct.config import Job, ModelConfig, Precision
 from megatron_direct.curvature.preconditioner import adam_scales
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
@@ -63,6 +63,7 @@ class SketchesKey(Key):
     sample_loss: str = "mean"
     precondition: str = "none"
     seed: int = 1234
+    precision: Precision = field(default_factory=Precision)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Drawn:
 def sketches_key(config: SketchConfig, job: Job, point: GradientPoint) -> SketchesKey:
     return SketchesKey(point.digest, job.model, config.sketch_size, config.sketch_dtype,
                        tuple(config.sketch_parameters), config.sample_loss, config.precondition,
-                       config.seed)
+                       config.seed, job.precision)
 
 
 def open_store(folder: Path, key: SketchesKey) -> SketchStore:
@@ -105,10 +106,14 @@ def draw(usable: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def gradient_model(config: SketchConfig, job: Job, point: GradientPoint) -> Iterator[GradientModel]:
-    """The model at a point, on its ranks for as long as the context lasts; all ranks call this."""
+def gradient_model(config: SketchConfig, job: Job, point: GradientPoint, spec: str,
+                   ) -> Iterator[GradientModel]:
+    """The model at a point, on its ranks for as long as the context lasts; all ranks call this.
+
+    spec: of its layers, by which gradients differ by rounding alone.
+    """
     with grid.model_parallel(job.layout, job.num_model_chunks):
-        chunks = model.build(job)
+        chunks = model.build(job, spec=spec)
         checkpoint.load_model(point.path, chunks)
         shards = sketched_shards(parameter_shards(chunks), config.sketch_parameters)
         scales = adam_scales(point.path, chunks, shards) if config.precondition == "adam" else None

@@ -17,7 +17,7 @@ from ranks import LAYOUTS, Layout, on_layout
 from tiny_models import VOCAB_SIZE
 from weights import assemble, fill_by_hash, pieces
 
-from megatron_direct.config import Job, ModelConfig, ParallelConfig, Precision
+from megatron_direct.config import Job, ModelConfig, ParallelConfig
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
 from megatron_direct.curvature.hessian import HessianOperator
@@ -66,8 +66,7 @@ def prefix(tmp_path_factory) -> str:
 
 
 def _build(model: ModelConfig, layout: ParallelConfig, prefix: str, dtype=torch.float64):
-    precision = Precision("fp64" if dtype == torch.float64 else "fp32")
-    chunks = models.build(Job(model, layout, precision=precision))
+    chunks = models.build(Job(model, layout), spec="local", dtype=dtype)
     shards = parameter_shards(chunks)
     fill_by_hash(shards)
     return chunks, ParameterSpace(shards), Samples([prefix], model.seq_length, VOCAB_SIZE)

@@ -74,7 +74,7 @@ def _in_transformer_engine(model, layout):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    local, = models.build(Job(model, layout))
+    local, = models.build(Job(model, layout), spec="local")
     fused = GPTModel(
         config=local.config, vocab_size=model.padded_vocab_size,
         transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(

@@ -172,7 +172,7 @@ def test_training_in_a_layout_is_training_on_one_rank(name, layout):
 
 def _train_as_megatron_does(model, layout):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SPECS, "local", dataclasses.replace(SPECS["local"],
+        patch.setitem(SPECS, "fused", dataclasses.replace(SPECS["fused"],
                                                           finish=lambda chunk: None))
         return _train(model, layout)
 

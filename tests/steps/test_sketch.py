@@ -215,7 +215,7 @@ def test_select_with_every_option_in_two_layouts(folder):
 def _products_over_some_parameters(folder, layout):
     """(H v restricted to some parameters, and the product of the operator over these alone)."""
     with grid.model_parallel(layout.config()):
-        chunks = model.build(Job(MODEL, layout.config()))
+        chunks = model.build(Job(MODEL, layout.config()), spec="local")
         checkpoint.load_model(checkpoint.latest(folder / "theta"), chunks)
         shards = parameter_shards(chunks)
         some = sketched_shards(shards, ["*layernorm*", "*mlp*", "!*fc2*"])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_direct.mcore import compat
-from megatron_direct.mcore.specs import local, transformer_engine
+from megatron_direct.mcore.specs import fused, local, transformer_engine
 from megatron_direct.mcore.specs.kinds import LayerKind, layers_of
 
 
@@ -39,7 +39,16 @@ class LayerSpec:
 SPECS = {
     "local": LayerSpec(local.block_spec, compat.models_can_be_built,
                        local.add_up_position_gradients, exact_products=True),
+    "fused": LayerSpec(fused.block_spec, compat.models_can_be_built,
+                       local.add_up_position_gradients, fused_attention=True),
 }
+
+
+def layers_without_second_derivative(chunk: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Those of which exact curvature products would be wrong, or none."""
+    for layer in chunk.modules():
+        if not getattr(layer, "has_second_derivative", True):
+            yield layer
 
 
 def watched_layers(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, LayerKind]]:

@@ -41,8 +41,12 @@ def kinds_of_classes() -> KindsOfClasses:
     )
 
 
-def block_spec(transformer_config, vp_stage: int | None):
-    """The layers that this rank builds of one model chunk."""
+def block_spec(transformer_config, vp_stage: int | None, core_attention: type | None = None):
+    """The layers that this rank builds of one model chunk.
+
+    core_attention: the class of what maps queries, keys and values to a layer's context; left out:
+    Megatron's own, which writes down all scores.
+    """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -50,7 +54,8 @@ def block_spec(transformer_config, vp_stage: int | None):
         transformer_config, use_transformer_engine=False,
         normalization=transformer_config.normalization, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(spec, transformer_config) for spec in block.layer_specs],
+        layer_specs=[_layer(spec, transformer_config, core_attention)
+                     for spec in block.layer_specs],
         layer_norm=_norm(transformer_config))
 
 
@@ -74,12 +79,13 @@ def add_up_position_gradients(chunk: torch.nn.Module) -> None:
                 module.linear_kv_down_proj.register_forward_hook(hand_on_whole_columns)
 
 
-def _layer(spec, config):
+def _layer(spec, config, core_attention: type | None):
     parts = spec.submodules
     attention_class, attention = parts.self_attention.module, {}
     if config.multi_latent_attention:
         attention_class = compat.latent_self_attention()
-        attention["core_attention"] = _latent_attention()
+    if core_attention is not None or config.multi_latent_attention:
+        attention["core_attention"] = core_attention or latent_attention()
     if config.qk_layernorm:
         if config.multi_latent_attention:
             attention.update(q_layernorm=_norm(config), kv_layernorm=_norm(config))
@@ -155,7 +161,8 @@ def _mark_sequence_parallel(norm: torch.nn.Module) -> None:
         parameter.sequence_parallel = True
 
 
-def _latent_attention() -> type:
+def latent_attention() -> type:
+    """Megatron's attention, for values of any width."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     class LatentAttention(DotProductAttention):

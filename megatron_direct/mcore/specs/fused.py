@@ -1,0 +1,68 @@
+"""The layers of ``local``, with an attention that holds no s x s matrix.
+
+Core attention is torch's ``scaled_dot_product_attention``: flash attention in bfloat16 on a GPU, a
+memory-efficient kernel in float32, and a blocked one on the CPU. Each keeps queries, keys, values,
+output and one number per query for the backward pass, so that memory grows linearly with the
+sequence. None of them has a second derivative. Everything else, and every name in a checkpoint, is
+``local``'s; its norms are torch's, which are single kernels on a GPU already.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from megatron_direct.mcore.specs import local
+
+# The kernels for GPUs take heads of such widths; with others torch falls back to a matrix of all
+# scores, without a word. Columns of zeros change neither scores nor outputs.
+_WIDTH_MULTIPLE = 8
+
+
+def block_spec(transformer_config, vp_stage: int | None):
+    """The layers that this rank builds of one model chunk."""
+    return local.block_spec(transformer_config, vp_stage, core_attention=_fused_attention())
+
+
+def _fused_attention() -> type:
+    class FusedAttention(local.latent_attention()):
+        """Causal attention of [s, b, heads, c] queries, [s, b, groups, c] keys and [s, b, groups,
+        d] values; returns [s, b, heads * d]."""
+
+        has_second_derivative = False
+
+        def forward(self, query, key, value, attention_mask, attn_mask_type=None,
+                    attention_bias=None, packed_seq_params=None):
+            assert attention_mask is None and attention_bias is None and packed_seq_params is None
+            scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1.0)
+            return causal_attention(query, key, value, scale)
+
+    return FusedAttention
+
+
+def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                     scale: float) -> torch.Tensor:
+    """[s, b, heads * d] from [s, b, heads, c], [s, b, groups, c] and [s, b, groups, d]."""
+    value_width, repeats = value.shape[-1], query.shape[2] // key.shape[2]
+    width = max(query.shape[-1], value_width)
+    width += -width % _WIDTH_MULTIPLE
+    query, key, value = (_widened(x, width).permute(1, 2, 0, 3) for x in (query, key, value))
+    takes_groups = _takes_groups(query)
+    if repeats > 1 and not takes_groups:
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    context = scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale,
+        enable_gqa=repeats > 1 and takes_groups)
+    return context[..., :value_width].permute(2, 0, 1, 3).flatten(2)
+
+
+def _widened(heads: torch.Tensor, width: int) -> torch.Tensor:
+    """With columns of zeros; torch's own pad copies what is wide enough already."""
+    missing = width - heads.shape[-1]
+    return pad(heads, (0, missing)) if missing else heads
+
+
+def _takes_groups(query: torch.Tensor) -> bool:
+    """Whether the kernel lets heads share keys: flash attention does, the one for float32 on a GPU
+    does not."""
+    return not query.is_cuda or query.dtype in (torch.bfloat16, torch.float16)
