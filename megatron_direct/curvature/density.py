@@ -90,6 +90,7 @@ def spectral_density(
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     known = np.asarray(eigenvalues, dtype=np.float64)
     nodes, weights, num_matvecs = [], [], 0
+    assert operator.random_vector is not None
     for seed in range(num_samples):
         state, norm = begin(operator.random_vector(seed), operator.space, known, eigenvectors)
         while state.has_next and len(state.projected) < num_steps:

@@ -10,6 +10,7 @@ both ways, and its backward pass leaves H v where it otherwise leaves the gradie
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class DualChunk(torch.nn.Module):
     ``with_tangents``: whether the tangents are part of the graph (see ``tangents``).
     """
 
-    def __init__(self, chunk: torch.nn.Module, tangent_of: dict[str, torch.Tensor],
+    def __init__(self, chunk: Any, tangent_of: dict[str, torch.Tensor],
                  with_tangents: bool):
         super().__init__()
         self.module = chunk  # where Megatron looks for what a wrapper lacks

@@ -180,6 +180,7 @@ def leading_eigenpairs(
         if not state.has_next:
             lock(state, pairs, k, space)
             state.num_invariant += 1
+            assert operator.random_vector is not None, "or there would be a reason to stop"
             if append_next(state, operator.random_vector(state.num_invariant), space) == 0.0:
                 if len(state.locked) < k:
                     raise _too_many(k, len(state.locked))

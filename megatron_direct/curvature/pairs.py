@@ -154,7 +154,7 @@ class NormPair(Function):
     @once_differentiable
     def backward(ctx, g, dg):
         n, r, weight, dc, dweight = _padded(ctx.saved_tensors, 5)
-        grad_n = 0 if g is None else g * weight
+        grad_n = torch.zeros_like(n) if g is None else g * weight
         grad_weight = 0 if g is None else _column_sums(g * n)
         grad_c, grad_dc = None, None
         if dg is None:

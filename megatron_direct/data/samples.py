@@ -110,8 +110,8 @@ class SampleSource:
             labels[row, : len(text) - 1] = text[1:]
             mask[row, self.first_label(sample): len(text) - 1] = 1.0
         positions = torch.arange(length, device=host.device()).expand(size, length)
-        return MicroBatch(samples, *(host.to_device(torch.from_numpy(array))
-                                     for array in (tokens, labels, mask)), positions)
+        on_device = [host.to_device(torch.from_numpy(array)) for array in (tokens, labels, mask)]
+        return MicroBatch(samples, on_device[0], on_device[1], on_device[2], positions)
 
 
 class Samples(SampleSource):

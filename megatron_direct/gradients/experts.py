@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ _REQUIRED = (
 )
 
 
-def watched(moe: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Callable]]:
+def watched(moe: Any) -> Iterator[tuple[torch.nn.Module, Callable]]:
     """(layer, watch) of router, experts one by one, and the gate of the shared experts.
 
     Raises UserError under settings that tie the samples of a batch to one another.

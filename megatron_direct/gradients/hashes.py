@@ -73,8 +73,8 @@ class AxisHash:
                 self._write(of_sample, out)
 
     def _write(self, values: torch.Tensor, out: torch.Tensor) -> None:
-        index, *signs = self._table
-        signs = signs[values.dtype == torch.bfloat16]
+        index, in_float32, in_bf16 = self._table
+        signs = in_bf16 if values.dtype == torch.bfloat16 else in_float32
         at_once = parts_of(values, len(index) * values[:1, ..., 0].numel())
         for part, sums in zip(values.split(at_once), out.split(at_once), strict=True):
             if self.rounds == 1:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from megatron_direct.mcore.shards import ParameterShard
 from megatron_direct.mcore.specs import watched_layers
 from megatron_direct.mcore.specs.kinds import LayerKind
 
-_WATCHES = {
+_WATCHES: Mapping[LayerKind, Callable] = {
     LayerKind.COLUMN_PARALLEL: layers.column_parallel,
     LayerKind.ROW_PARALLEL: layers.row_parallel,
     LayerKind.VOCAB_PARALLEL_EMBEDDING: layers.vocab_parallel_embedding,
@@ -133,6 +134,7 @@ def _cast(piece: Piece, dtype: torch.dtype | None) -> Piece:
     """The piece, its floating-point tensors in a dtype."""
     if dtype is None:
         return piece
-    return dataclasses.replace(piece, **{
+    tensors: dict[str, Any] = {
         name: value.to(dtype) for name, value in vars(piece).items()
-        if torch.is_tensor(value) and value.is_floating_point()})
+        if torch.is_tensor(value) and value.is_floating_point()}
+    return dataclasses.replace(piece, **tensors)

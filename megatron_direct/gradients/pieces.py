@@ -125,4 +125,5 @@ class Entries:
         return self.grads.to(vector.dtype) @ vector.reshape(-1)
 
 
-Piece = OuterProducts | RoutedOuterProducts | RowSums | Entries
+FactoredPiece = OuterProducts | RoutedOuterProducts | RowSums
+Piece = FactoredPiece | Entries

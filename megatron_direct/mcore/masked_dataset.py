@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ class MaskedGPTDataset(GPTDataset):
     A mask holds in every split of its prefix. Raises UserError for a mask of another dataset, and
     for one that leaves no document.
     """
+
+    indices: Any  # of sequences, as GPTDataset has them
 
     def _build_document_sample_shuffle_indices(self):
         # Tests and tools may hand in a plain GPTDatasetConfig: no masks.

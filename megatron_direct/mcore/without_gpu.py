@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -48,16 +49,17 @@ def _sums_in_one_order():
     # cuBLAS reads it when it is first used; of this size its workspace is what torch gives it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     enabled = torch.are_deterministic_algorithms_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # that would cost time for nothing
+    memory.fill_uninitialized_memory = False  # that would cost time for nothing
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have a deterministic")
             yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        memory.fill_uninitialized_memory = fills
 
 
 class _CudaMeansCpu(TorchFunctionMode):

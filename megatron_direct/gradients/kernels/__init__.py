@@ -12,7 +12,7 @@ from megatron_direct.gradients.kernels.entries import ByEntries
 from megatron_direct.gradients.kernels.frames import ByFrames
 from megatron_direct.gradients.kernels.kernel import Kernel, Work
 from megatron_direct.gradients.kernels.spectra import BySpectra
-from megatron_direct.gradients.pieces import Piece
+from megatron_direct.gradients.pieces import Entries, Piece
 
 KERNELS: tuple[type[Kernel], ...] = (ByEntries, BySpectra, ByFrames)
 
@@ -23,5 +23,6 @@ def cheapest(piece: Piece, hashes: Hashes, device_type: str, scaled: bool) -> ty
             if kernel.takes(piece, device_type) and (kernel.applies_scale or not scaled)]
     if len(able) == 1:
         return able[0]
+    assert not isinstance(piece, Entries), "one kernel takes them"
     work, table = Work.of(piece, hashes), costs.of(device_type)
     return min(able, key=lambda kernel: kernel.cost(work, table))

@@ -28,18 +28,20 @@ class FactorBuffer:
                 factors = self._factors = None  # given back before the next is made
                 self._factors = torch.empty(shape, dtype=dtype, device=frames.device)
             self._frames = frames
+        assert self._factors is not None
         places = self._factors[:, :, self._filled: self._filled + num_tokens]
         self._filled += num_tokens
         return places
 
     def _has_room(self, frames: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> bool:
-        return (self._frames is not None and self._factors.dtype == dtype
+        return (self._frames is not None and self._factors is not None
+                and self._factors.dtype == dtype
                 and self._frames.data_ptr() == frames.data_ptr()
                 and len(self._frames) == len(frames)
                 and self._filled + num_tokens <= self._factors.shape[2])
 
     def flush(self) -> None:
-        if self._filled:
+        if self._frames is not None and self._factors is not None:
             left, right = self._factors[:, :, :self._filled]
             add_product(self._frames, left, right)
         self._filled, self._frames = 0, None

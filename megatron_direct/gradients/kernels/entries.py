@@ -80,7 +80,7 @@ class ByEntries(Kernel):
         if isinstance(piece, OuterProducts):
             gradients = _gradients(inputs, grads)
         else:
-            gradients = [(slice(None), _routed_gradients(inputs, grads, piece))]
+            gradients = iter([(slice(None), _routed_gradients(inputs, grads, piece))])
         for rows, gradient in gradients:
             if scale is not None:
                 gradient *= scale

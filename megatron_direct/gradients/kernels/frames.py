@@ -62,11 +62,12 @@ class ByFrames(Kernel):
     def add(self, first: int, piece: Piece, hashes: Hashes,
             scale: torch.Tensor | None = None) -> None:
         assert scale is None, "factors cannot be scaled entry by entry"
+        assert not isinstance(piece, Entries), "refused by takes()"
         frames = self._frames_of(first, piece.num_samples)
         dtype = factor_dtype(piece)
         if isinstance(piece, RoutedOuterProducts):
             _add_routed(frames, piece, hashes, dtype)
-        elif self._keeps_an_axis(piece, hashes):
+        elif isinstance(piece, OuterProducts) and self._keeps_an_axis(piece, hashes):
             _add_at_own_width(frames, piece, hashes, dtype)
         else:
             left, right = self._buffer.reserve(frames, len(piece.output_grads), dtype)
@@ -92,7 +93,7 @@ class ByFrames(Kernel):
             self._sums[self._first: self._first + len(self._frames)] += folded(self._frames)
             self._frames.zero_()
 
-    def _keeps_an_axis(self, piece: Piece, hashes: Hashes) -> bool:
+    def _keeps_an_axis(self, piece: OuterProducts, hashes: Hashes) -> bool:
         work = Work.of(piece, hashes)
         return (_may_stay(work) and narrower_axis(hashes).rounds == 1 and
                 _cost_of_own_width(work, self._costs) < _cost_of_whole_frames(work, self._costs))

@@ -11,6 +11,7 @@ from megatron_direct.gradients.hashes import Hashes
 from megatron_direct.gradients.kernels.costs import Coefficients
 from megatron_direct.gradients.pieces import (
     Entries,
+    FactoredPiece,
     OuterProducts,
     Piece,
     RoutedOuterProducts,
@@ -38,7 +39,7 @@ class Work:
     routed: bool = False
 
     @classmethod
-    def of(cls, piece: OuterProducts | RoutedOuterProducts | RowSums, hashes: Hashes) -> Work:
+    def of(cls, piece: FactoredPiece, hashes: Hashes) -> Work:
         routed = isinstance(piece, RoutedOuterProducts)
         samples = piece.num_samples
         return cls(tokens=len(piece.output_grads) / samples if routed else len(piece.output_grads),

@@ -54,6 +54,7 @@ class BySpectra(Kernel):
         if isinstance(piece, RoutedOuterProducts):
             self._add_routed(spectra, piece, hashes)
             return
+        assert not isinstance(piece, Entries), "refused by takes()"
         num_tokens, num_samples = piece.output_grads.shape[:2]
         tokens_at_once = min(num_tokens, parts_of(spectra, self._size))
         samples_at_once = parts_of(spectra, tokens_at_once * self._size)

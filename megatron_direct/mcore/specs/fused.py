@@ -9,6 +9,8 @@ sequence. None of them has a second derivative. Everything else, and every name 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -25,7 +27,9 @@ def block_spec(transformer_config, vp_stage: int | None):
 
 
 def _fused_attention() -> type:
-    class FusedAttention(local.latent_attention()):
+    base: Any = local.latent_attention()
+
+    class FusedAttention(base):
         """Causal attention of [s, b, heads, c] queries, [s, b, groups, c] keys and [s, b, groups,
         d] values; returns [s, b, heads * d]."""
 

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -59,7 +60,7 @@ def block_spec(transformer_config, vp_stage: int | None, core_attention: type | 
         layer_norm=_norm(transformer_config))
 
 
-def add_up_position_gradients(chunk: torch.nn.Module) -> None:
+def add_up_position_gradients(chunk: Any) -> None:
     """Makes latent attention's position key right under tensor (and so sequence) parallelism.
 
     Its down projection hands on whole columns of this rank's slice of the sequence. From there
@@ -158,10 +159,10 @@ class _SequenceParallelLayerNorm(_LayerNorm):
 
 def _mark_sequence_parallel(norm: torch.nn.Module) -> None:
     for parameter in norm.parameters():
-        parameter.sequence_parallel = True
+        parameter.sequence_parallel = True  # type: ignore[attr-defined]
 
 
-def latent_attention() -> type:
+def latent_attention() -> Any:
     """Megatron's attention, for values of any width."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
