@@ -29,7 +29,7 @@ _ENTRY = np.dtype([("file", "<u4"), ("shard", "<u4"), ("manifest", "<u4"), ("doc
 
 
 @dataclass(frozen=True)
-class Target:
+class PlannedDataset:
     """A dataset that is to be written."""
 
     prefix: str
@@ -51,7 +51,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Catalogue:
-    targets: tuple[Target, ...]
+    targets: tuple[PlannedDataset, ...]
     documents: int
     too_short: int
     bad_lines: int
@@ -75,13 +75,13 @@ def build_catalogue(folder: Path, output_prefix: str) -> Catalogue:
         raise UserError("--input holds no document of two tokens or more. Correct --input or "
                         "--json-keys.")
     names = _file_names({domain for domain, _ in lists.tokens}, output_prefix)
-    targets = tuple(Target(f"{output_prefix}_{names[domain]}_{split}", domain, split, dtype,
+    targets = tuple(PlannedDataset(f"{output_prefix}_{names[domain]}_{split}", domain, split, dtype,
                            lists.tokens[domain, split], lists.path(domain, split))
                     for domain, split in sorted(lists.tokens))
     return Catalogue(targets, documents, too_short, bad_lines)
 
 
-def entries(target: Target) -> Iterator[Entry]:
+def entries(target: PlannedDataset) -> Iterator[Entry]:
     """The parts of a dataset in the order of the input."""
     folder, dtype = target.entries.parent, np.dtype(target.dtype)
     with open(target.entries, "rb") as file:

@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_direct.data import indexed
 from megatron_direct.preprocessing import catalogue, duplicates, windows
-from megatron_direct.preprocessing.catalogue import Target
+from megatron_direct.preprocessing.catalogue import PlannedDataset
 from megatron_direct.preprocessing.settings import PreprocessSettings
 from megatron_direct.preprocessing.splits import uniform
 from megatron_direct.preprocessing.tokenizer import TokenizerIdentity
@@ -59,7 +59,7 @@ class Merger:
     settings: PreprocessSettings
     tokenizer: TokenizerIdentity
 
-    def __call__(self, target: Target) -> tuple[Target, Card]:
+    def __call__(self, target: PlannedDataset) -> tuple[PlannedDataset, Card]:
         """Writes a dataset and its card. Without any document nothing is written.
 
         The card comes first and the index last: a dataset with an index is whole.
@@ -87,7 +87,7 @@ class Merger:
             indexed.write_index(target.prefix + ".idx", target.dtype, _numbers(lengths))
         return target, card
 
-    def _candidates(self, target: Target, card: Card, sources: BinaryIO
+    def _candidates(self, target: PlannedDataset, card: Card, sources: BinaryIO
                     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(tokens, lengths) of what the dataset holds, a shard at a time.
 
@@ -104,7 +104,8 @@ class Merger:
                 yield tokens, lengths
         card.tokens_cut = len(rest)
 
-    def _documents(self, target: Target, card: Card) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _documents(self, target: PlannedDataset, card: Card,
+                   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(tokens, lengths) of the documents that are not dropped."""
         with open(self.settings.folder / duplicates.FLAGS, "rb") as flags_file:
             for entry in catalogue.entries(target):

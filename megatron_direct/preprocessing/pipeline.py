@@ -19,7 +19,7 @@ from megatron_direct.preprocessing import (
     training,
     workers,
 )
-from megatron_direct.preprocessing.catalogue import Catalogue, Target
+from megatron_direct.preprocessing.catalogue import Catalogue, PlannedDataset
 from megatron_direct.preprocessing.excluded import ExcludedDataset
 from megatron_direct.preprocessing.merge import Card, Merger
 from megatron_direct.preprocessing.mpi import Ranks
@@ -102,8 +102,8 @@ def _refuse_bad_lines(path: Path) -> None:
                             f"{path}.")
 
 
-def _merge(settings: PreprocessSettings, identity: TokenizerIdentity, targets: Sequence[Target],
-           ranks: Ranks) -> None:
+def _merge(settings: PreprocessSettings, identity: TokenizerIdentity,
+           targets: Sequence[PlannedDataset], ranks: Ranks) -> None:
     """Writes this rank's share of the datasets."""
     mine = ranks.share(targets, [target.tokens for target in targets])
     merged = workers.work_through(functools.partial(Merger, settings, identity), mine,
@@ -112,7 +112,7 @@ def _merge(settings: PreprocessSettings, identity: TokenizerIdentity, targets: S
         print(_describe(target, card), flush=True)
 
 
-def _describe(target: Target, card: Card) -> str:
+def _describe(target: PlannedDataset, card: Card) -> str:
     notes = [f"{card.documents} {card.samples}s, {card.tokens} tokens"]
     if card.corrupted:
         notes.append(f"{len(card.corrupted)} corrupted")

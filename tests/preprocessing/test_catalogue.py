@@ -45,7 +45,7 @@ def test_each_manifest_is_read_once(tmp_path, monkeypatch):
     names, read = [], catalogue.shards.read_manifest
     monkeypatch.setattr(catalogue.shards, "read_manifest",
                         lambda folder, name: (names.append(name), read(folder, name))[1])
-    contents = catalogue.build(tmp_path, "x")
+    contents = catalogue.build_catalogue(tmp_path, "x")
     for target in contents.targets:
         assert len(list(catalogue.entries(target))) == 5
     assert len(names) == len(set(names)) == 5
