@@ -156,28 +156,29 @@ def _fit(shapes: Sequence[Shape], timed: Sequence[dict[str, float]], device: str
         for shape, of_shape in zip(shapes, timed, strict=True):
             work = _work(shape, device)
             for kernel in KERNELS:
-                counts = np.array([kernel.cost(work, _nudged(fitted, name)) for name in names])
-                counts = (counts - kernel.cost(work, fitted)) / [
-                    _STEP * getattr(fitted, name) for name in names]
+                counts = np.array([_slope(kernel, work, fitted, name) for name in names])
                 rows.append(counts / (1e6 * of_shape[kernel.name]))
         found = _nonnegative_least_squares(np.array(rows), np.ones(len(rows)))
         # One that nothing depends on, or that is found to be zero, keeps a small value.
         old = np.array(astuple(fitted))
         found = np.where(np.abs(rows).max(0) > 0, np.maximum(found, 1e-2 * old), old)
-        fitted = Coefficients(*(float(f"{value:.3g}") for value in found))
+        before, fitted = fitted, Coefficients(*(float(f"{value:.3g}") for value in found))
+        if fitted == before:
+            break
     if device == "cpu":  # where bfloat16 is multiplied in float32
         fitted = replace(fitted, bf16_multiply_add=fitted.multiply_add)
     return fitted
 
 
-_STEP = 1e-6
+def _slope(kernel: type[Kernel], work: Work, table: Coefficients, name: str) -> float:
+    """What a unit of one coefficient adds to a cost."""
+    value = getattr(table, name)
+    step = 1e-6 * (value or 1.0)
+    more = replace(table, **{name: value + step})
+    return (kernel.cost(work, more) - kernel.cost(work, table)) / step
 
 
-def _nudged(table: Coefficients, name: str) -> Coefficients:
-    return replace(table, **{name: getattr(table, name) * (1 + _STEP)})
-
-
-def _nonnegative_least_squares(matrix: np.ndarray, target: np.ndarray, steps: int = 3000,
+def _nonnegative_least_squares(matrix: np.ndarray, target: np.ndarray, steps: int = 2000,
                                ) -> np.ndarray:
     """argmin |A x - b| over x >= 0, one coordinate after another."""
     scales = np.linalg.norm(matrix, axis=0)

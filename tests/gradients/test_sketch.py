@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_direct.gradients import hashing
-from megatron_direct.gradients.pieces import Entries, OuterProducts, RowSums
+from megatron_direct.gradients import hashing, layers
+from megatron_direct.gradients.pieces import Entries, OuterProducts, RoutedOuterProducts, RowSums
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore.shards import ParameterShard
 
@@ -98,6 +98,45 @@ def test_pieces_agree_with_their_own_matrices():
     torch.testing.assert_close(
         Sketch([column], size, 3).of_piece(column, entries),
         torch.stack([Sketch([column], size, 3).of_vector([g], [column]) for g in entries.grads]))
+
+
+def test_bfloat16_pieces_have_inner_products_in_float32():
+    """The factors are exact, whatever they were rounded from: products and sums round to 1e-6."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    rows = torch.randint(0, 12, (9, 3), generator=generator)
+    owners = torch.randint(0, 3, (9,), generator=generator)
+    vector = torch.randn(12, 7, generator=generator)
+    for piece in (OuterProducts(draw(9, 3, 7), draw(9, 3, 12)),
+                  RoutedOuterProducts(draw(9, 7), draw(9, 12), owners, 3),
+                  RowSums(rows, rows > 3, draw(9, 3, 7), 12), Entries(draw(3, 84))):
+        exact = {name: value.double() if torch.is_tensor(value) and value.is_floating_point()
+                 else value for name, value in vars(piece).items()}
+        truth = (type(piece)(**exact).matrices().flatten(1) * vector.double().flatten()).sum(1)
+        found = piece.inner_products(vector)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_bfloat16_norms_are_summed_in_float32(centred):
+    class _Norm:
+        eps, weight, bias = 1e-5, "weight", "bias"
+
+    generator = torch.Generator().manual_seed(2)
+    inputs, grads = (torch.randn(50, 3, 8, generator=generator).bfloat16() for _ in range(2))
+    watch = layers.norm(centred, _Norm(), (inputs,), {}, None)
+    x = inputs.double() - (inputs.double().mean(-1, keepdim=True) if centred else 0)
+    x_hat = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    truth = {"weight": (grads.double() * x_hat).sum(0), "bias": grads.double().sum(0)}
+    found = {name: piece.grads for name, piece in watch(grads)}
+    assert set(found) == ({"weight", "bias"} if centred else {"weight"})
+    for name, values in found.items():
+        # Sums of 50 float32 products of a size of 1.
+        torch.testing.assert_close(values.double(), truth[name], rtol=1e-5, atol=1e-5)
 
 
 def test_a_scale_multiplies_the_gradient_entry_by_entry():

@@ -81,7 +81,7 @@ def _error(found, truth):
 FRAMES = ("frames, buffered", "frames, unbuffered", "whole frames", "frames of own width")
 
 
-@pytest.fixture(params=["entries", "spectra", *FRAMES])
+@pytest.fixture(params=[*(kernel.name for kernel in KERNELS if kernel is not ByFrames), *FRAMES])
 def kind(request, monkeypatch):
     """Each kernel, and that of frames in each of the ways in which it may go about a piece."""
     if request.param == "whole frames":
@@ -91,7 +91,7 @@ def kind(request, monkeypatch):
     elif request.param in FRAMES:
         tokens = 50 if request.param == "frames, buffered" else 0
         monkeypatch.setattr(frames, "BUFFERED_TOKENS", {"cpu": tokens, "cuda": tokens})
-    return {"entries": ByEntries, "spectra": BySpectra}.get(request.param, ByFrames)
+    return {kernel.name: kernel for kernel in KERNELS}.get(request.param, ByFrames)
 
 
 # Axes below, at and above k = 24, and of several blocks; one token, fewer and more than the buffer.
@@ -127,7 +127,7 @@ def test_pieces_of_a_part_of_the_samples(kind):
     hashes, truth = _hashes(30, 20), np.zeros((11, SIZE))
     kernel = kind(11, SIZE, CPU)
     generator = torch.Generator().manual_seed(0)
-    for first, count in ((4, 2), (1, 10), (4, 2), (1, 10)):
+    for first, count in ((4, 2), (1, 10), (4, 2), (6, 2), (1, 10)):
         piece = OuterProducts(torch.randn(6, count, 20, generator=generator),
                               torch.randn(6, count, 30, generator=generator))
         kernel.add(first, piece, hashes)
