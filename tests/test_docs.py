@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_house import ROOMS
 
 import megatron_direct
 from megatron_direct.cli import anneal_gpt, preprocess
@@ -158,6 +159,11 @@ def test_every_public_name_has_a_section_and_an_example():
         section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
         assert section, name
         assert re.search(rf"```python\n.*?\b{name}\b.*?```", section[1], re.S), name
+
+
+def test_contributing_lists_the_rooms_in_their_order():
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert tuple(rows) == ROOMS
 
 
 def _texts() -> Iterator[tuple[Path, str]]:
