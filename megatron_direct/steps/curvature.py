@@ -35,6 +35,8 @@ from megatron_direct.steps.sketch import Drawn, SketchesKey
 OPERATORS = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator,
              "fisher": FisherOperator}
 SKETCHED_FISHER = "sketched-fisher"
+# A basis on disk from this size on is worth a word to the user: it stays after the run.
+_REPORTED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,10 @@ def leading_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path, 
                                  total_energy=found.total_energy)), "notes": notes}))
     parallel.say(f"curvature: {'; '.join(notes)}; {spectrum.num_matvecs} products, "
                  f"{spectrum.status}")
+    if work.log is not None and (held := work.log.num_bytes()) >= _REPORTED_BYTES:
+        parallel.say(f"curvature: {folder / 'lanczos'} holds {held / 2**30:.1f} GiB of basis "
+                     "vectors, from which a run with more --num-eigenpairs or --max-matvecs "
+                     "carries on. It may be deleted: such a run then begins anew.")
     return found.directions(config)
 
 
@@ -183,11 +189,11 @@ class _Lanczos:
         self.rank = self.space.dimension
         if "fisher" in config.curvature:
             self.rank = min(self.rank, operator.num_samples)
-        self._seed, self._log = key.seed, log
+        self._seed, self.log = key.seed, log
 
     def run(self) -> tuple[Spectrum, SpectralDensity | None]:
         """Leading eigenpairs, and the density if it is asked for."""
-        config, space, log = self.config, self.space, self._log
+        config, space, log = self.config, self.space, self.log
         with tqdm(desc=f"lanczos ({config.curvature})", unit="product",
                   disable=None if parallel.is_rank_zero() else True) as progress:
             operator = SymmetricOperator(_counted(self.operator.matvec, progress), space,

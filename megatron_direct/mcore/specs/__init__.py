@@ -41,6 +41,11 @@ SPECS = {
 }
 
 
+def built_from(chunk: torch.nn.Module) -> LayerSpec | None:
+    """The spec that :func:`megatron_direct.mcore.model.build` built it from; None if others did."""
+    return getattr(chunk, "layer_spec", None)
+
+
 def watched_layers(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, LayerKind]]:
     """The layers with parameters that a chunk of any spec has, each with its kind."""
     yield from layers_of(chunk, (*local.kinds_of_classes(),
