@@ -36,19 +36,28 @@ class FisherOperator:
 
     def matvec(self, vector: torch.Tensor) -> torch.Tensor:
         product = torch.zeros_like(vector)
-        for micro_batches in self._passes:
-            coefficients = self._inner_products(micro_batches, vector) / self.num_samples
-            product += self._weighted_gradient(micro_batches, coefficients)
+        for micro_batches, inner in zip(self._passes, self.inner_products(vector), strict=True):
+            product += self._weighted_gradient(micro_batches, inner / self.num_samples)
         return self.space.sum_over_data(self.space.add_partial_sums(product))
 
-    def _inner_products(self, micro_batches: Sequence[MicroBatch], vector: torch.Tensor,
-                        ) -> torch.Tensor:
-        """[micro-batches, b] <g_i, v>, zero for padding rows."""
+    def inner_products(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """<g_i, v> of this data-parallel rank's samples: [micro-batches, b] a pass, zero for
+        padding rows; in one all-reduce of them all."""
+        shares = [self._shares(micro_batches, vector) for micro_batches in self._passes]
+        if not shares:
+            return []
+        totals = grid.sum_over_model(torch.cat([share.flatten() for share in shares]))
+        parts = totals.split([share.numel() for share in shares])
+        return [part.view_as(share)[:, grid.own_rows(share.shape[1] // grid.expert_size())]
+                for part, share in zip(parts, shares, strict=True)]
+
+    def _shares(self, micro_batches: Sequence[MicroBatch], vector: torch.Tensor) -> torch.Tensor:
+        """[micro-batches, b] this rank's part of <g_i, v>; with expert parallelism b counts the
+        samples of all ranks that share the experts."""
         parts = {shard.name: part for shard, part in
                  zip(self.space.shards, self.space.split(vector), strict=True)}
         size = micro_batches[0].tokens.shape[0]
         own = grid.own_rows(size)
-        # With expert parallelism the samples of all ranks that share the experts.
         total = vector.new_zeros(len(micro_batches), size * grid.expert_size())
 
         def add(micro_batch, shard, piece):
@@ -60,7 +69,7 @@ class FisherOperator:
             losses = passes.run_pass(self._chunks, micro_batches, backward=True,
                                        before_forward=hooks.begin)
         _require_finite(losses, micro_batches)
-        return grid.sum_over_model(total)[:, own]
+        return total
 
     def _weighted_gradient(self, micro_batches: Sequence[MicroBatch], weights: torch.Tensor,
                            ) -> torch.Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_direct.errors import UserError
-from megatron_direct.mcore.specs import layers_without_second_derivative
+from megatron_direct.mcore import specs
 
 # (field of TransformerConfig, the value it must have, the flag that gives it)
 _REQUIRED = (
@@ -35,6 +35,8 @@ _REQUIRED = (
     ("mtp_num_layers", None, "no --mtp-num-layers"),
     ("context_parallel_size", 1, "--context-parallel-size 1"),
 )
+# Packages of kernels with first derivatives only; the first also names Megatron's wrappers of them.
+_FOREIGN = ("transformer_engine", "transformer_engine_torch", "apex")
 
 
 def require_exact_products(chunks: Sequence[torch.nn.Module]) -> None:
@@ -52,10 +54,6 @@ def require_exact_products(chunks: Sequence[torch.nn.Module]) -> None:
         raise UserError(
             f"exact curvature products need weights in float32, but some are {dtypes.pop()}. Build "
             "the model for curvature without --bf16 and --fp16, or use --curvature fisher.")
-    if any(next(layers_without_second_derivative(chunk), None) for chunk in chunks):
-        raise UserError("exact curvature products need attention with a second derivative, but the "
-                        "model has a fused one. Build the model for curvature of the layer spec "
-                        '"local" (it loads the same checkpoint), or use --curvature fisher.')
     if not all(parameter.requires_grad for parameter in parameters):
         raise UserError("exact curvature products need every parameter to be trainable, but some "
                         "are frozen. Set requires_grad on them for as long as products are taken.")
@@ -63,12 +61,22 @@ def require_exact_products(chunks: Sequence[torch.nn.Module]) -> None:
         raise UserError(
             "exact curvature products need full float32 matrix products, but TF32 is on. Call "
             'torch.set_float32_matmul_precision("highest").')
-    foreign = {type(layer).__module__.split(".")[0] for chunk in chunks for layer in chunk.modules()
-               } & {"transformer_engine", "transformer_engine_torch", "apex"}
-    foreign |= {"transformer_engine" for chunk in chunks for layer in chunk.modules()
-                if type(layer).__module__.startswith("megatron.core.extensions.transformer_engine")}
-    if foreign:
-        raise UserError(
-            "exact curvature products need Megatron's local layer spec, but the model has layers "
-            f"of {', '.join(sorted(foreign))}. Build the model for curvature with "
-            "--transformer-impl local (it loads the same checkpoint), or use --curvature fisher.")
+    _require_exact_layers(chunks)
+
+
+def _require_exact_layers(chunks: Sequence[torch.nn.Module]) -> None:
+    """By what the layer spec says of itself; of a model that others built, by its layers' origin.
+
+    Both, since a layer of a model may have been replaced after it was built.
+    """
+    spec = specs.built_from(chunks[0])
+    foreign = sorted({name for chunk in chunks for layer in chunk.modules()
+                      for name in _FOREIGN if name in type(layer).__module__.split(".")})
+    if (spec is None or spec.exact_products) and not foreign:
+        return
+    found = f"has layers of {', '.join(foreign)}" if foreign else \
+        "was built from a spec without exact second derivatives"
+    raise UserError(
+        f"exact curvature products need Megatron's local layer spec, but the model {found}. Build "
+        "the model for curvature with --transformer-impl local (it loads the same checkpoint), or "
+        "use --curvature fisher.")

@@ -1,9 +1,11 @@
 """A Lanczos run on disk, step by step: a killed one carries on after its last step, and one that
 has ended goes on to more eigenpairs.
 
-Each rank keeps its shards of the basis vectors, one file a vector, and writes a vector once: a step
-adds one, a restart rewrites those that it rotated. A step counts when all ranks have written it and
-rank 0 has said so; the step before is kept until then.
+Each rank of the first copy of the model keeps its shards of the basis vectors, one file a vector,
+and writes a vector once: a step adds one and replaces the one before it, which it has made
+orthogonal; a restart rewrites those that it rotated. A step counts when all ranks have written it
+and rank 0 has said so; the step before is kept until then. On disk there is thus one basis, and
+while a step is written what that step changes of it a second time.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 
 from megatron_direct.curvature.krylov import KrylovState
+from megatron_direct.mcore import grid
 from megatron_direct.mcore.shards import ParameterShard
 from megatron_direct.runtime import digests, files, parallel
 
@@ -33,7 +36,8 @@ class LanczosLog:
         held = parallel.gather_objects([(s.name, *s.parameter.shape) for s in shards])
         self._folder = folder
         self._identity = {"operator": operator, "shards": digests.digest(repr(held))}
-        self._rank, _ = parallel.rank_and_size()
+        self._rank = grid.model_rank()
+        self._writes = grid.is_of_first_copy()  # the others hold the same, and read it from there
         self._names: dict[int, tuple[torch.Tensor, str]] = {}  # by id; the vector keeps its id ours
         self._written = 0
 
@@ -61,16 +65,22 @@ class LanczosLog:
         names = [self._write_vector(vector) for vector in state.basis]
         values = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)
                   if f.name != "basis"}
-        buffer = io.BytesIO()
-        np.savez(buffer, names=np.array(names), **values)
-        with files.written_whole(self._state_path(step)) as file:
-            file.write(buffer.getvalue())
+        if self._writes:
+            buffer = io.BytesIO()
+            np.savez(buffer, names=np.array(names), **values)
+            with files.written_whole(self._state_path(step)) as file:
+                file.write(buffer.getvalue())
         parallel.barrier()
         device = str(state.basis[0].device)
         parallel.on_rank_zero(lambda: files.write_json(self._folder / _MARKER, {
             "identity": self._identity, "step": step, "written": self._written,
             "device": device}))
         self._forget(names, step)
+
+    def num_bytes(self) -> int:
+        """What the log of all ranks takes on disk; all ranks call this."""
+        return parallel.on_rank_zero(
+            lambda: sum(path.stat().st_size for path in self._folder.glob("*")))
 
     def _marker(self) -> dict | None:
         path = self._folder / _MARKER
@@ -86,8 +96,9 @@ class LanczosLog:
             return known[1]
         self._written += 1
         name = f"rank-{self._rank}-vector-{self._written}.pt"
-        with files.written_whole(self._folder / name) as file:
-            torch.save(vector, file)
+        if self._writes:
+            with files.written_whole(self._folder / name) as file:
+                torch.save(vector, file)
         self._names[id(vector)] = (vector, name)
         return name
 
@@ -95,6 +106,7 @@ class LanczosLog:
         """Files that the step just finished no longer needs."""
         kept = {*names, self._state_path(step).name}
         self._names = {key: value for key, value in self._names.items() if value[1] in kept}
-        for path in self._folder.glob(f"rank-{self._rank}-*"):
-            if path.name not in kept:
-                path.unlink()
+        if self._writes:
+            for path in self._folder.glob(f"rank-{self._rank}-*"):
+                if path.name not in kept:
+                    path.unlink()

@@ -18,17 +18,17 @@ from megatron_direct.mcore import grid
 from megatron_direct.mcore.shards import ParameterShard
 from megatron_direct.runtime import host
 
-# Entries of several vectors that are worked on at a time, in float64: on a CPU 1 MiB of them, which
-# stays in a core's second cache (measured: half as many or eight times as many take as long); on a
-# GPU enough that launching the kernels does not count.
-_BLOCK_ENTRIES = {"cpu": 1 << 17, "cuda": 1 << 24}
+# Entries of several vectors that are worked on at a time: on a CPU 2 MiB of float64, about a core's
+# second cache (measured: a quarter of it takes half as long again, twice of it a tenth longer); on
+# a GPU enough that launching the kernels does not count.
+_BLOCK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 class ParameterSpace(VectorSpace):
     """Inner products, hashed random vectors and repair of partial sums, for one list of shards.
 
     Operations on many vectors go through them block by block, each a range of entries of all of
-    them, so that every vector is read once; sums are in float64.
+    them, so that every vector is read once. Inner products are summed in float64.
     """
 
     def __init__(self, shards: Sequence[ParameterShard]):
@@ -39,6 +39,8 @@ class ParameterSpace(VectorSpace):
         # Vectors over bfloat16 parameters are in float32.
         self.dtype = torch.promote_types(
             shards[0].parameter.dtype if shards else torch.float32, torch.float32)
+        # Of combinations. On a GPU float32 may mean TF32, and float64 costs nothing beside memory.
+        self._arithmetic = self.dtype if self.device.type == "cpu" else torch.float64
         owned = torch.repeat_interleave(
             torch.tensor([shard.owned for shard in shards], dtype=torch.bool),
             torch.tensor(self._sizes, dtype=torch.int64))
@@ -60,8 +62,8 @@ class ParameterSpace(VectorSpace):
                        ) -> np.ndarray:
         """[len(vectors), len(others)], in one all-reduce."""
         total = torch.zeros(len(vectors), len(others), dtype=torch.float64, device=self.device)
-        for part, block in self._blocks(vectors):
-            counted = self._block(others, part)
+        for part, block in self._blocks(vectors, torch.float64):
+            counted = torch.stack([other[part] for other in others]).double()
             if self._owned is not None:
                 counted *= self._owned[part]
             total += block @ counted.t()
@@ -71,18 +73,23 @@ class ParameterSpace(VectorSpace):
         return float(self.inner_products([u], [v])[0, 0])
 
     def combine(self, coefficients: np.ndarray, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-        result, = self._combinations(coefficients[:, None], vectors)
-        return result
+        result = [torch.zeros(sum(self._sizes), dtype=self.dtype, device=self.device)]
+        self.remove(-coefficients[:, None], vectors, result)
+        return result[0]
 
     def remove(self, coefficients: np.ndarray, vectors: Sequence[torch.Tensor],
                others: list[torch.Tensor]) -> None:
-        for j, combination in enumerate(self._combinations(coefficients, vectors)):
-            others[j] = torch.sub(others[j], combination, out=combination)
+        left = [torch.empty_like(other) for other in others]
+        rows = self._on_device(coefficients).t().to(self._arithmetic)
+        for part, block in self._blocks(vectors, self._arithmetic):
+            for result, other, removed in zip(left, others, rows @ block, strict=True):
+                torch.sub(other[part], removed, out=result[part])
+        others[:] = left
 
     def rotate(self, vectors: list[torch.Tensor], rotation: np.ndarray) -> None:
         """In the memory of the first of them."""
         rows = self._on_device(rotation).t()
-        for part, block in self._blocks(vectors):
+        for part, block in self._blocks(vectors, torch.float64):
             for vector, row in zip(vectors, rows @ block, strict=False):
                 vector[part] = row
         # Other objects: whoever keeps a vector by its identity sees that it is another one.
@@ -91,28 +98,14 @@ class ParameterSpace(VectorSpace):
     def reorthonormalise(self, vectors: list[torch.Tensor]) -> None:
         self.rotate(vectors, self._inverse_factor(vectors))
 
-    def _combinations(self, coefficients: np.ndarray, vectors: Sequence[torch.Tensor],
-                      ) -> list[torch.Tensor]:
-        """New vectors sum_i coefficients[i, j] vectors[i], one a column of coefficients."""
-        rows = self._on_device(coefficients).t()
-        results = [torch.zeros(sum(self._sizes), dtype=self.dtype, device=self.device)
-                   for _ in rows]
-        for part, block in self._blocks(vectors):
-            for result, row in zip(results, rows @ block, strict=True):
-                result[part] = row
-        return results
-
-    def _blocks(self, vectors: Sequence[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(range of entries, those of all vectors [len(vectors), entries] in float64)."""
+    def _blocks(self, vectors: Sequence[torch.Tensor], dtype: torch.dtype,
+                ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(range of entries, those of all vectors [len(vectors), entries])."""
         length = sum(self._sizes)
-        width = max(1, _BLOCK_ENTRIES[self.device.type] // max(1, len(vectors)))
-        for first in range(0, length if vectors else 0, width):
+        width = max(1, _BLOCK_ENTRIES[self.device.type] // len(vectors))
+        for first in range(0, length, width):
             part = slice(first, min(first + width, length))
-            yield part, self._block(vectors, part)
-
-    @staticmethod
-    def _block(vectors: Sequence[torch.Tensor], part: slice) -> torch.Tensor:
-        return torch.stack([vector[part] for vector in vectors]).double()
+            yield part, torch.stack([vector[part] for vector in vectors]).to(dtype)
 
     def _on_device(self, matrix: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(matrix)).to(self.device)

@@ -76,6 +76,16 @@ def expert_size() -> int:
     return _groups().get_expert_model_parallel_world_size()
 
 
+def model_rank() -> int:
+    """This rank's number among the tp x pp x ep ranks of one copy of the model."""
+    return dist.get_rank(_groups().get_expert_tensor_model_pipeline_parallel_group())
+
+
+def is_of_first_copy() -> bool:
+    """True on the ranks of the first copy of the model."""
+    return dist.get_rank(_groups().get_expert_data_parallel_group()) == 0
+
+
 def own_rows(num_samples: int) -> slice:
     """This rank's samples among those of all ranks that share a set of experts.
 

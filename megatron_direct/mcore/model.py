@@ -51,6 +51,7 @@ def build(job: Job, *, seed: int = 1234, spec: str = "fused",
                 vp_stage=vp_stage,
             )
         layers.finish(chunk)
+        chunk.layer_spec = layers  # which :func:`megatron_direct.mcore.specs.built_from` looks up
         chunks.append(chunk.to(device=host.device(), dtype=dtype))
     return chunks
 

@@ -42,6 +42,8 @@ SKETCHED_FISHER = "sketched-fisher"
 # 1.3e-3 in bfloat16 and 1e-5 in single precision; a wrong derivative comes to 1e-1.
 SYMMETRY_TOL = {torch.bfloat16: 2e-2, torch.float32: 1e-3}
 EXACT = ("hessian", "gauss-newton")  # with second derivatives of the layers
+# A basis on disk from this size on is worth a word to the user: it stays after the run.
+_REPORTED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,10 @@ def leading_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path, 
                                  total_energy=found.total_energy)), "notes": notes}))
     parallel.say(f"curvature: {'; '.join(notes)}; {spectrum.num_matvecs} products, "
                  f"{spectrum.status}")
+    if work.log is not None and (held := work.log.num_bytes()) >= _REPORTED_BYTES:
+        parallel.say(f"curvature: {folder / 'lanczos'} holds {held / 2**30:.1f} GiB of basis "
+                     "vectors, from which a run with more --num-eigenpairs or --max-matvecs "
+                     "carries on. It may be deleted: such a run then begins anew.")
     return found.directions(config)
 
 
@@ -213,11 +219,11 @@ class _Lanczos:
         self.rank = self.space.dimension
         if "fisher" in config.curvature:
             self.rank = min(self.rank, operator.num_samples)
-        self._seed, self._log, self._symmetry_tol = key.seed, log, symmetry_tol
+        self._seed, self.log, self._symmetry_tol = key.seed, log, symmetry_tol
 
     def run(self) -> tuple[Spectrum, SpectralDensity | None]:
         """Leading eigenpairs, and the density if it is asked for."""
-        config, space, log = self.config, self.space, self._log
+        config, space, log = self.config, self.space, self.log
         with tqdm(desc=f"lanczos ({config.curvature})", unit="product",
                   disable=None if parallel.is_rank_zero() else True) as progress:
             operator = SymmetricOperator(_counted(self.operator.matvec, progress), space,

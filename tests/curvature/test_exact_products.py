@@ -426,6 +426,18 @@ def _refusals(model, layout, prefix):
             for operator in OPERATORS.values():
                 with pytest.raises(UserError, match=match):
                     operator(chunks, space, samples, samples.usable, 1)
+    for attribute, value, match in (
+            ("layer_spec", dataclasses.replace(chunks[0].layer_spec, exact_products=False),
+             "built from a spec without exact second derivatives.*--transformer-impl local"),
+            ("foreign_norm", type("FusedNorm", (torch.nn.Module,), {"__module__": "apex.norms"})(),
+             "has layers of apex.*--transformer-impl local"),
+            ("wrapper", type("TENorm", (torch.nn.Module,), {
+                "__module__": "megatron.core.extensions.transformer_engine"})(),
+             "has layers of transformer_engine.*--curvature fisher")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chunks[0], attribute, value, raising=False)
+            with pytest.raises(UserError, match=match):
+                HessianOperator(chunks, space, samples, samples.usable, 1)
     chunks[0].bfloat16()
     with pytest.raises(UserError, match="float32, but some are torch.bfloat16.*--bf16"):
         HessianOperator(chunks, space, samples, samples.usable, 1)

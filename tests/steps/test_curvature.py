@@ -7,6 +7,7 @@ import json
 import flat_requests
 import numpy as np
 import pytest
+import torch
 from ranks import Layout, RankError, on_layout, run_on_ranks
 from trained import SMALL
 from weights import fill_by_hash
@@ -26,6 +27,7 @@ from megatron_direct.gradients.store import SketchStore
 from megatron_direct.mcore import grid
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import parameter_shards
+from megatron_direct.steps import curvature as steps_curvature
 from megatron_direct.steps.sketch import Drawn, read_sketches
 
 MODEL = SMALL.model
@@ -175,6 +177,37 @@ def test_more_eigenpairs_carry_on_from_the_state_of_the_fewer(folder, layout):
                                atol=1e-4 * expected["eigenvalues"][0])
 
 
+def _heard_select(folder, layout, name, reported_bytes):
+    """What select says with word of every log from so many bytes on."""
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps_curvature, "_REPORTED_BYTES", reported_bytes)
+        patch.setattr(steps_curvature.parallel, "say", said.append)
+        _select(folder, layout, name, "fisher")
+    return [line for line in said if "lanczos" in line]
+
+
+@pytest.mark.parametrize(("layout", "model_ranks"), [(Layout(dp=2), 1), (Layout(tp=2), 2)], ids=str)
+def test_a_log_holds_one_basis_and_a_large_one_is_reported(folder, layout, model_ranks):
+    name = f"log-{layout}"
+    assert run_on_ranks(2, _heard_select, folder, layout, name, 1 << 30)[0] == []
+    log = folder / name / "curvature" / "lanczos"
+    step = json.loads((log / "step.json").read_text())["step"]
+    held = 0
+    for rank in range(model_ranks):
+        with np.load(log / f"rank-{rank}-step-{step}.npz") as data:
+            kept = set(data["names"].tolist())
+        assert {p.name for p in log.glob(f"rank-{rank}-vector-*")} == kept
+        held += 4 * sum(torch.load(log / vector).numel() for vector in kept)
+    total = sum(path.stat().st_size for path in log.iterdir())
+    # A vector's file has a header of about 1 KiB, the small state of a rank some KiB.
+    assert held < total < held + 2048 * len(kept) * model_ranks + 20_000 * model_ranks
+    assert len(list(log.iterdir())) == model_ranks * (len(kept) + 1) + 1
+    line, = run_on_ranks(2, _heard_select, folder, layout, f"{name}-reported", 1000)[0]
+    assert f"{name}-reported/curvature/lanczos holds 0.0 GiB of basis vectors" in line
+    assert "may be deleted" in line
+
+
 def test_a_spectrum_that_ran_out_of_products_carries_on_with_more(folder):
     def products(**settings):
         return run_on_ranks(1, _counted_select, folder, Layout(), "short",
@@ -204,8 +237,8 @@ def _projections(model, layout, prefix, sketch_size):
         vector = space.random_signs(seed)
         vector /= space.dot(vector, vector) ** 0.5
         found = {}
-        for micro_batches in operator._passes:
-            products = operator._inner_products(micro_batches, vector)
+        for micro_batches, products in zip(operator._passes, operator.inner_products(vector),
+                                           strict=True):
             for batch, values in zip(micro_batches, products, strict=True):
                 found.update(zip(batch.samples.tolist(), values.tolist(), strict=False))
         of_vector = grid.sum_over_model(sketch.of_vector(space.split(vector), shards)).numpy()

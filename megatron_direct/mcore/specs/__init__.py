@@ -44,11 +44,9 @@ SPECS = {
 }
 
 
-def layers_without_second_derivative(chunk: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Those of which exact curvature products would be wrong, or none."""
-    for layer in chunk.modules():
-        if not getattr(layer, "has_second_derivative", True):
-            yield layer
+def built_from(chunk: torch.nn.Module) -> LayerSpec | None:
+    """The spec that :func:`megatron_direct.mcore.model.build` built it from; None if others did."""
+    return getattr(chunk, "layer_spec", None)
 
 
 def watched_layers(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, LayerKind]]:

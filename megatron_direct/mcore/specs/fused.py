@@ -33,8 +33,6 @@ def _fused_attention() -> type:
         """Causal attention of [s, b, heads, c] queries, [s, b, groups, c] keys and [s, b, groups,
         d] values; returns [s, b, heads * d]."""
 
-        has_second_derivative = False
-
         def forward(self, query, key, value, attention_mask, attn_mask_type=None,
                     attention_bias=None, packed_seq_params=None):
             assert attention_mask is None and attention_bias is None and packed_seq_params is None
