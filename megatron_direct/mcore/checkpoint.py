@@ -20,14 +20,13 @@ from typing import Any
 import torch
 
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import arguments, torch_adam
+from megatron_direct.mcore import arguments, main_parameters, torch_adam
 from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
 from megatron_direct.runtime import digests, files, parallel
 from megatron_direct.settings import Settings, flag_name
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _SECOND_MOMENTS = "optimizer.state.exp_avg_sq."  # before a parameter's own key
-_MAIN_PARAMETERS = "optimizer.state.fp32_param."
 
 
 def latest(folder: str | os.PathLike) -> Path | None:
@@ -150,38 +149,17 @@ def load_model(checkpoint: Path, chunks: Sequence[torch.nn.Module]) -> None:
 def load_training(checkpoint: Path, chunks: Sequence[torch.nn.Module], optimizer,
                   scheduler) -> int:
     """Weights, optimizer and schedule; returns the iteration they are of."""
-    from megatron.core import dist_checkpointing
-
-    if "opt_param_scheduler" not in _common_state(checkpoint):
+    stored = _common_state(checkpoint)
+    if "opt_param_scheduler" not in stored:
         raise UserError(f"{checkpoint} holds weights but no optimizer. Add --no-load-optim to "
                         "begin with an optimizer of its own.")
     load_model(checkpoint, chunks)
     torch_adam.give_state(optimizer)
-    state = _main_parameters_where_they_are(checkpoint, optimizer.sharded_state_dict(
-        _model_state(chunks), is_loading=True, metadata=checkpoint_metadata()))
-    loaded = dist_checkpointing.load({"optimizer": state}, str(checkpoint))
-    torch_adam.load(optimizer, loaded["optimizer"])
-    scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    return int(loaded["iteration"])
-
-
-def _main_parameters_where_they_are(checkpoint: Path, state: dict) -> dict:
-    """An optimizer's state, with the main parameters that the checkpoint lacks under the weights.
-
-    Of a model that was trained in float32 the weights are the main parameters.
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
-    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-
-    def look_up(entry):
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.key not in stored:
-            return dataclasses.replace(entry, key=entry.key.removeprefix(_MAIN_PARAMETERS))
-        return entry
-
-    return dict_list_map_inplace(look_up, state)
+    state = optimizer.sharded_state_dict(
+        _model_state(chunks), is_loading=True, metadata=checkpoint_metadata())
+    torch_adam.load(optimizer, main_parameters.load_state(checkpoint, state, stored["optimizer"]))
+    scheduler.load_state_dict(stored["opt_param_scheduler"])
+    return int(stored["iteration"])
 
 
 def load_second_moments(checkpoint: Path, chunks: Sequence[torch.nn.Module],
