@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import arguments, compat, torch_adam
+from megatron_direct.mcore import arguments, compat, main_parameters, torch_adam
 from megatron_direct.mcore.checkpoint_formats import FORMAT_FILE, TRACKER, require_readable
 from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
 from megatron_direct.runtime import digests, files, parallel
@@ -28,7 +28,6 @@ from megatron_direct.settings import Settings, flag_name
 
 _PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.", "mtp.")
 _SECOND_MOMENTS = "optimizer.state.exp_avg_sq."  # before a parameter's own key
-_MAIN_PARAMETERS = "optimizer.state.fp32_param."
 
 
 def latest(folder: str | os.PathLike) -> Path | None:
@@ -147,36 +146,17 @@ def load_model(checkpoint: Path, chunks: Sequence[Any]) -> None:
 def load_training(checkpoint: Path, chunks: Sequence[Any], optimizer,
                   scheduler) -> int:
     """Weights, optimizer and schedule; returns the iteration they are of."""
-    if "opt_param_scheduler" not in _common_state(checkpoint):
+    stored = _common_state(checkpoint)
+    if "opt_param_scheduler" not in stored:
         raise UserError(f"{checkpoint} holds weights but no optimizer. Add --no-load-optim to "
                         "begin with an optimizer of its own.")
     load_model(checkpoint, chunks)
     torch_adam.give_state(optimizer)
-    state = _main_parameters_where_they_are(checkpoint, optimizer.sharded_state_dict(
-        _model_state(chunks), is_loading=True, metadata=checkpoint_metadata()))
-    loaded = compat.load_sharded({"optimizer": state}, checkpoint)
-    torch_adam.load(optimizer, loaded["optimizer"])
-    scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    return int(loaded["iteration"])
-
-
-def _main_parameters_where_they_are(checkpoint: Path, state: dict) -> dict:
-    """An optimizer's state, with the main parameters that the checkpoint lacks under the weights.
-
-    Of a model that was trained in float32 the weights are the main parameters.
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
-    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-
-    def look_up(entry):
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.key not in stored:
-            return dataclasses.replace(entry, key=entry.key.removeprefix(_MAIN_PARAMETERS))
-        return entry
-
-    return dict_list_map_inplace(look_up, state)
+    state = optimizer.sharded_state_dict(
+        _model_state(chunks), is_loading=True, metadata=checkpoint_metadata())
+    torch_adam.load(optimizer, main_parameters.load_state(checkpoint, state, stored["optimizer"]))
+    scheduler.load_state_dict(stored["opt_param_scheduler"])
+    return int(stored["iteration"])
 
 
 def load_second_moments(checkpoint: Path, chunks: Sequence[Any],

@@ -1,0 +1,61 @@
+"""An optimizer's state out of a checkpoint that was trained in the other precision.
+
+Megatron's optimizer for bfloat16 has main parameters in float32, which its optimizer for float32
+has not, and nests Adam's state one level deeper. Here a checkpoint of either serves both. The
+distributed optimizer is one and the same in both, and needs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_direct.mcore import compat
+
+# Before a parameter's own key; experts have an optimizer of their own.
+_MAIN_PARAMETERS = re.compile(r"^(chained_\d+\.)?optimizer\.state\.fp32_param\.")
+_NESTED = "optimizer"
+
+
+def load_state(checkpoint: Path, state: dict, stored: Mapping[str, Any]) -> dict:
+    """The sharded ``state`` of an optimizer, loaded.
+
+    stored: what the checkpoint holds of the optimizer's state beside tensors. Of a model that was
+    trained in float32 the weights are the main parameters.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    known = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+
+    def where_it_is(entry):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.key not in known:
+            return dataclasses.replace(entry, key=_MAIN_PARAMETERS.sub("", entry.key))
+        return entry
+
+    nested = {number: _NESTED in part for number, part in _parts(state).items()}
+    loaded = compat.load_sharded(
+        {_NESTED: dict_list_map_inplace(where_it_is, state)}, checkpoint)[_NESTED]
+    for number, part in _parts(loaded).items():
+        was_nested = _NESTED in _parts(stored)[number]
+        if was_nested != nested[number]:
+            _move_settings(_parts(stored)[number], part, was_nested)
+    return loaded
+
+
+def _parts(state: Mapping) -> Mapping:
+    """By number, of optimizers that are chained; else one, under 0."""
+    return state if 0 in state else {0: state}
+
+
+def _move_settings(stored: Mapping, loaded: dict, was_nested: bool) -> None:
+    """Learning rates, steps and the like, from where they were to where they belong."""
+    settings, place = (stored[_NESTED], loaded) if was_nested else (stored, loaded[_NESTED])
+    place["param_groups"] = [{**group, "params": own["params"]} for group, own in zip(
+        settings["param_groups"], place["param_groups"], strict=True)]
+    if "common_step" in settings["state"]:
+        place["state"]["common_step"] = settings["state"]["common_step"]
