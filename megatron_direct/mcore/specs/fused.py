@@ -33,9 +33,9 @@ def _fused_attention() -> type:
         """Causal attention of [s, b, heads, c] queries, [s, b, groups, c] keys and [s, b, groups,
         d] values; returns [s, b, heads * d]."""
 
-        def forward(self, query, key, value, attention_mask, attn_mask_type=None,
-                    attention_bias=None, packed_seq_params=None):
-            assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        def forward(self, query, key, value, attention_mask, *, attn_mask_type=None, **options):
+            assert attention_mask is None and not any(
+                option is not None for option in options.values()), options
             scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1.0)
             return causal_attention(query, key, value, scale)
 
