@@ -27,10 +27,11 @@ class Coefficients:
 
 
 _TABLES = {
-    "cpu": Coefficients(call=24300, multiply_add=0.0167, bf16_multiply_add=0.0167,
-                        scattered_entry=2.34, gathered=1.52, transform=0.212, frame=0.0252),
-    # Not fitted yet, but estimated from timings of single layers on an H100 (float32 without TF32;
-    # 650 TFLOP/s and 1.5 TB/s for products of frames). The entries of a gradient are gathered.
+    # One core of an Intel Xeon with AVX-512, torch 2.13.
+    "cpu": Coefficients(call=30400, multiply_add=0.016, bf16_multiply_add=0.016,
+                        scattered_entry=3.14, gathered=1.81, transform=0.21, frame=0.186),
+    # Not fitted yet, but estimated from timings of single layers on an H100: 650 TFLOP/s and
+    # 1.5 TB/s in products of frames, 50 TFLOP/s in float32 without TF32. No entry is scattered.
     "cuda": Coefficients(call=6e3, multiply_add=4e-5, bf16_multiply_add=3.1e-6, scattered_entry=0.0,
                          gathered=0.0018, transform=0.005, frame=0.0052),
 }
