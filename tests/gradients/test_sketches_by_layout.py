@@ -219,8 +219,8 @@ def _on_ranks_with_alltoall(model, layout, prefix):
 
     all_to_all = token_dispatcher.all_to_all
 
-    def with_lists(group, tokens, *splits):
-        return all_to_all(group, tokens, *(split.tolist() for split in splits))
+    def with_lists(group, tokens, *splits, **options):  # options: since 0.18
+        return all_to_all(group, tokens, *(split.tolist() for split in splits), **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "Stream", _Stream)
