@@ -23,43 +23,43 @@ class ModelConfig(Settings):
     num_layers: int = flag(4, "transformer layers", at_least=1)
     hidden_size: int = flag(128, "width of the residual stream", at_least=1)
     ffn_hidden_size: int | None = flag(
-        None, "width of the MLP; left out: 8/3 of the hidden size with --swiglu, else 4 times",
+        None, "width of the MLP; default: 8/3 of the hidden size with --swiglu, else 4 times",
         type=int, at_least=1)
     num_attention_heads: int = flag(4, "attention heads", at_least=1)
     num_query_groups: int | None = flag(
-        None, "key and value heads of grouped-query attention; left out: one a head",
+        None, "key and value heads of grouped-query attention; default: one per head",
         type=int, at_least=1)
     kv_channels: int | None = flag(
-        None, "width of a head; left out: the hidden size over the heads", type=int, at_least=1)
+        None, "width of a head; default: hidden size / heads", type=int, at_least=1)
     qk_layernorm: bool = flag(
-        False, "norms of queries and keys, head by head; of the latents in latent attention")
+        False, "norms of queries and keys, per head; in latent attention, norms of the latents")
     seq_length: int = flag(256, "tokens of a training sequence; longer samples are cut", at_least=1)
     max_position_embeddings: int | None = flag(
-        None, "positions the model can tell apart; left out: --seq-length", type=int, at_least=1)
+        None, "largest number of positions; default: --seq-length", type=int, at_least=1)
     normalization: str = flag("RMSNorm", "kind of norm", choices=("RMSNorm", "LayerNorm"))
     norm_epsilon: float = flag(1e-5, "added to the mean square in norms", above=0)
     swiglu: bool = flag(True, "gated SiLU in the MLP; --no-swiglu: GELU")
     add_bias_linear: bool = flag(False, "biases in linear layers")
-    add_qkv_bias: bool = flag(False, "biases of queries, keys and values alone")
+    add_qkv_bias: bool = flag(False, "biases of queries, keys and values only")
     position_embedding_type: str = flag(
         "rope", "position embedding", choices=("rope", "learned_absolute", "none"))
     rotary_base: int = flag(10000, "base of the rotary embedding", at_least=1)
     rotary_percent: float = flag(1.0, "share of each head that is rotated", above=0, at_most=1)
-    use_rope_scaling: bool = flag(False, "slower rotation at long wavelengths, as Llama 3.1 has it")
-    rope_scaling_factor: float = flag(8.0, "how much slower", above=0)
+    use_rope_scaling: bool = flag(False, "slower rotation at long wavelengths, as in Llama 3.1")
+    rope_scaling_factor: float = flag(8.0, "scaling factor of --use-rope-scaling", above=0)
     untie_embeddings_and_output_weights: bool = flag(
-        False, "an output layer with weights of its own")
+        False, "an output layer that shares no weights with the embedding")
     vocab_size: int | None = flag(
-        None, "entries of the tokenizer; left out: as the datasets say (PREFIX.json)",
+        None, "entries of the tokenizer; default: as recorded by the datasets (PREFIX.json)",
         type=int, at_least=1)
     make_vocab_size_divisible_by: int = flag(
         128, "the vocabulary is padded to a multiple of this, whatever the layout", at_least=1)
     init_method_std: float = flag(0.02, "standard deviation of initial weights", above=0)
     # Defaults from here on are Megatron-LM's, so that the arguments of a dense model's checkpoint,
     # which name them all, are those of a dense model here.
-    multi_latent_attention: bool = flag(False, "queries, keys and values out of low-rank latents")
+    multi_latent_attention: bool = flag(False, "queries, keys and values from low-rank latents")
     q_lora_rank: int | None = flag(
-        None, "width of the queries' latent; left out: queries without one", type=int, at_least=1)
+        None, "width of the queries' latent; default: queries without one", type=int, at_least=1)
     kv_lora_rank: int = flag(32, "width of the keys' and values' latent", at_least=1)
     qk_head_dim: int = flag(
         128, "width of a head's query and key that carries no position", at_least=1)
@@ -67,31 +67,31 @@ class ModelConfig(Settings):
         64, "width of a head's query and key that is rotated", at_least=1)
     v_head_dim: int = flag(128, "width of a head's value", at_least=1)
     rope_type: str | None = flag(
-        None, "rotary embedding of latent attention; left out: yarn", choices=("rope", "yarn"))
+        None, "rotary embedding of latent attention; default: yarn", choices=("rope", "yarn"))
     rotary_scaling_factor: float = flag(1.0, "how far yarn stretches the positions", above=0)
     mscale: float = flag(1.0, "yarn's scale of the rotated part", at_least=0)
     mscale_all_dim: float = flag(0.0, "yarn's scale of the attention scores", at_least=0)
     num_experts: int | None = flag(
-        None, "experts of a mixture-of-experts layer; left out: none", type=int, at_least=1)
+        None, "experts of a mixture-of-experts layer; default: none", type=int, at_least=1)
     moe_layer_freq: str = flag(
-        "1", "which layers have experts: N for every N-th, or a pattern such as [0]*3+[1]*58")
+        "1", "which layers have experts: N for every Nth, or a pattern such as [0]*3+[1]*58")
     moe_ffn_hidden_size: int | None = flag(
-        None, "width of an expert; left out: --ffn-hidden-size", type=int, at_least=1)
+        None, "width of an expert; default: --ffn-hidden-size", type=int, at_least=1)
     moe_shared_expert_intermediate_size: int | None = flag(
-        None, "width of all shared experts together; left out: none", type=int, at_least=1)
+        None, "width of all shared experts together; default: none", type=int, at_least=1)
     moe_shared_expert_gate: bool = flag(False, "a gate on the shared experts' output")
-    moe_router_topk: int = flag(2, "experts that a token goes to", at_least=1)
+    moe_router_topk: int = flag(2, "experts per token", at_least=1)
     moe_router_score_function: str = flag(
-        "softmax", "scores out of the router's logits", choices=("softmax", "sigmoid"))
-    moe_router_pre_softmax: bool = flag(False, "softmax over all experts, not over the chosen ones")
+        "softmax", "scores from the router's logits", choices=("softmax", "sigmoid"))
+    moe_router_pre_softmax: bool = flag(False, "softmax over all experts, not only the chosen ones")
     moe_router_enable_expert_bias: bool = flag(
         False, "a bias, not trained by gradients, on the scores by which experts are chosen")
     moe_router_topk_scaling_factor: float | None = flag(
-        None, "factor on the weights of the chosen experts; left out: 1", type=float, above=0)
+        None, "factor on the weights of the chosen experts; default: 1", type=float, above=0)
     moe_router_num_groups: int | None = flag(
-        None, "groups of experts that a token's experts are chosen from", type=int, at_least=1)
+        None, "groups into which the experts are divided for routing", type=int, at_least=1)
     moe_router_group_topk: int | None = flag(
-        None, "groups that are left to a token; left out: all", type=int, at_least=1)
+        None, "groups that each token may use; default: all", type=int, at_least=1)
 
     def check(self) -> None:
         if self.kv_channels is None and not self.multi_latent_attention:
@@ -108,8 +108,8 @@ class ModelConfig(Settings):
                 "rotary_scaling_factor", "mscale", "mscale_all_dim"))
             return
         if self.num_query_groups not in (None, self.num_attention_heads):
-            raise UserError("--multi-latent-attention has a key and a value for each head. "
-                            f"Leave out --num-query-groups {self.num_query_groups}.")
+            raise UserError("--multi-latent-attention has one key and value per head. Leave out "
+                            f"--num-query-groups {self.num_query_groups}.")
 
     def _check_experts(self) -> None:
         if self.num_experts is None:
@@ -122,14 +122,14 @@ class ModelConfig(Settings):
                             "Use --add-qkv-bias, or leave out --num-experts.")
         if self.moe_router_topk > self.num_experts:
             raise UserError(f"--moe-router-topk {self.moe_router_topk} is more than --num-experts "
-                            f"{self.num_experts}.")
+                            f"{self.num_experts}. Choose a smaller one.")
         if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
             raise UserError("--moe-router-enable-expert-bias needs --moe-router-score-function "
                             f"sigmoid, not {self.moe_router_score_function}.")
         if self.moe_router_topk == 1 and self.moe_router_score_function == "softmax" \
                 and not self.moe_router_pre_softmax:
             raise UserError("--moe-router-topk 1 needs --moe-router-pre-softmax: the softmax of "
-                            "one score is 1, and the router would have no gradient.")
+                            "a single score is 1, so the router would have no gradient.")
         if self.moe_router_group_topk is not None:
             if self.moe_router_num_groups is None:
                 raise UserError("--moe-router-group-topk needs --moe-router-num-groups.")
@@ -150,21 +150,22 @@ class ModelConfig(Settings):
 
 @dataclass(frozen=True)
 class ParallelConfig(Settings):
-    """How the model is spread over ranks; what is left of the ranks is data parallel."""
+    """How the model is split over ranks; the remaining factor is data parallelism."""
 
     tensor_model_parallel_size: int = flag(1, "ranks that share each layer", at_least=1)
     pipeline_model_parallel_size: int = flag(1, "pipeline stages", at_least=1)
     num_layers_per_virtual_pipeline_stage: int | None = flag(
-        None, "layers of a model chunk in the interleaved pipeline schedule", type=int, at_least=1)
+        None, "layers per model chunk in the interleaved pipeline schedule", type=int, at_least=1)
     sequence_parallel: bool = flag(
-        False, "spread norms and residuals over the tensor-parallel ranks by sequence")
+        False, "split norms and residuals over the tensor-parallel ranks along the sequence")
     distributed_timeout_minutes: int = flag(
-        10, "how long a collective may wait for a lost rank", at_least=1)
+        10, "minutes that a collective waits for a lost rank", at_least=1)
     expert_model_parallel_size: int = flag(
         1, "data-parallel ranks that share one set of experts", at_least=1)
     moe_token_dispatcher_type: str = flag(
-        "allgather", "how tokens come to experts on other ranks: all to all ranks, or each where "
-        "it is needed (alltoall: less memory, needs a GPU)", choices=("allgather", "alltoall"))
+        "allgather", "how tokens reach experts on other ranks: gathered on all ranks (allgather), "
+        "or sent where needed (alltoall: less memory, needs a GPU)",
+        choices=("allgather", "alltoall"))
     context_parallel_size: int = flag(
         1, "ranks that share each sequence; only 1 is supported", at_least=1)
 
@@ -178,12 +179,12 @@ class ParallelConfig(Settings):
             raise UserError(
                 f"--tensor-model-parallel-size {tp} times --pipeline-model-parallel-size {pp} "
                 f"needs a multiple of {tp * pp} ranks, but {world_size} were started. "
-                "Change the sizes, or --nproc-per-node of torchrun.")
+                "Change the sizes, or torchrun's --nproc-per-node.")
         if self.context_parallel_size != 1:
             raise UserError(
                 f"--context-parallel-size {self.context_parallel_size} is not supported: the "
-                "attention of Megatron's local layer spec sees whole sequences. Spread long "
-                "sequences by --sequence-parallel with --tensor-model-parallel-size.")
+                "attention of Megatron's local layer spec needs whole sequences. Split long "
+                "sequences with --sequence-parallel and --tensor-model-parallel-size.")
         self._check_experts(model, world_size)
         for name, value in _divided_by_tensor_ranks(model):
             if value % tp:
@@ -197,7 +198,7 @@ class ParallelConfig(Settings):
                                 "--sequence-parallel.")
         if self.sequence_parallel and (tp == 1 or model.seq_length % tp):
             raise UserError(
-                f"--sequence-parallel spreads --seq-length {model.seq_length} over "
+                f"--sequence-parallel splits --seq-length {model.seq_length} over "
                 f"--tensor-model-parallel-size {tp}: the size must be at least 2 and divide it.")
         chunk = self.num_layers_per_virtual_pipeline_stage
         if chunk is not None and pp == 1:
@@ -217,10 +218,10 @@ class ParallelConfig(Settings):
         if copies % size:
             raise UserError(
                 f"--expert-model-parallel-size {size} does not divide the {copies} data-parallel "
-                "ranks, among which experts are shared out.")
+                "ranks, over which experts are distributed. Choose a size that divides them.")
         if size > 1 and (model.num_experts is None or model.num_experts % size):
             raise UserError(f"--expert-model-parallel-size {size} does not divide --num-experts "
-                            f"{model.num_experts}.")
+                            f"{model.num_experts}. Choose a size that divides it.")
 
     def num_model_chunks(self, model: ModelConfig) -> int:
         """Model chunks on each rank (1 without the interleaved schedule)."""
@@ -237,23 +238,23 @@ class OptimizerConfig(Settings):
     lr_warmup_iters: int = flag(
         20, "iterations of linear warm-up at the start of pre-training", at_least=0)
     lr_wsd_decay_style: str = flag(
-        "linear", "form of the decay",
+        "linear", "shape of the decay",
         choices=("linear", "cosine", "exponential", "minus_sqrt"))
     weight_decay: float = flag(0.1, "decoupled weight decay", at_least=0)
     adam_beta1: float = flag(0.9, "decay of Adam's first moment", at_least=0, below=1)
     adam_beta2: float = flag(0.95, "decay of Adam's second moment", at_least=0, below=1)
     adam_eps: float = flag(1e-8, "Adam's epsilon", above=0)
-    clip_grad: float = flag(1.0, "largest norm of a gradient; 0: no clipping", at_least=0)
+    clip_grad: float = flag(1.0, "largest norm of the gradient; 0: no clipping", at_least=0)
     use_distributed_optimizer: bool = flag(
-        False, "spread the optimizer's state over the data-parallel ranks")
+        False, "shard the optimizer's state over the data-parallel ranks")
 
 
 @dataclass(frozen=True)
 class BatchConfig(Settings):
     """Batches, in sequences."""
 
-    micro_batch_size: int = flag(8, "sequences a rank computes at once", at_least=1)
-    global_batch_size: int = flag(16, "sequences of one optimizer step, over all ranks", at_least=1)
+    micro_batch_size: int = flag(8, "sequences per rank in one pass", at_least=1)
+    global_batch_size: int = flag(16, "sequences per optimizer step, over all ranks", at_least=1)
     seed: int = flag(
         1234, "seed of initial weights and of the order of the data", at_least=0, at_most=2**32 - 1)
 
@@ -320,7 +321,7 @@ class Precision(Settings):
     parameters.
     """
 
-    bf16: bool = flag(False, "weights and activations in bfloat16; left out: as the checkpoint was "
+    bf16: bool = flag(False, "weights and activations in bfloat16; default: as the checkpoint was "
                              "trained, else float32")
 
 

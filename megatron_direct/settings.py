@@ -64,7 +64,7 @@ def _check(f: dataclasses.Field, value) -> None:
         raise UserError(f"{name} is missing. Give it.")
     if meta["nargs"]:
         if isinstance(value, str) or not isinstance(value, tuple | list):
-            raise UserError(f"{name} is {value!r}: expected a sequence of values.")
+            raise UserError(f"{name} is {value!r}: expected a list of values.")
         for entry in value:
             _check_value(name, f, entry)
     elif value is not None or f.default is not None:
@@ -99,12 +99,13 @@ def require_defaults(config, switch: str, names: tuple[str, ...]) -> None:
         default = config.__dataclass_fields__[name].default
         # As text too: Megatron-LM's checkpoints carry --moe-layer-freq as a number.
         if getattr(config, name) != default and str(getattr(config, name)) != str(default):
-            raise UserError(f"{flag_name(name)} {getattr(config, name)} has no meaning without "
-                            f"{flag_name(switch)}.")
+            raise UserError(f"{flag_name(name)} {getattr(config, name)} has no effect without "
+                            f"{flag_name(switch)}. Add that flag, or leave this one out.")
 
 
 def require_divides(config, divisor: str, name: str) -> None:
     small, large = getattr(config, divisor), getattr(config, name)
     if small < 1 or large % small:
         raise UserError(
-            f"{flag_name(divisor)} {small} does not divide {flag_name(name)} {large}.")
+            f"{flag_name(divisor)} {small} does not divide {flag_name(name)} {large}. "
+            "Change either.")

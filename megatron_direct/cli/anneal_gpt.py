@@ -90,9 +90,9 @@ def _read_environment(found: argparse.Namespace) -> None:
         try:
             setattr(found, name, text.split() if f.metadata["nargs"] else flag_type(f)(text))
         except ValueError as error:
-            raise UserError(f"{variable} is {text!r}: it is not a value of {flag_name(name)} "
+            raise UserError(f"{variable} is {text!r}: it is not a valid value of {flag_name(name)} "
                             f"({error}).") from error
     for name, f in known.items():
         if f.metadata["required"] and not hasattr(found, name):
-            raise UserError(f"{flag_name(name)} is missing. Give it, or set "
-                            f"{_ENVIRONMENT[name]}. `make data theta` prepares the embedded ones.")
+            raise UserError(f"{flag_name(name)} is missing. Give it, or set {_ENVIRONMENT[name]}. "
+                            "`make data theta` prepares those of the embedded run.")

@@ -48,30 +48,31 @@ RANDOM = "random"
 class AnnealConfig(Settings):
     """Annealing."""
 
-    run_dir: str = flag("", "folder of a finished select", required=True)
+    run_dir: str = flag("", "run directory of a finished select", required=True)
     selection: str = flag("direct", "the arm: the name of a selection, or random: as many samples "
                           "as --size-of has, drawn at random")
-    size_of: str = flag("direct", "--selection random: the selection that it has the size of")
+    size_of: str = flag("direct", "--selection random: draw as many samples as this "
+                        "selection has")
     lr_wsd_decay_iters: int = flag(
         100, "iterations of the annealing, over which the learning rate decays", at_least=1)
     data_path: tuple = flag(
-        (), "the blend: prefixes, or weights and prefixes by turns; what is not a pool of the run "
-        "is seen whole; left out: the pools, each weighted by the tokens that its mask leaves",
+        (), "the blend: prefixes, or alternating weights and prefixes; what is not a pool of the "
+        "run is used whole; default: the pools, each weighted by the tokens that its mask keeps",
         nargs="+")
-    data_args_path: str = flag("", "file with what --data-path would say")
+    data_args_path: str = flag("", "file that holds the value of --data-path")
     per_split_data_args_path: str = flag(
         "", "JSON file with a --data-path for train, valid (null, or the run's own) and test "
         "(reported as --test-data-path is)")
     blend_weights: str = flag(
-        "keep", "keep the weights of the blend, or rescale each to the tokens that its mask leaves",
+        "keep", "keep the weights of the blend, or rescale each to the tokens that its mask keeps",
         choices=BLEND_WEIGHTS)
     max_epochs: float = flag(
-        MAX_EPOCHS, "refuse to see a pool more often; up to four epochs of repeated data do about "
-        "as much good as fresh data (Muennighoff et al. 2023)", above=0)
+        MAX_EPOCHS, "largest number of epochs over a pool (more is an error); up to four epochs of "
+        "repeated data are about as good as fresh data (Muennighoff et al. 2023)", above=0)
     test_data_path: tuple = flag((), "indexed datasets whose loss is reported", nargs="+")
     save_interval: int = flag(50, "iterations between checkpoints", at_least=1)
-    load_optim: bool = flag(True, "carry on with the checkpoint's optimizer state; "
-                                  "--no-load-optim: begin with an empty one")
+    load_optim: bool = flag(True, "start from the checkpoint's optimizer state; "
+                                  "--no-load-optim: start with a fresh one")
 
     @property
     def arm(self) -> str:
@@ -164,7 +165,7 @@ def anneal(request: AnnealRequest) -> None:
     key, artefact = arm.key(masks), Artefact(arm.folder, "an annealed arm")
     state = parallel.on_rank_zero(lambda: artefact.state(key))
     if state is State.FINISHED:
-        parallel.say(f"{arm.folder} is already annealed.")
+        parallel.say(f"{arm.folder} has already been annealed.")
         return
     if state is State.NEW:
         parallel.on_rank_zero(lambda: _begin(arm, masks, artefact, key))
@@ -188,7 +189,7 @@ def _check(request: AnnealRequest, origin: SelectionOrigin) -> _Arm:
     checks.require_disjoint(pool=list(origin.data_path), validation=list(origin.valid_data_path),
                             test=test)
     if checkpoint.digest != origin.checkpoint_digest:
-        raise UserError(f"{checkpoint.path} is not the checkpoint that the selection was made at. "
+        raise UserError(f"{checkpoint.path} is not the checkpoint that the selection was made for. "
                         "Run select again in a new --run-dir.")
     digests = dataset_digests(list(dict.fromkeys(
         [*origin.data_path, *origin.valid_data_path, *asked.prefixes, *test])))
@@ -234,7 +235,7 @@ def _blend(config: AnnealConfig, origin: SelectionOrigin) -> tuple[Blend, list[s
         ("data_path", data_path), ("data_args_path", config.data_args_path),
         ("per_split_data_args_path", config.per_split_data_args_path)) if value]
     if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} both say what the blend is. Leave out either.")
+        raise UserError(f"{' and '.join(given)} both define the blend. Give only one of them.")
     if config.data_args_path:
         return blend_files.read_data_args(config.data_args_path), test
     if not config.per_split_data_args_path:
@@ -242,7 +243,7 @@ def _blend(config: AnnealConfig, origin: SelectionOrigin) -> tuple[Blend, list[s
     splits = blend_files.read_per_split_data_args(config.per_split_data_args_path)
     train, valid, reported = splits["train"], splits["valid"], splits["test"]
     if train is None:
-        raise UserError(f"{config.per_split_data_args_path} gives no train blend. Add one.")
+        raise UserError(f"{config.per_split_data_args_path} has no train blend. Add one.")
     if valid and sorted(valid.prefixes) != sorted(origin.valid_data_path):
         raise UserError(f"{config.per_split_data_args_path} validates on "
                         f"{', '.join(valid.prefixes)}, but the selection was made for "
@@ -276,5 +277,5 @@ def _require_same_optimizer(config: AnnealConfig, optimizer: OptimizerConfig,
     carried = checkpoint.arguments.get(name)
     if config.load_optim and carried is not None and carried != getattr(optimizer, name):
         raise UserError(
-            f"the checkpoint's optimizer was saved with {flag_name(name)} {carried}: its state is "
-            "laid out in another way. Leave the flag as it was, or add --no-load-optim.")
+            f"the checkpoint's optimizer was saved with {flag_name(name)} {carried}: its state has "
+            "another layout. Leave the flag as it was, or add --no-load-optim.")

@@ -126,8 +126,8 @@ def _setting(request: CompareRequest) -> Setting:
         parallel.kept_on_rank_zero(
             lambda: tokenizer_of(config.tokenizer_model, onset.checkpoint, onset.job.model))
     if selection.sketch_rows == "spread":
-        raise UserError("--sketch-rows spread: compare solves with all rows on rank 0. Leave the "
-                        "flag out, and compare on a smaller pool.")
+        raise UserError("--sketch-rows spread is not supported by compare, which solves with all "
+                        "rows on rank 0. Leave the flag out, and compare on a smaller pool.")
     onset.job.require_runs_on(parallel.world_size(), trains=True)
     solve_step.parse_quotas(selection.quotas,
                             list(indexed.prefix_names(onset.pool.prefixes).values()))
@@ -147,10 +147,11 @@ def _arms(setting: Setting) -> list[str]:
     if not pools & valid:
         obstacles.append((
             [name for name in chosen if name in BY_DOMAIN],
-            f"no domain of the validation sets ({', '.join(sorted(valid))}) is one of the pools' "
-            f"({', '.join(sorted(pools))})",
-            "Domains are named by the cards that tools/preprocess_selection.py writes, or else by "
-            "the last part of a prefix: name the datasets alike, or leave these arms out."))
+            f"no domain of the validation sets ({', '.join(sorted(valid))}) is a domain of the "
+            f"pools ({', '.join(sorted(pools))})",
+            "A domain is named in the card (PREFIX.json) of a dataset, or else by the last part of "
+            "its prefix: give pools and validation sets the same domains, or leave these arms "
+            "out."))
     if not setting.onset.checkpoint.has_optimizer:
         obstacles.append((
             [name for name in chosen if "adam-sketches" in REGISTRY[name].needs],

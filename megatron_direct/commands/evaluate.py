@@ -35,12 +35,12 @@ class EvaluateConfig(Settings):
     """Multiple-choice questions."""
 
     load: str = flag("", "checkpoint to score (a Megatron distributed one)", required=True)
-    tasks: tuple = flag((), "JSONL files of multiple-choice questions; each is a task, named by "
+    tasks: tuple = flag((), "JSONL files of multiple-choice questions; each is a task, named after "
                         "its stem", nargs="+", required=True)
     tokenizer_model: str = flag("", "the model's tokenizer: a SentencePiece model, or a Hugging "
                                 "Face tokenizer.json or the folder that holds it", required=True)
     output: str = flag("", "JSON file for the results and every choice's score", required=True)
-    micro_batch_size: int = flag(8, "choices a rank computes at once", at_least=1)
+    micro_batch_size: int = flag(8, "choices per rank in one pass", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def _read(config: EvaluateConfig, checkpoint: Checkpoint, model: ModelConfig) ->
     names = [Path(file).stem for file in config.tasks]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"two files of --tasks are called {', '.join(twice)}, and so would be one "
-                        "task. Rename one, or list each once.")
+        raise UserError(f"two files of --tasks have the name {', '.join(twice)}, which names the "
+                        "task. Rename one, or list each file once.")
     tokens = tokenizer_of(config.tokenizer_model, checkpoint, model)
     tasks = {}
     for name, file in zip(names, config.tasks, strict=True):
@@ -107,8 +107,8 @@ def _report(config: EvaluateConfig, checkpoint: Checkpoint, job: Job, tasks: dic
             first += len(encoded)
             if not np.isfinite(of_one).all():
                 raise UserError(f"{checkpoint.path} gives no finite likelihood to {task.file}:"
-                                f"{question.line}. Its weights are damaged, or diverged: load an "
-                                "earlier checkpoint.")
+                                f"{question.line}. Its weights are damaged, or training diverged: "
+                                "load an earlier checkpoint.")
             answered[name].append(answers(question, encoded, of_one))
     results = {name: accuracies(of_task) for name, of_task in answered.items()}
     files.write_json(config.output, {

@@ -27,11 +27,11 @@ class InspectConfig(Settings):
 
     mask: tuple = flag((), "mask files", nargs="+", required=True)
     operation: str | None = flag(
-        None, "one mask out of those given: documents that all keep (and), that any keeps (or), "
-        "that the first keeps and no other does (minus)", choices=tuple(_OPERATIONS))
+        None, "combine the masks given into one: documents that all keep (and), that any keeps "
+        "(or), or that the first keeps and no other does (minus)", choices=tuple(_OPERATIONS))
     output: str = flag("", "file for the mask that --operation makes")
     data_path: tuple = flag(
-        (), "the datasets that the masks belong to, in any order: their tokens are counted",
+        (), "the datasets that the masks belong to, in any order; needed to count tokens",
         nargs="+")
     materialize: str = flag(
         "", "prefix of a new indexed dataset with the documents that the mask keeps; needs one "
@@ -63,8 +63,8 @@ def _inspect(config: InspectConfig) -> None:
     if config.materialize:
         _, mask = masks[-1]
         if len(masks) > 1 and config.operation is None:
-            raise UserError("--materialize writes one mask's documents, but several were given. "
-                            "Give one, or make one of them with --operation.")
+            raise UserError("--materialize writes the documents of one mask, but several were "
+                            "given. Give one, or combine them with --operation.")
         prefix = datasets.get(mask.dataset_digest)
         if prefix is None:
             raise UserError("--materialize needs the dataset that the mask belongs to. Give it "
@@ -81,8 +81,8 @@ def _datasets(prefixes: tuple, masks: list[tuple[str, SampleMask]]) -> dict[str,
     for prefix in prefixes:
         digest = indexed.dataset_digest(prefix)
         if digest not in wanted:
-            raise UserError(f"none of the masks belongs to {prefix} (digest {digest}): the dataset "
-                            "is another one, or was made again. Correct --data-path.")
+            raise UserError(f"none of the masks belongs to {prefix} (digest {digest}): it is a "
+                            "different dataset, or was rebuilt. Correct --data-path.")
         found[digest] = prefix
     return found
 

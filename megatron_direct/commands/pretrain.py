@@ -32,7 +32,7 @@ from megatron_direct.steps.onset import dataset_digests
 class PretrainConfig(Settings):
     """Pre-training."""
 
-    data_path: tuple = flag((), "indexed datasets: prefixes, or weights and prefixes by turns",
+    data_path: tuple = flag((), "indexed datasets: prefixes, or alternating weights and prefixes",
                             nargs="+", required=True)
     save: str = flag("", "folder for checkpoints and metrics", required=True)
     train_iters: int = flag(300, "iterations of the stable phase, warm-up included", at_least=1)
@@ -83,7 +83,7 @@ def pretrain(request: PretrainRequest) -> None:
     parallel.on_rank_zero(lambda: run.enter("pretrain", request))
     state = parallel.on_rank_zero(lambda: artefact.state(key))
     if state is State.FINISHED:
-        parallel.say(f"{config.save} is already trained for {config.train_iters} iterations.")
+        parallel.say(f"{config.save} has already been trained for {config.train_iters} iterations.")
         return
     if state is State.NEW:
         parallel.on_rank_zero(lambda: artefact.begin(key))

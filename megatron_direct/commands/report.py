@@ -17,7 +17,7 @@ from megatron_direct.settings import Settings, flag
 class ReportConfig(Settings):
     """Report."""
 
-    run_dir: str = flag("", "folder of a finished select", required=True)
+    run_dir: str = flag("", "run directory of a finished select", required=True)
 
 
 @dataclass(frozen=True)

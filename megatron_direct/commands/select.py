@@ -35,14 +35,17 @@ from megatron_direct.steps.sketch import SketchConfig
 class NameConfig(Settings):
     """Selection."""
 
-    selection_name: str = flag("direct", "what this selection is called: a run directory holds "
-                               "several, and `anneal --selection` picks one")
+    selection_name: str = flag("direct", "name of this selection; a run directory can hold several "
+                               "(see `anneal --selection`)")
 
     def check(self) -> None:
-        if not self.selection_name or self.selection_name.startswith(".") or \
-                set(self.selection_name) & set("/\\") or self.selection_name == "random":
-            raise UserError(f"--selection-name {self.selection_name!r} cannot be the name of a "
-                            "folder of its own. Choose another.")
+        name = self.selection_name
+        # anneal names the folders of random arms "random" and "random-NAME".
+        if not name or name == "random" or name.startswith((".", "random-")) or \
+                set(name) & set("/\\"):
+            raise UserError(
+                f"--selection-name {name!r} is not a valid name: it must not be empty, begin with "
+                "'.' or 'random-', contain / or \\, or be 'random'. Choose another.")
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ def _is_there(folder: Path, key: solve_step.SelectionKey) -> bool:
     if artefact.read() is not None and artefact.differs(key):
         if is_annealed(folder):
             raise UserError(f"{folder} holds a selection with other flags, and was annealed. Give "
-                            "this one a name of its own with --selection-name.")
-        parallel.say(f"selection: the one in {folder} had other flags, and is replaced.")
+                            "this selection another name with --selection-name.")
+        parallel.say(f"the selection in {folder} was made with other flags, and is replaced.")
     artefact.begin(key)
     return False
 

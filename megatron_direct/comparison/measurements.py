@@ -37,18 +37,19 @@ class CompareConfig(Settings):
     test_data_path: tuple = flag(
         (), "indexed datasets whose losses are compared; no selection sees them", nargs="+",
         required=True)
-    arms: tuple = flag((), f"arms to compare; left out: all ({', '.join(arms.REGISTRY)})",
+    arms: tuple = flag((), f"arms to compare; default: all ({', '.join(arms.REGISTRY)})",
                        nargs="+")
     num_seeds: int = flag(5, "replicates of each arm", at_least=1)
     lr_wsd_decay_iters: int = flag(100, "iterations of each annealing", at_least=1)
-    name: str = flag("", "what the report calls this comparison; left out: the run directory's")
+    name: str = flag("", "name of this comparison in the report; default: the name of the "
+                        "run directory")
     tokenizer_model: str = flag("", "tokenizer that turns samples back into text for the report; "
-                                    "left out: no samples are shown")
+                                    "default: no samples are shown")
 
     def check(self) -> None:
         unknown = [name for name in self.arms if name not in arms.REGISTRY]
         if unknown:
-            raise UserError(f"--arms {' '.join(unknown)}: there is no such arm. There are "
+            raise UserError(f"--arms {' '.join(unknown)}: unknown arm; the arms are "
                             f"{', '.join(arms.REGISTRY)}.")
 
 
@@ -158,8 +159,8 @@ def _candidates(setting: Setting, seed: int, stored: Mapping[str, list]) -> np.n
     if len(lost):
         raise UserError(
             f"seed {seed}: samples {', '.join(map(str, lost[:5]))} have no finite gradient for "
-            f"{', '.join(stored)}, and were candidates of arms that are there already. Begin anew "
-            "in another --run-dir, with all arms at once.")
+            f"{', '.join(stored)}, and were candidates of arms that are already finished. Start "
+            "again in another --run-dir, with all arms at once.")
     return settled
 
 

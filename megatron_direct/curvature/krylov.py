@@ -188,6 +188,6 @@ def require_finite(numbers: Sequence[float] | np.ndarray, num_matvecs: int) -> N
     """Refuse a product by the inner products that were taken of it."""
     if not np.isfinite(numbers).all():
         raise ValueError(
-            f"product {num_matvecs} of the operator is not finite: look for a loss or a gradient "
+            f"product {num_matvecs} of the operator is not finite: check for a loss or gradient "
             "that is not finite at these parameters"
         )

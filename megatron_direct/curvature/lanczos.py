@@ -234,7 +234,8 @@ def residual_norms(
 
 def _too_many(k: int, dimension: int) -> ValueError:
     return ValueError(
-        f"{k} eigenpairs asked of an operator of dimension {dimension}: ask for {dimension} at most"
+        f"{k} eigenpairs requested of an operator of dimension {dimension}; request at most "
+        f"{dimension}"
     )
 
 

@@ -47,13 +47,15 @@ def require_exact_products(chunks: Sequence[torch.nn.Module]) -> None:
         if found != required:
             raise UserError(
                 f"exact curvature products need {field} = {required}, but it is {found}. "
-                f"Build the model for curvature with {flag}, or use --curvature fisher.")
+                f"Build the model for curvature with {flag} (Megatron-LM's flag), or use "
+                "--curvature fisher.")
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     dtypes = {parameter.dtype for parameter in parameters} - {torch.float32, torch.float64}
     if dtypes:
         raise UserError(
             f"exact curvature products need weights in float32, but some are {dtypes.pop()}. Build "
-            "the model for curvature without --bf16 and --fp16, or use --curvature fisher.")
+            "the model for curvature without --bf16 and --fp16 (Megatron-LM's flags), or use "
+            "--curvature fisher.")
     if not all(parameter.requires_grad for parameter in parameters):
         raise UserError("exact curvature products need every parameter to be trainable, but some "
                         "are frozen. Set requires_grad on them for as long as products are taken.")
@@ -78,5 +80,5 @@ def _require_exact_layers(chunks: Sequence[torch.nn.Module]) -> None:
         "was built from a spec without exact second derivatives"
     raise UserError(
         f"exact curvature products need Megatron's local layer spec, but the model {found}. Build "
-        "the model for curvature with --transformer-impl local (it loads the same checkpoint), or "
-        "use --curvature fisher.")
+        "the model for curvature with --transformer-impl local (Megatron-LM's flag; it loads the "
+        "same checkpoint), or use --curvature fisher.")

@@ -10,8 +10,8 @@ the energy,
 
 Lanczos yields the leading pairs only. The energy of the whole operator comes from elsewhere: it is
 the trace of a positive semi-definite operator (Gauss-Newton, Fisher), and `positive_trace` of
-`density.spectral_density` for any. Without it, the elbow can only be told relative to the pairs
-that were computed; it then grows with their number, and the result says so.
+`density.spectral_density` for any. Without it, the elbow is only relative to the pairs that were
+computed; it then grows with their number, and the result says so.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from dataclasses import dataclass
 import numpy as np
 
 PAPER_ENERGY_SHARE = 0.945  # DiReCT, section 5.3
+# Where all pairs are computed their sum is the trace, up to float32 rounding and Lanczos tolerance.
+_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
 class Elbow:
     num_stiff: int  # k*, or all positive pairs that were computed, if they do not reach the elbow
-    num_computed: int  # pairs the elbow was looked for in
+    num_computed: int  # pairs among which the elbow was searched
     energy_share: float  # asked for
     held_share: float  # share of the energy in the stiff pairs
     energy: float  # sum of the positive eigenvalues: of all, or of those computed
-    whole_operator: bool  # False: energy is that of the computed pairs, since no total was given
-    reached: bool  # False: the elbow lies behind the computed pairs
+    whole_operator: bool  # False: energy is that of the computed pairs; no total, or one below it
+    reached: bool  # False: the elbow lies beyond the computed pairs
 
     def __str__(self) -> str:
         held = f"{self.num_stiff} of {self.num_computed} leading pairs hold {self.held_share:.4f}"
@@ -60,7 +62,7 @@ def find_elbow(
         eigenvalues: [k] leading eigenvalues, descending, of either sign.
         energy_share: in (0, 1].
         total_energy: energy of the whole operator, where it is known. An estimate below the energy
-            of the computed pairs is raised to it, since those are there for certain.
+            of the computed pairs is too low, so it is ignored.
 
     Raises:
         ValueError: eigenvalues that are empty, not finite or not descending; a bad share or total.
@@ -77,6 +79,7 @@ def find_elbow(
 
     held = np.concatenate([[0.0], np.cumsum(np.maximum(eigenvalues, 0.0))])
     energy = max(held[-1], total_energy or 0.0)
+    whole_operator = total_energy is not None and total_energy >= (1 - _ROUNDING) * held[-1]
     reached = bool(held[-1] >= energy_share * energy)
     # Where the elbow is not reached this counts the positive pairs: held grows with them only.
     num_stiff = int(np.searchsorted(held, min(energy_share * energy, held[-1])))
@@ -86,7 +89,7 @@ def find_elbow(
         energy_share=energy_share,
         held_share=float(held[num_stiff] / energy) if energy > 0 else 1.0,
         energy=float(energy),
-        whole_operator=total_energy is not None,
+        whole_operator=whole_operator,
         reached=reached,
     )
 

@@ -49,8 +49,8 @@ def check_symmetry(matvec: Callable[[torch.Tensor], torch.Tensor], space: Parame
     if not asymmetry[worst] <= accepted:
         raise UserError(
             f"the curvature operator is not symmetric: <u, H v> and <v, H u> differ by "
-            f"{asymmetry[worst]:.1e} of ||u|| ||H v||, where rounding explains {accepted:.1e}. The "
-            f"difference is largest for {worst}: a function of these layers is likely to be "
+            f"{asymmetry[worst]:.1e} of ||u|| ||H v||, but rounding explains only {accepted:.1e}. "
+            f"The difference is largest for {worst}: a function of these layers is probably "
             "differentiated wrongly. Build the model for curvature from Megatron's local layer "
             "spec, or use --curvature fisher.")
     return asymmetry[worst]

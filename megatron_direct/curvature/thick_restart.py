@@ -40,7 +40,7 @@ class Target:
             raise ValueError(f"tol must be positive, got {self.tol}")
         if self.max_matvecs < 2:
             raise ValueError(
-                f"max_matvecs must be at least 2, a step and a measured residual, got "
+                f"max_matvecs must be at least 2 (one step and one measured residual), got "
                 f"{self.max_matvecs}"
             )
         if self.basis_limit < k + 3:

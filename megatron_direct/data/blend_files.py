@@ -13,7 +13,7 @@ _SPLITS = ("train", "valid", "test")
 
 
 def parse_data_path(data_path: Sequence[str]) -> Blend:
-    """``--data-path`` as Megatron takes it: prefixes, or weights and prefixes by turns."""
+    """``--data-path`` as Megatron takes it: prefixes, or alternating weights and prefixes."""
     values = list(data_path)
     if len(values) % 2 == 0 and all(_is_number(value) for value in values[::2]):
         return Blend(values[1::2], [float(value) for value in values[::2]])
@@ -32,7 +32,7 @@ def read_per_split_data_args(path: str) -> dict[str, Blend | None]:
         texts = {split: found[split] for split in _SPLITS}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a JSON object with the keys train, valid and test "
-                        f"({type(error).__name__}: {error}). Mend the file.") from error
+                        f"({type(error).__name__}: {error}). Correct the file.") from error
     return {split: None if not text else
             parse_data_path(text.split() if isinstance(text, str) else text)
             for split, text in texts.items()}

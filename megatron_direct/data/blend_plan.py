@@ -103,13 +103,13 @@ def plan_blend(blend: Blend, masks: Mapping[str, SampleMask], demand: Demand,
     used = [prefix for prefix in prefixes if sizes[prefix][1] > 0 and shares[prefix] > 0]
     if not used:
         raise UserError(
-            f"the masks leave no document in any dataset of the blend ({', '.join(prefixes)}). "
+            f"the masks keep no document in any dataset of the blend ({', '.join(prefixes)}). "
             "Select more samples, or check that the masks belong to this run.")
     for prefix in prefixes:
         if prefix not in used:
             warnings.warn(f"{prefix} is left out of the blend: " + (
                 "its weight is 0." if sizes[prefix][1] else
-                "its mask leaves nothing. Its weight is shared out among the others."),
+                "its mask keeps no document. Its weight is distributed over the others."),
                 stacklevel=2)
     total = sum(shares[prefix] for prefix in used)
     parts = []
@@ -135,9 +135,9 @@ def require_something_left(prefixes: Sequence[str], masks: Mapping[str, SampleMa
     for prefix in prefixes:
         if prefix in masks and _sizes(prefix, masks[prefix], share)[1] == 0:
             raise UserError(
-                f"the mask of {prefix} leaves no document in the {split} split of --split. Give "
-                "--split 100,0,0, with --train-data-path and --valid-data-path for data of their "
-                "own, so that the pools are trained on whole.")
+                f"the mask of {prefix} keeps no document in the {split} split of --split. Give "
+                "--split 100,0,0, with --train-data-path and --valid-data-path for separate "
+                "datasets, so that training uses the whole pools.")
 
 
 def _sizes(prefix: str, mask: SampleMask | None, share: tuple[float, float],

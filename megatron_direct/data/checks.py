@@ -29,16 +29,16 @@ def require_one_vocabulary(prefixes: Sequence[str], vocab_size: int | None,
             raise UserError(
                 f"{prefix} was made with a tokenizer of {card['vocab_size']} entries (digest "
                 f"{card['tokenizer_digest']}), {said_by} with another one (digest "
-                f"{tokenizer_digest}). Make the dataset again with --tokenizer-model of the other.")
+                f"{tokenizer_digest}). Rebuild the dataset, giving that one as --tokenizer-model.")
         if vocab_size is None:
             vocab_size = card["vocab_size"]
         elif card["vocab_size"] > vocab_size:
             raise UserError(
-                f"{prefix} uses a vocabulary of {card['vocab_size']} entries, the model has "
+                f"{prefix} uses a vocabulary of {card['vocab_size']} entries, but the model has "
                 f"{vocab_size}. Make the dataset with the model's tokenizer.")
     if vocab_size is None:
         raise UserError("the size of the vocabulary is not known: neither the datasets nor a "
-                        "checkpoint say it. Give --vocab-size.")
+                        "checkpoint record it. Give --vocab-size.")
     return vocab_size, tokenizer_digest
 
 
@@ -51,8 +51,8 @@ def require_disjoint(**lists: Sequence[str]) -> None:
         for file, prefix in files.items():
             if file in seen:
                 raise UserError(
-                    f"{prefix} is listed as a {seen[file]} and as a {kind}. Selecting on the data "
-                    "one is judged by is no selection: keep them apart.")
+                    f"{prefix} is listed as a {seen[file]} and as a {kind}. Pools, validation and "
+                    "test sets must be different datasets.")
         seen |= dict.fromkeys(files, kind)
 
 

@@ -158,8 +158,8 @@ def require_tokens_below(prefix: str, vocab_size: int) -> None:
             if not 0 <= token < vocab_size:
                 raise UserError(
                     f"{prefix}.bin holds token {token}, but the tokenizer has {vocab_size} "
-                    "entries: the dataset was made with another one. Train with its tokenizer, or "
-                    "make it again.")
+                    "entries: the dataset was made with another tokenizer. Train with that one, or "
+                    "rebuild the dataset.")
 
 
 def write_index(path: str, dtype, sequence_lengths: np.ndarray,

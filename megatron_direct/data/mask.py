@@ -30,7 +30,7 @@ class SampleMask:
     def __init__(self, keep: np.ndarray, dataset_digest: str, run: str = ""):
         keep = np.asarray(keep, dtype=bool)
         if keep.ndim != 1:
-            raise ValueError(f"keep has shape {keep.shape}; expected one entry a document.")
+            raise ValueError(f"keep has shape {keep.shape}; expected one entry per document.")
         self._fill(np.packbits(keep), len(keep), dataset_digest, run)
 
     def _fill(self, bits: np.ndarray, num_documents: int, dataset_digest: str, run: str) -> None:
@@ -115,8 +115,8 @@ class SampleMask:
             raise UserError(f"{path} does not exist. Run select first, or correct the path."
                             ) from None
         except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is no sample mask, or is damaged ({error}). Run select again."
-                            ) from error
+            raise UserError(f"{path} is not a sample mask, or is damaged ({error}). Run select "
+                            "again.") from error
         if len(mask._bits) != -(-count // 8) or mask.num_kept != expected:
             raise UserError(f"{path} is damaged: it keeps {mask.num_kept} documents in "
                             f"{len(mask._bits)} bytes, where {expected} of {count} were written. "
@@ -129,4 +129,4 @@ class SampleMask:
         if found != self.dataset_digest:
             raise UserError(
                 f"the mask was made for a dataset with digest {self.dataset_digest}, but {prefix} "
-                f"has {found}: the dataset is another one, or was made again. Run select on it.")
+                f"has {found}: it is a different dataset, or was rebuilt. Run select on it.")

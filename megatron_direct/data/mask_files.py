@@ -24,11 +24,11 @@ def find_mask_files(prefixes: Sequence[str], pairs: Sequence[tuple[str, str]] = 
     found: dict[str, str] = {}
     for prefix, path in pairs:
         if prefix not in prefixes:
-            raise UserError(f"--sample-mask {prefix} is in no blend. The prefixes are "
-                            f"{', '.join(prefixes)}. Write it as the blend does.")
+            raise UserError(f"--sample-mask {prefix} is not in the blend, whose prefixes are "
+                            f"{', '.join(prefixes)}. Give one of these.")
         if prefix in found:
             raise UserError(f"--sample-mask is given twice for {prefix}. Give one mask for each "
-                            "prefix; `megatron-direct inspect` combines two into one.")
+                            "prefix; `megatron-direct inspect` can combine two masks.")
         found[prefix] = path
     if folder is not None:
         _from_folder(found, prefixes, Path(folder))
@@ -43,7 +43,7 @@ def _from_folder(found: dict[str, str], prefixes: Sequence[str], folder: Path) -
     there = {path.name: path for path in sorted(folder.glob(f"*{SUFFIX}"))}
     if not there:
         raise UserError(f"--sample-masks {folder} holds no *{SUFFIX}. Give the masks folder of a "
-                        "run directory.")
+                        "selection.")
     taken: dict[str, str] = {}
     for prefix in prefixes:
         names = (os.path.basename(prefix), prefix.strip("/").replace("/", "__"))
@@ -60,5 +60,5 @@ def _from_folder(found: dict[str, str], prefixes: Sequence[str], folder: Path) -
     left = [str(path) for path in there.values() if os.path.realpath(path) not in given]
     if left:
         raise UserError(
-            f"no prefix of the blend is called as {', '.join(left)}. Say which dataset each "
+            f"no prefix of the blend matches {', '.join(left)}. Say which dataset each "
             "belongs to with --sample-mask PREFIX FILE, or move it out of the folder.")

@@ -164,8 +164,8 @@ class Samples(SampleSource):
                 if not 0 <= token < self.vocab_size:
                     raise UserError(
                         f"{self.prefixes[number]} holds token {token}, but the model's vocabulary "
-                        f"has {self.vocab_size} entries. Was it made with another tokenizer? Make "
-                        "it again with the model's.")
+                        f"has {self.vocab_size} entries. Was it made with another tokenizer? "
+                        "Rebuild it with the model's.")
         return tokens
 
 

@@ -52,11 +52,11 @@ def _cut(context: np.ndarray, whole: np.ndarray, seq_length: int, where: str) ->
     num_shared = int(differ[0]) if len(differ) else shorter
     num_scored = len(whole) - num_shared
     if num_scored == 0 or num_shared == 0:
-        raise UserError(f"{where} has no {'tokens' if num_scored == 0 else 'context'} of its own "
-                        "with this tokenizer, and no likelihood. Leave the line out.")
+        raise UserError(f"{where} {'is empty' if num_scored == 0 else 'has no context'} with this "
+                        "tokenizer, so it has no likelihood. Leave the line out.")
     if num_scored > seq_length:
         raise UserError(f"{where} has {num_scored} tokens, more than the sequence length of "
-                        f"{seq_length}. Leave the line out, or load a model with a longer one.")
+                        f"{seq_length}. Leave the line out, or load a model with longer sequences.")
     return EncodedChoice(whole[-(seq_length + 1):], num_scored, len(whole) > seq_length + 1,
                          num_shared < len(context))
 

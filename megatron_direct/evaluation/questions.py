@@ -69,8 +69,8 @@ def read_questions(path: str | Path) -> list[Question]:
         except _BadRecord as error:
             raise UserError(f"{path}:{number}: {error}") from error
     if not questions:
-        raise UserError(f"{path} holds no questions: expected a JSON object a line. Correct "
-                        "--tasks.")
+        raise UserError(f"{path} holds no questions: expected one JSON object per line. "
+                        "Correct --tasks.")
     return questions
 
 

@@ -25,10 +25,10 @@ def tokenizer_of(path: str, checkpoint: Checkpoint, model: ModelConfig):
                         f"trained with (digest {wanted}). Give that one with --tokenizer-model.")
     loaded = tokenizer.load_tokenizer(file, None, append_eod=False)
     if loaded.vocab_size > model.known_vocab_size:
-        raise UserError(f"{file} has {loaded.vocab_size} entries, the model in {checkpoint.path} "
-                        f"has {model.vocab_size}. Give the model's tokenizer with "
-                        "--tokenizer-model.")
+        raise UserError(f"{file} has {loaded.vocab_size} entries, but the model in "
+                        f"{checkpoint.path} has {model.vocab_size}. Give the model's tokenizer "
+                        "with --tokenizer-model.")
     if wanted is None:
-        print(f"{checkpoint.path} does not say which tokenizer it was trained with; {file} is "
-              "taken for it", flush=True)
+        print(f"{checkpoint.path} does not record the tokenizer it was trained with; {file} is "
+              "assumed", flush=True)
     return loaded

@@ -52,7 +52,7 @@ def _require_independent_samples(config) -> None:
         if found not in allowed:
             raise UserError(
                 f"per-sample gradients of experts need {field} in {allowed}, but it is {found}. "
-                f"Build the model for selection with {flag}.")
+                f"Build the model for selection with {flag} (Megatron-LM's flag).")
 
 
 class _Routing:

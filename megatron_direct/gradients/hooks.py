@@ -104,8 +104,8 @@ class PieceHooks:
         missing = [shard.name for key, shard in self._shards.items() if key not in covered]
         if missing:
             raise UserError(
-                f"no gradient hook covers {', '.join(missing)}: a layer of a kind that this "
-                "version does not know. Selection needs a model of linear layers, embeddings, "
+                f"no gradient hook covers {', '.join(missing)}, whose kind of layer is not "
+                "supported. Selection needs a model of linear layers, embeddings, "
                 "norms and experts.")
 
     def _hook(self, watch):

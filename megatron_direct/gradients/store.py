@@ -81,6 +81,10 @@ class SketchStore:
         path = self.folder / _DATASETS
         return files.read_json(path) if path.is_file() else []
 
+    def has_files(self) -> bool:
+        """Whether rows were ever written into the folder."""
+        return bool(self._file_numbers())
+
     def entries(self) -> Entries:
         """Of every row that counts."""
         found = []
@@ -100,8 +104,8 @@ class SketchStore:
     def read(self, entries: Entries, samples: np.ndarray) -> Sketches:
         """The rows of these entries, whose sample numbers are given, sorted by those.
 
-        Each file is mapped, and each row copied once, to its place. Raises UserError for a row that
-        is not as it was written.
+        Each file is mapped, and each row copied once, to its place. Raises UserError for a row
+        whose checksum is wrong.
         """
         order = np.argsort(samples, kind="stable")
         place = np.empty_like(order)
@@ -115,8 +119,8 @@ class SketchStore:
                 row = stored[entries.position[i]]
                 if _checksum(row, entries.dataset[i], entries.document[i], entries.loss[i]) != \
                         entries.checksum[i]:
-                    raise UserError(f"row {entries.position[i]} of {path} is not as it was "
-                                    f"written. Delete {self.folder} and run the command again.")
+                    raise UserError(f"row {entries.position[i]} of {path} is damaged (wrong "
+                                    f"checksum). Delete {self.folder} and run the command again.")
                 rows[place[i]] = _decoded(row, self.dtype)
         return Sketches(rows, samples[order], entries.loss[order].astype(np.float32))
 
@@ -198,8 +202,9 @@ def _write(file, data: bytes) -> None:
             view = view[file.write(view):]
         os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(f"{file.name} cannot be written ({error.strerror}). Make room, or mend the "
-                        "disk, and run the command again: it carries on where it was.") from error
+        raise UserError(f"{file.name} cannot be written ({error.strerror}). Free some space, or "
+                        "check the disk, and run the command again: it resumes where it stopped."
+                        ) from error
 
 
 def _row_dtype(dtype: str) -> np.dtype:

@@ -62,8 +62,8 @@ def _of_megatron_lm(args: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]
     for name, described in _DESCRIBED.items():
         if args.get(name, described[0]) not in described:
             raise UserError(
-                f"{checkpoint} was trained with {flag_name(name)} {args[name]}: such a model is "
-                f"not supported (only {' or '.join(map(str, described))}).")
+                f"{checkpoint} was trained with {flag_name(name)} {args[name]}: this is "
+                f"not supported (only {' or '.join(map(str, described))} is).")
     frequency = args.get("moe_layer_freq", 1)
     of_model = {
         # The number of groups says nothing unless the switch beside it is on.

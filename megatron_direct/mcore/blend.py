@@ -189,7 +189,7 @@ class _Plan:
         available = num_sequences_in(parts, self.config.sequence_length)
         if trained and len(used) > 1 and whole is not None and whole > available:
             raise UserError(
-                f"a blend without weights is one epoch, and that has {available} sequences where "
-                f"the training asks for {whole}. Give weights, or --blend-weights tokens, so that "
-                "datasets are seen more than once, or train on less.")
+                f"a blend without weights is one epoch, which has {available} sequences, but the "
+                f"training needs {whole}. Give weights, or --blend-weights tokens, so that "
+                "datasets are repeated, or train on less.")
         return (used, None), parts

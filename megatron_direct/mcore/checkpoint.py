@@ -105,7 +105,7 @@ def _common_state(checkpoint: Path) -> dict:
         return compat.load_common_state(checkpoint)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{checkpoint} carries objects that this megatron-core does not know "
+            f"{checkpoint} holds objects that this megatron-core does not support "
             f"({str(error).splitlines()[0]}). Use the version that wrote the checkpoint."
             ) from error
 
@@ -149,7 +149,7 @@ def load_training(checkpoint: Path, chunks: Sequence[Any], optimizer,
     stored = _common_state(checkpoint)
     if "opt_param_scheduler" not in stored:
         raise UserError(f"{checkpoint} holds weights but no optimizer. Add --no-load-optim to "
-                        "begin with an optimizer of its own.")
+                        "start with a fresh one.")
     load_model(checkpoint, chunks)
     torch_adam.give_state(optimizer)
     state = optimizer.sharded_state_dict(

@@ -49,7 +49,7 @@ def _require_torch_dist(checkpoint: Path) -> None:
             "iteration.") from error
     if found == "zarr":
         raise UserError(
-            f"{checkpoint} is in the zarr format, which Megatron reads no more since 0.16, and "
+            f"{checkpoint} is in the zarr format, which Megatron no longer reads since 0.16; "
             f"torch_dist is expected. Convert it with Megatron-LM core_v0.15: load it with "
             f"{_RESAVE}.")
     if found != "torch_dist":

@@ -130,8 +130,8 @@ def _by_name(original: Callable, known: Sequence[str], replacement: Callable) ->
     missing = [name for name in known if name not in parameters]
     where = f"{original.__module__}.{original.__qualname__}"
     if missing:
-        raise UserError(f"exact curvature products do not know {where}({', '.join(parameters)}) of "
-                        f"this megatron-core: it takes no {', '.join(missing)}. Use --curvature "
+        raise UserError(f"exact curvature products do not support {where}({', '.join(parameters)}) "
+                        f"of this megatron-core: it takes no {', '.join(missing)}. Use --curvature "
                         "fisher, or a megatron-core that docs/models.md lists.")
 
     def call(*values, **keywords):
@@ -139,8 +139,8 @@ def _by_name(original: Callable, known: Sequence[str], replacement: Callable) ->
         for name in arguments.keys() - set(known):
             value = arguments[name]
             if value not in (None, False, 1) and not hasattr(value, "size"):
-                raise UserError(f"exact curvature products do not know what {name}={value!r} means "
-                                f"to {where}. Use --curvature fisher.")
+                raise UserError(f"exact curvature products do not support {name}={value!r} in "
+                                f"{where}. Use --curvature fisher.")
         return replacement(arguments)
 
     return call

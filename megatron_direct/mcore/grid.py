@@ -28,8 +28,9 @@ def model_parallel(config: ParallelConfig, num_model_chunks: int = 1):
     from megatron.core import parallel_state
 
     if config.moe_token_dispatcher_type == "alltoall" and not host.has_gpu():
-        raise UserError("--moe-token-dispatcher-type alltoall needs GPUs: Megatron lets its "
-                        "messages overlap on CUDA streams. Use allgather, which does the same.")
+        raise UserError("--moe-token-dispatcher-type alltoall needs GPUs: Megatron overlaps its "
+                        "communication on CUDA streams. Use allgather, which gives the same "
+                        "result.")
     # Models and optimizers refer to each other in circles: those of an earlier stage would stay for
     # as long as nothing else makes Python look for circles.
     gc.collect()

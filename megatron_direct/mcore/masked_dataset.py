@@ -61,7 +61,7 @@ class MaskedGPTDataset(GPTDataset):
                     self.indices = self.indices[kept[self.indices]]
                 if len(self.indices) == 0:
                     raise UserError(
-                        f"the mask of {self.dataset_path} leaves no document in the "
+                        f"the mask of {self.dataset_path} keeps no document in the "
                         f"{self.index_split.name} split. Leave the prefix out of the blend.")
             self.unique_identifiers["sample_mask"] = mask.digest
             self.unique_description = json.dumps(

@@ -40,8 +40,8 @@ class MaskedDatasetProvider(DatasetProvider):
 
     def __post_init__(self):
         if type(self.gpt) is not GPTDatasetConfig:
-            raise UserError(f"gpt is a {type(self.gpt).__name__}; sample masks are for "
-                            "pre-training data, a GPTDatasetConfig.")
+            raise UserError(f"gpt is a {type(self.gpt).__name__}, but sample masks are for "
+                            "pre-training data. Give a GPTDatasetConfig.")
 
     @property
     def seq_length(self) -> int:

@@ -37,15 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The plugin's flags: an ``extra_args_provider``."""
     group = parser.add_argument_group("sample masks")
     group.add_argument("--sample-mask", nargs=2, action="append", metavar=("PREFIX", "FILE"),
-                       help="the mask of one prefix of the blend; may be given again")
+                       help="the mask of one prefix of the blend; may be repeated")
     group.add_argument("--sample-masks", metavar="DIR",
-                       help="folder of masks, each called by the last part of its prefix, as "
-                            "RUN_DIR/masks is")
+                       help="folder of masks, each named after the last part of its prefix, as "
+                            "in RUN_DIR/selections/NAME/masks")
     group.add_argument("--blend-weights", choices=BLEND_WEIGHTS, default="keep",
                        help="with masks: keep the blend's weights, or rescale each to the tokens "
-                            "that its mask leaves (default %(default)s)")
+                            "that its mask keeps (default %(default)s)")
     group.add_argument("--max-epochs", type=float, default=MAX_EPOCHS,
-                       help="refuse to see a masked prefix more often (default %(default)s)")
+                       help="largest number of epochs over a masked prefix; more is an error "
+                            "(default %(default)s)")
     return parser
 
 
@@ -67,7 +68,7 @@ def train_valid_test_datasets_provider(provider: Callable) -> Callable:
         names = inspect.unwrap(getattr(provider, "func", provider)).__globals__
         if _BUILDER not in names:
             raise UserError(f"{provider.__module__}.{provider.__qualname__} does not build its "
-                            f"datasets with {_BUILDER}: masks have no way in. Use "
+                            f"datasets with {_BUILDER}, where masks are applied. Use "
                             "megatron_direct.MaskedGPTDataset in it.")
         with _replaced(names, _BUILDER, functools.partial(_builder, args)):
             return provider(train_val_test_num_samples, **stage)

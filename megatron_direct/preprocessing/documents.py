@@ -115,7 +115,7 @@ def _label(record: Mapping, key: str) -> str:
     """
     value = lookup(record, key)
     if value is None or value == "" or value != value:
-        raise ValueError(f"{key} is {value!r}, which names nothing")
+        raise ValueError(f"{key} is {value!r}, which is not a name")
     text = str(value)
     text.encode()
     return text

@@ -142,8 +142,8 @@ def refuse_leaks(folder: Path, found: Found, excluded: Sequence[ExcludedDataset]
     raise UserError(
         f"{found.leaks} documents are also in the validation or test set, or in an excluded "
         f"dataset:{''.join(lines)}{'' if found.leaks <= len(lines) else chr(10) + '  ...'}\n"
-        "Take them out of the input, leave them out with --drop-duplicates, or, where --group-key "
-        "divides equal documents, go without it. What was tokenized is kept.")
+        "Remove them from the input, drop them with --drop-duplicates, or, if --group-key "
+        "separates equal documents, leave that flag out. What was tokenized is kept.")
 
 
 def _lines_of(folder: Path, places: set[int]) -> Iterator[tuple[int, str]]:

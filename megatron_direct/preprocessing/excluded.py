@@ -32,7 +32,7 @@ class ExcludedDataset:
         self._card = indexed.read_card(prefix)
         if self._card.get("tokenizer_digest", tokenizer_digest) != tokenizer_digest:
             raise UserError(f"{prefix} of --exclude was made with another tokenizer than "
-                            "--tokenizer-model: equal documents would not be found. Make it again "
+                            "--tokenizer-model: equal documents would not be found. Rebuild it "
                             "with this one.")
         self._lengths = windows.read_lengths(prefix, self._card) \
             if self._card.get("samples") == "window" else None

@@ -33,8 +33,8 @@ class Ranks:
                                            "mpi").COMM_WORLD
             if self.count < count:
                 raise UserError(f"mpirun started {count} ranks, but mpi4py sees {self.count}: it "
-                                "is built for another MPI. Use that one's mpirun, or install "
-                                "mpi4py anew with this one's mpicc.")
+                                "is built for another MPI. Use that one's mpirun, or reinstall "
+                                "mpi4py with this one's mpicc.")
 
     @property
     def count(self) -> int:

@@ -14,5 +14,5 @@ def require(module: str, needed_for: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"{needed_for} needs the package {module.partition('.')[0]}, which cannot "
-                        f"be imported ({error}). pip install 'megatron-direct[{extra}]'"
+                        f"be imported ({error}). Run pip install -e '.[{extra}]'"
                         ) from error

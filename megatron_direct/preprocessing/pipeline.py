@@ -66,7 +66,7 @@ def _prepare(settings: PreprocessSettings, work: Sequence[Shard | Stream]) -> To
 def _todo(settings: PreprocessSettings, work: Sequence[Shard | Stream]) -> list[Shard | Stream]:
     todo = shard_folder.unfinished(work, settings.folder)
     if len(todo) < len(work):
-        print(f"{settings.folder} has {len(work) - len(todo)} of {len(work)} shards already")
+        print(f"{settings.folder} has {len(work) - len(todo)} of {len(work)} finished shards")
     return todo
 
 

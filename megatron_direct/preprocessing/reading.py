@@ -82,7 +82,7 @@ def plan(paths: Sequence[Path], shard_bytes: int) -> list[Shard | Stream]:
         if compression_of(path):
             if format_of(path) == "parquet":
                 raise UserError(f"{path} is a compressed Parquet file. Decompress it; Parquet "
-                                "compresses its columns by itself.")
+                                "compresses its columns itself.")
             with opened(path):
                 work.append(Stream(path, file, path.stat().st_size))
         elif format_of(path) == "parquet":
@@ -174,9 +174,9 @@ def too_long(path: Path, line: int) -> UserError:
     if kind == "text":
         return UserError(f"{path}:{line + 1} belongs to a document that is {limit}. In a text file "
                          "an empty line ends a document. Put empty lines between the documents, "
-                         "or write one to a line as JSONL.")
+                         "or write one per line, as JSONL.")
     return UserError(f"{path}:{line + 1} is a line that is {limit}. In JSONL each line holds one "
-                     "document. Write one object to a line, or divide the document.")
+                     "document. Write one object per line, or split the document.")
 
 
 def _count_lines(text: bytes) -> int:

@@ -88,7 +88,7 @@ class PreprocessSettings:
             return
         if self.vocab_size < 1:
             raise UserError(f"--vocab-size {self.vocab_size} holds no token. Give the number of "
-                            "entries that the tokenizer shall have.")
+                            "entries that the tokenizer should have.")
         if self.tokenizer_model.suffix == ".json" or self.tokenizer_model.is_dir():
             raise UserError(f"--tokenizer-model {self.tokenizer_model} names a Hugging Face "
                             "tokenizer, but --train-tokenizer writes a SentencePiece model. Name a "
@@ -101,7 +101,7 @@ class PreprocessSettings:
             stems = Counter(formats.stem(path) for path in self.input)
             twice = sorted(stem for stem, count in stems.items() if count > 1)
             if twice:
-                raise UserError("two files of --input have one name, and so would be one domain: "
+                raise UserError("two files of --input have the same name, and so the same domain: "
                                 f"{', '.join(twice)}. Rename one, or name the domain of all files "
                                 "with --domain.")
 

@@ -72,14 +72,14 @@ def refuse_other(folder: Path, plan: ShardPlan) -> None:
     old, new = _read_plan(folder), _as_json(plan)
     if old is None:
         if next(folder.glob("*-*.json"), None) is not None:
-            raise UserError(f"{folder} holds shards, but no plan.json that says what they were "
-                            "made of. Delete the folder, or choose another --output-prefix.")
+            raise UserError(f"{folder} holds shards, but no plan.json that records what they "
+                            "were made from. Delete the folder, or choose another --output-prefix.")
         return
     if plan.tokenizer is None:
         new["tokenizer"] = old.get("tokenizer")
     changed = _differences(old, new)
     if changed:
-        raise UserError(f"{folder} holds the shards of an unfinished run with another "
+        raise UserError(f"{folder} holds the shards of an unfinished run with different "
                         f"{', '.join(changed)}. Repeat that run to its end, or delete the folder.")
 
 

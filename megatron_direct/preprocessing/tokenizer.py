@@ -197,7 +197,7 @@ def _training_error(message: str, vocab_size: int) -> UserError:
         return UserError(f"--vocab-size {vocab_size} is too small: the characters of --input and "
                          f"the 256 bytes alone take {smallest[1]} entries. Give more.")
     if "sentences_.empty()" in message:
-        return UserError("--train-tokenizer found no pool document of up to 1 MiB, and longer ones "
-                         "are not trained on. Correct --input, or --split.")
+        return UserError("--train-tokenizer found no pool document of up to 1 MiB; longer ones are "
+                         "not used. Correct --input, or --split.")
     return UserError(f"--train-tokenizer failed in SentencePiece ({message}). Correct --input, or "
                      f"--vocab-size {vocab_size}.")

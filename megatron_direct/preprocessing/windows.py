@@ -57,7 +57,7 @@ def read_lengths(prefix: str, card: dict) -> np.ndarray:
     expected = card["tokens"] + card["tokens_cut"]
     if total != expected or (len(lengths) and lengths.min() < 0):
         raise UserError(f"{path} belongs to another dataset: its documents have {total} tokens, "
-                        f"{prefix} was made of {expected}. {remedy}")
+                        f"but {prefix} was made from {expected}. {remedy}")
     return lengths
 
 

@@ -81,9 +81,9 @@ def _receive(connection: Connection):
     try:
         result, error, trace = connection.recv()
     except (EOFError, ConnectionError) as death:
-        raise UserError("a worker process was killed; most often the memory ran out. Repeat the "
-                        "command, which carries on where it was, with fewer --workers or a smaller "
-                        "--shard-size.") from death
+        raise UserError("a worker process was killed, most likely because memory ran out. Repeat "
+                        "the command, which resumes where it stopped, with fewer --workers or a "
+                        "smaller --shard-size.") from death
     if error is not None:
         raise error from _RemoteError(trace)
     return result

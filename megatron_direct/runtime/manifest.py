@@ -92,7 +92,7 @@ class Artefact:
             return State.NEW
         different = key.differences(found["key"])
         if different:
-            raise UserError(f"{self.folder} holds {self.what} of another kind: "
+            raise UserError(f"{self.folder} holds {self.what} made with other settings: "
                             f"{_in_words(*different[0])}. Choose another --run-dir, or delete "
                             f"{self.folder}.")
         return State.FINISHED if found["finished"] else State.BEGUN
@@ -127,8 +127,8 @@ class Artefact:
 def _in_words(name: str, before, now) -> str:
     if name.endswith("_digest"):
         what = name.removesuffix("_digest").replace("_", " ")
-        return f"it was made with another {what} (digest {before}, now {now})"
+        return f"another {what} (digest {before}, now {now})"
     if name.endswith("_digests"):
         what = name.removesuffix("_digests").replace("_", " ")
-        return f"it was made with other {what}"
-    return f"it was made with {flag_name(name)} {before}, and now {now} is asked for"
+        return f"other {what}"
+    return f"{flag_name(name)} was {before}, now it is {now}"

@@ -166,7 +166,7 @@ def require_same_on_all_ranks(value: str, what: str) -> None:
     if len(set(values)) > 1:
         raise UserError(
             f"{what} differs between ranks: {values}. All ranks must read the same files; "
-            "check that the paths lie on a file system that all nodes share.")
+            "check that the paths are on a file system that all nodes share.")
 
 
 def all_reduce(tensor: torch.Tensor, group) -> torch.Tensor:

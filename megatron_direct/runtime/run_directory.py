@@ -42,7 +42,7 @@ class RunDirectory:
             version = _version_of(found)
             raise UserError(
                 f"{self.path} was made by megatron-direct {version}, whose run directories this "
-                f"version ({__version__}) cannot carry on. Use {version} for it, or choose another "
+                f"version ({__version__}) cannot continue. Use {version} for it, or choose another "
                 "--run-dir.")
         return found["commands"]
 

@@ -38,7 +38,7 @@ def read_record(kind: type[Record], path: str | os.PathLike) -> Record:
         return from_json(kind, files.read_json(path))
     except ValueError as error:  # JSON's own errors are ValueErrors, too
         raise UserError(f"{path} cannot be read: {error}. It is damaged, or was written by another "
-                        "version of megatron-direct: write it again with this one.") from error
+                        "version of megatron-direct: create it again with this one.") from error
 
 
 def _decode(kind, value, where: str):

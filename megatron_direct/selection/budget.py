@@ -20,8 +20,8 @@ def stiff_budget(stiff_cost: np.ndarray, num_select: int, fraction: float) -> fl
     fraction = checked_number("the budget fraction", fraction)
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(
-            f"the budget fraction must lie in [0, 1], found {fraction!r}; an absolute budget goes "
-            "to solve_selection as it is"
+            f"the budget fraction must lie in [0, 1], found {fraction!r}; pass an absolute "
+            "budget to solve_selection directly"
         )
     least = math.fsum(np.partition(costs, num_select - 1)[:num_select])
     average = num_select * (math.fsum(costs) / len(costs))

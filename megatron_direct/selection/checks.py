@@ -32,7 +32,7 @@ def checked_costs(stiff_cost: np.ndarray) -> np.ndarray:
         first = int(np.argmax(bad))
         raise ValueError(
             f"stiff_cost must be finite and non-negative, found {costs[first]} at sample {first} "
-            f"and {int(bad.sum())} such in all; drop these samples"
+            f"and {int(bad.sum())} in all are bad; drop these samples"
         )
     return costs
 
@@ -73,8 +73,8 @@ def checked_step_size(step_size: float | None) -> float:
     step = checked_number("step_size", step_size)
     if not (math.isfinite(step) and step > 0):
         raise ValueError(
-            f"step_size must be finite and above 0, found {step_size!r}; 1 / lambda_max is a good "
-            "one"
+            f"step_size must be finite and above 0, found {step_size!r}; 1 / lambda_max is a "
+            "good value"
         )
     return step
 
@@ -96,7 +96,7 @@ def checked_finite(name: str, values: np.ndarray) -> np.ndarray:
     if bad.any():
         first = tuple(int(axis) for axis in np.argwhere(bad)[0])
         raise ValueError(
-            f"{name} must be finite, found {values[first]} at {first} and {int(bad.sum())} such "
-            "in all; leave out the samples that cause them"
+            f"{name} must be finite, found {values[first]} at {first}, and {int(bad.sum())} bad "
+            "entries in all; drop the samples that cause them"
         )
     return values

@@ -67,8 +67,8 @@ def flat_rows(rows: np.ndarray, directions: Directions, subspace: str) -> np.nda
     bulk = directions.sketches[directions.num_stiff:][
         directions.eigenvalues[directions.num_stiff:] > 0]
     if len(bulk) == 0:
-        raise UserError("--flat-subspace bulk: no direction with an eigenvalue above zero was "
-                        "computed after the elbow. Raise --num-eigenpairs.")
+        raise UserError("--flat-subspace bulk: no computed direction after the elbow has a "
+                        "positive eigenvalue. Raise --num-eigenpairs.")
     basis = _orthonormal(bulk)
     return _in_blocks(lambda block: (block @ basis) @ basis.T, rows)
 

@@ -51,7 +51,7 @@ class Share:
         if np.any(all_reduce_sum(np.bincount(ids, minlength=num_samples).astype(np.float64)) != 1):
             raise ValueError(
                 f"the sample_ids of all ranks together must be the integers 0 to "
-                f"{num_samples - 1}, each once; number the samples through over the ranks"
+                f"{num_samples - 1}, each once; number the samples consecutively over all ranks"
             )
         return cls(ids, num_samples, all_reduce_sum)
 

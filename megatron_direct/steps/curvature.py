@@ -52,25 +52,25 @@ class CurvatureConfig(Settings):
 
     curvature: str = flag(
         SKETCHED_FISHER, "operator whose leading directions are the stiff ones; sketched-fisher "
-        "comes out of the validation set's sketches and costs no pass",
+        "is computed from the validation set's sketches and needs no further pass",
         choices=(*OPERATORS, SKETCHED_FISHER))
     num_eigenpairs: int = flag(
-        64, "leading eigenpairs that are computed; stiff are those up to the elbow", at_least=1)
+        64, "leading eigenpairs to compute; those up to the elbow are stiff", at_least=1)
     energy_share: float = flag(
         PAPER_ENERGY_SHARE, "share of the energy that the stiff directions hold", above=0,
         at_most=1)
     lanczos_tol: float = flag(
-        1e-3, "residual of an eigenpair, over the largest eigenvalue, at which Lanczos stops",
+        1e-3, "residual of an eigenpair, relative to the largest eigenvalue, that stops Lanczos",
         above=0, below=1)
-    max_matvecs: int = flag(200, "most operator products that Lanczos may take", at_least=2)
+    max_matvecs: int = flag(200, "largest number of operator products of Lanczos", at_least=2)
     num_curvature_samples: int = flag(
-        0, "of the validation samples, those that operator products run over, at most; 0: all",
+        0, "at most so many validation samples in operator products; 0: all",
         at_least=0)
     density_samples: int = flag(
-        0, "random vectors for the spectral density and the trace, at least 2; 0: neither, and "
-        "the elbow of --curvature hessian and gauss-newton is looked for among the computed pairs",
+        0, "random vectors for the spectral density and the trace, at least 2; 0: none; the "
+        "elbow of --curvature hessian and gauss-newton is then found among the computed pairs",
         at_least=0)
-    density_steps: int = flag(16, "Lanczos steps from each of these vectors", at_least=2)
+    density_steps: int = flag(16, "Lanczos steps from each of the random vectors", at_least=2)
 
     def check(self) -> None:
         if self.density_samples == 1:
@@ -134,8 +134,8 @@ def require_precision(config: CurvatureConfig, precision: Precision) -> None:
     """Raises UserError for exact products of a model in bfloat16, before any work."""
     if precision.bf16 and config.curvature in EXACT:
         raise UserError(
-            f"--curvature {config.curvature} needs float32: its products are exact, and of "
-            "bfloat16 weights and activations they would not be. Add --no-bf16, or use "
+            f"--curvature {config.curvature} needs float32: its products are exact, which they "
+            "would not be with bfloat16 weights and activations. Add --no-bf16, or use "
             "--curvature fisher.")
 
 
@@ -184,7 +184,7 @@ def leading_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path, 
     if work.log is not None and (held := work.log.num_bytes()) >= _REPORTED_BYTES:
         parallel.say(f"curvature: {folder / 'lanczos'} holds {held / 2**30:.1f} GiB of basis "
                      "vectors, from which a run with more --num-eigenpairs or --max-matvecs "
-                     "carries on. It may be deleted: such a run then begins anew.")
+                     "resumes. It may be deleted: such a run then starts from scratch.")
     return found.directions(config)
 
 
@@ -281,8 +281,8 @@ def _notes(config: CurvatureConfig, found: Eigenpairs, operator) -> list[str]:
     elbow = find_elbow(found.eigenvalues, config.energy_share, total_energy=found.total_energy)
     notes = [str(elbow), *getattr(operator, "notes", lambda: [])()]
     if found.rank < config.num_eigenpairs:
-        notes.append(f"the operator's rank is at most {found.rank}: no more than {found.rank} of "
-                     f"--num-eigenpairs {config.num_eigenpairs} were looked for")
+        notes.append(f"the operator's rank is at most {found.rank}: only {found.rank} of "
+                     f"--num-eigenpairs {config.num_eigenpairs} were computed")
     return notes
 
 

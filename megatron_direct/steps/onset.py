@@ -32,7 +32,7 @@ class OnsetConfig(Settings):
                             required=True)
     valid_data_path: tuple = flag((), "the validation set: indexed datasets", nargs="+",
                                   required=True)
-    run_dir: str = flag("", "folder for all that this run makes", required=True)
+    run_dir: str = flag("", "folder for everything that this run writes", required=True)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def open_onset(config: OnsetConfig, layout: ParallelConfig, given: Given,
     pool_samples, valid_samples = (Samples(prefixes, model.seq_length, model.vocab_size)
                                    for prefixes in (pools, valid))
     if len(valid_samples.usable) == 0:
-        raise UserError(f"{', '.join(valid)}: no document of two tokens or more. Curvature needs "
-                        "at least one validation sample; correct --valid-data-path.")
+        raise UserError(f"{', '.join(valid)} has no document of two tokens or more. Curvature "
+                        "needs at least one validation sample; correct --valid-data-path.")
     digests = dataset_digests([*pools, *valid])
     checks.require_different(digests)
     return Onset(checkpoint, job, pool_samples, valid_samples, digests)

@@ -27,8 +27,8 @@ class PilotConfig(Settings):
     """Pilot annealing."""
 
     pilot_iters: int = flag(
-        20, "iterations of a pilot annealing over the whole pool, at whose end gradients are "
-        "taken; 0: gradients at the checkpoint itself", at_least=0)
+        20, "iterations of a pilot annealing over the whole pool, at the end of which gradients "
+        "are taken; 0: gradients at the checkpoint itself", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def gradient_point(config: PilotConfig, onset: Onset, folder: Path, seed: int) -
     artefact = Artefact(folder, "a pilot")
     earlier = parallel.on_rank_zero(lambda: _of_fewer_pools(artefact, key))
     if earlier is not None:
-        parallel.say(f"pilot: {folder} was annealed over a part of these pools, and is kept, so "
-                     "that the sketches taken there can be taken up.")
+        parallel.say(f"pilot: {folder} was annealed over some of these pools, and is kept so "
+                     "that its sketches can be reused.")
         return GradientPoint(_checkpoint_in(folder), earlier)
     if parallel.on_rank_zero(lambda: artefact.state(key)) is not State.FINISHED:
         parallel.on_rank_zero(lambda: artefact.begin(key))

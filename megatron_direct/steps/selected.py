@@ -56,8 +56,8 @@ def find_selection(run_path: Path, name: str) -> tuple[SelectionOrigin, Selectio
     if found is None or not found["finished"]:
         there = selection_names(run_path)
         raise UserError(
-            f"{run_path} holds no finished selection called {name}"
-            + (f" (there is {', '.join(there)})" if there else "") + ". Run `megatron-direct "
+            f"{run_path} holds no finished selection named {name}"
+            + (f" (it holds {', '.join(there)})" if there else "") + ". Run `megatron-direct "
             f"select --run-dir {run_path}` first, or correct --selection or --run-dir.")
     return typed_json.from_json(SelectionOrigin, found["details"]), \
         SelectionSummary.read(selection_folder(run_path, name))
@@ -169,8 +169,8 @@ def load_masks(folder: Path, prefixes: Sequence[str], digests: Mapping[str, str]
             path = mask_path(folder, names[prefix])
             masks[prefix] = SampleMask.load(path)
             if masks[prefix].digest != digests.get(names[prefix]):
-                raise UserError(f"{path} is not the mask that was written there: it was exchanged, "
-                                "or changed. Delete the folder of the selection, and select again.")
+                raise UserError(f"{path} was changed or replaced after the selection. Delete the "
+                                "folder of the selection, and run select again.")
         return masks
 
     return parallel.on_rank_zero(read)

@@ -33,21 +33,21 @@ class SketchConfig(Settings):
 
     sketch_size: int = flag(2048, "coordinates of a sketch (as in the authors' experiments)",
                             at_least=2, at_most=1 << 24)
-    sketch_dtype: str = flag("fp32", "sketches on disk; bf16 takes half the space and rounds each "
-                             "coordinate to 3 digits", choices=DTYPES)
+    sketch_dtype: str = flag("fp32", "number format of sketches on disk; bf16 takes half the space "
+                             "and rounds each coordinate to 3 digits", choices=DTYPES)
     sketch_parameters: tuple = flag(
-        (), "glob patterns of the parameters that are sketched; '!PATTERN' leaves some out; left "
-        "out: all", nargs="+")
+        (), "glob patterns of the parameters that are sketched; '!PATTERN' excludes some; "
+        "default: all", nargs="+")
     sample_loss: str = flag(
         "mean", "a sample's gradient is that of the mean, or of the sum, of its token losses",
         choices=SAMPLE_LOSSES)
     precondition: str = flag(
         "none", "adam: gradients are multiplied by the checkpoint's second moments of Adam to the "
         "power -1/4, in sketches and curvature alike", choices=("none", "adam"))
-    micro_batch_size: int = flag(8, "samples a rank computes at once", at_least=1)
+    micro_batch_size: int = flag(8, "samples per rank in one pass", at_least=1)
     num_valid_samples: int = flag(
-        256, "validation samples that curvature is computed on, at most; 0: all", at_least=0)
-    seed: int = flag(1234, "seed of hashes, of the draw of validation samples and of the solver",
+        256, "at most so many validation samples for the curvature; 0: all", at_least=0)
+    seed: int = flag(1234, "seed of hashes, of the validation samples drawn and of the solver",
                      at_least=0, at_most=2**32 - 1)
 
 
@@ -86,16 +86,23 @@ def sketches_key(config: SketchConfig, job: Job, point: GradientPoint) -> Sketch
 def open_store(folder: Path, key: SketchesKey) -> SketchStore:
     """The store of these sketches, made if it is not there; all ranks call this.
 
-    Raises UserError if the folder holds sketches of another key. Whether the rows that are needed
-    are in it, only its entries say.
+    Raises UserError if the folder holds sketches of another or an unknown key. Its entries alone
+    show whether the rows that are needed are in it.
     """
+    store = SketchStore(folder, key.sketch_size, key.sketch_dtype)
+
     def enter():
         artefact = Artefact(folder, "sketches")
-        if artefact.state(key) is State.NEW:
-            artefact.finish(key)
+        if artefact.state(key) is not State.NEW:
+            return
+        if store.has_files():
+            raise UserError(f"{folder} holds sketches but no manifest.json that records how they "
+                            "were made, so they cannot be used. Restore the file, or delete the "
+                            "folder.")
+        artefact.finish(key)
 
     parallel.on_rank_zero(enter)
-    return SketchStore(folder, key.sketch_size, key.sketch_dtype)
+    return store
 
 
 def draw(usable: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -134,14 +141,14 @@ def sketched_shards(shards: Sequence[ParameterShard], patterns: Sequence[str],
     names = set().union(*parallel.gather_objects({shard.name for shard in shards}))
     for pattern in (*take, *leave_out):
         if not fnmatch.filter(names, pattern):
-            raise UserError(f"--sketch-parameters: no parameter matches {pattern}. They are called "
-                            f"{', '.join(sorted(names))}.")
+            raise UserError(f"--sketch-parameters: no parameter matches {pattern}. The parameters "
+                            f"are {', '.join(sorted(names))}.")
     chosen = {name for name in names if any(fnmatch.fnmatchcase(name, p) for p in take)
               and not any(fnmatch.fnmatchcase(name, p) for p in leave_out)}
     if not chosen:
-        raise UserError("--sketch-parameters leaves no parameter to sketch. Leave out less.")
+        raise UserError("--sketch-parameters leaves no parameter to sketch. Exclude fewer.")
     if len(chosen) < len(names):
-        parallel.say(f"sketches are of {len(chosen)} of {len(names)} parameters")
+        parallel.say(f"sketches cover {len(chosen)} of {len(names)} parameters")
     return [shard for shard in shards if shard.name in chosen]
 
 
@@ -159,7 +166,7 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
         return
     if num_left < len(drawn.numbers):
         parallel.say(f"sketch {drawn.what}: {len(drawn.numbers) - num_left} of "
-                     f"{len(drawn.numbers)} samples are there")
+                     f"{len(drawn.numbers)} samples are already done")
     numbers = {digest: number for number, digest in enumerate(store.datasets())}
     dataset_numbers = np.array([numbers[digest] for digest in drawn.digests])
     writer = store.writer(grid.data_rank()) if grid.is_first_model_rank() else None
@@ -180,7 +187,7 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
     left = num_missing(store, drawn)
     if left:
         raise UserError(f"{store.folder} lacks {left} of {len(drawn.numbers)} {drawn.what} samples "
-                        "that were computed: rows were lost on their way to the disk. Check it, "
+                        "that were computed: rows were lost while being written. Check the disk, "
                         "and run the command again: it computes what is missing.")
     seconds = time.perf_counter() - begun
     parallel.say(f"sketch {drawn.what}: {num_left} samples in {seconds:.1f} s "

@@ -53,7 +53,7 @@ def num_to_select(config: SelectionConfig, num_usable: int) -> int:
     """K. Raises UserError if it does not lie between 1 and the size of the pool."""
     count = config.num_select if config.num_select is not None else max(1, num_usable // 4)
     if not 1 <= count <= num_usable:
-        raise UserError(f"--num-select {count} must lie between 1 and the pool's {num_usable} "
+        raise UserError(f"--num-select {count} must be between 1 and the pool's {num_usable} "
                         "samples. Give a smaller number, or more pools in --data-path.")
     return count
 
@@ -76,9 +76,10 @@ def parse_quotas(texts: Sequence[str], names: Sequence[str]) -> dict[str, tuple[
             least, greatest = bounds
             quotas[name] = (int(least or 0), int(greatest) if greatest else sys.maxsize)
         except ValueError:
-            raise UserError(f"--quotas {text} is not NAME:LEAST:GREATEST.") from None
+            raise UserError(f"--quotas {text} is not NAME:LEAST:GREATEST, two integers of which "
+                            "either may be empty. Correct it.") from None
         if name not in names:
-            raise UserError(f"--quotas {text}: no pool is called {name}. They are called "
+            raise UserError(f"--quotas {text}: no pool has the name {name}. The pools are "
                             f"{', '.join(names)}.")
     return quotas
 
@@ -99,7 +100,7 @@ def in_terms_of_flags() -> Iterator[None]:
         yield
     except InfeasibleSelection as error:
         raise UserError(f"{error} Give --stiff-budget of at least {error.min_stiff_budget:.6g}, "
-                        "or --stiff-budget-fraction in its place.") from error
+                        "or use --stiff-budget-fraction instead.") from error
     except InfeasibleQuotas as error:
         raise UserError(f"--quotas: {error}") from error
 

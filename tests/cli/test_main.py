@@ -92,7 +92,7 @@ def test_launch_script_runs_under_bash_and_names_what_is_missing():
 @pytest.mark.parametrize(("variables", "match"), [
     ({"ARMS": "drect"}, "ARMS is 'drect': expected direct, random or both"),
     ({"ARMS": " "}, "ARMS is '': expected"),
-    ({"NUM_SELECT": "many"}, "NUM_SELECT is 'many': it is not a value of --num-select"),
+    ({"NUM_SELECT": "many"}, "NUM_SELECT is 'many': it is not a valid value of --num-select"),
     ({"LR_WSD_DECAY_ITERS": "0"}, "--lr-wsd-decay-iters is 0: it must be at least 1"),
     ({"TENSOR_MODEL_PARALLEL_SIZE": "-1"}, "--tensor-model-parallel-size is -1: it must be"),
 ])

@@ -200,7 +200,7 @@ def test_other_layouts_find_the_same(folder, run, layout):
 
 
 def test_an_arm_that_is_none_is_refused(folder):
-    with pytest.raises(RankError, match="--arms best: there is no such arm. There are random, "):
+    with pytest.raises(RankError, match="--arms best: unknown arm; the arms are random, "):
         run_on_ranks(1, _compare, folder, Layout(), "refused", ("best",))
     assert not (folder / "refused").exists()
 
@@ -219,7 +219,7 @@ def test_batches_that_the_ranks_do_not_divide_are_refused_before_anything_is_wri
 
 def test_domain_arms_need_a_domain_in_common(folder):
     with pytest.raises(RankError, match=r"--arms domain: no domain of the validation sets \(valid\)"
-                                        r" is one of the pools' \(a, b\)"):
+                                        r" is a domain of the pools \(a, b\)"):
         run_on_ranks(1, _compare, folder, Layout(), "refused", ("random", "domain"))
 
 

@@ -255,7 +255,7 @@ def _command(folder):
 def test_the_command_prints_a_table(folder, scored):
     scored(Layout())
     printed, = run_on_ranks(1, _command, folder)
-    assert "unnamed/iter_0000001 does not say which tokenizer" in printed
+    assert "unnamed/iter_0000001 does not record the tokenizer" in printed
     header, _, mixed, biased, path = printed.splitlines()[1:]
     assert header.split() == ["task", "questions", "acc", "acc_norm", "acc_token", "chance",
                               "cut", "merged"]
@@ -304,10 +304,10 @@ def test_what_is_refused(folder, weights):
         ({"tokenizer_model": str(folder / "gone.model")},
          "gone.model does not exist. Correct --tokenizer-model"),
         ({"tokenizer_model": str(folder / "large.model"), "load": str(folder / "unnamed")},
-         f"large.model has {VOCAB_SIZE + 9} entries, the model in"),
+         f"large.model has {VOCAB_SIZE + 9} entries, but the model in"),
         ({"load": str(folder / "nowhere")}, "nowhere holds no Megatron distributed checkpoint"),
         ({"tasks": (str(folder / "mixed.jsonl"), str(folder / "again" / "mixed.jsonl"))},
-         "two files of --tasks are called mixed"),
+         "two files of --tasks have the name mixed"),
         ({"tasks": (str(folder / "bad.jsonl"),)}, 'bad.jsonl:3: "answer" says which choice'),
         ({"tasks": (str(folder / "long.jsonl"),)}, "long.jsonl:1: choice 1 has"),
         ({"output": str(folder)}, "is a folder. Name a file with --output"),

@@ -69,7 +69,7 @@ def test_materialize(files, tmp_path, capsys):
 
 @pytest.mark.parametrize(("settings", "match"), [
     ({"output": "x"}, "--output is for the mask that --operation makes"),
-    ({"materialize": "x"}, "--materialize writes one mask's documents, but several"),
+    ({"materialize": "x"}, "--materialize writes the documents of one mask, but several"),
     ({"materialize": "x", "operation": "or"}, "--materialize needs the dataset .* --data-path"),
 ])
 def test_flags_that_say_nothing_are_refused(files, settings, match):

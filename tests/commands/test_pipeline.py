@@ -21,11 +21,12 @@ from trained import LEARNT, documents, train
 
 from megatron_direct.commands.anneal import AnnealRequest, anneal
 from megatron_direct.commands.report import ReportConfig, ReportRequest, report
-from megatron_direct.commands.select import SelectRequest, select
+from megatron_direct.commands.select import NameConfig, SelectRequest, select
 from megatron_direct.config import Given
 from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
+from megatron_direct.errors import UserError
 from megatron_direct.gradients.store import SketchStore
 from megatron_direct.steps import selected
 from megatron_direct.steps.sketch import Drawn, read_sketches
@@ -295,7 +296,7 @@ def test_a_selection_gives_way_to_another_of_its_name_until_it_is_annealed(folde
     run_on_ranks(1, _select_with, folder, Layout(), "replaced", {"num_select": 20})
     assert _selection(folder / "replaced")["num_select"] == 20 == _kept(folder / "replaced").sum()
     shutil.copytree(annealed, folder / "used")
-    with pytest.raises(RankError, match="was annealed. Give this one a name of its own with "
+    with pytest.raises(RankError, match="was annealed. Give this selection another name with "
                                         "--selection-name"):
         run_on_ranks(1, _select_with, folder, Layout(), "used", {"num_select": 20})
     assert _selection(folder / "used")["num_select"] == 40
@@ -348,10 +349,17 @@ def _refused(match, folder, function, *arguments, world_size=1):
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_sketches_of_another_kind_are_refused(folder, run):
+@pytest.mark.parametrize("name", ["", ".x", "a/b", "a\\b", "random", "random-x"])
+def test_names_that_are_no_folder_or_that_of_random_arms_are_refused(name):
+    with pytest.raises(UserError, match="--selection-name .* is not a valid name"):
+        NameConfig(selection_name=name)
+    NameConfig(selection_name="randomised")
+
+
+def test_sketches_of_another_key_are_refused(folder, run):
     shutil.copytree(run, folder / "other-seed", ignore=shutil.ignore_patterns("anneal"))
-    with pytest.raises(RankError, match="sketches holds sketches of another kind: it was made with "
-                                        "--seed 1234, and now 5 is asked for. Choose another"):
+    with pytest.raises(RankError, match="sketches holds sketches made with other settings: --seed "
+                                        "was 1234, now it is 5. Choose another"):
         run_on_ranks(1, _select_with, folder, Layout(), "other-seed", {"seed": 5})
 
 
@@ -371,7 +379,7 @@ def test_one_dataset_under_two_paths_is_refused(folder):
 
 
 def test_more_samples_than_the_pool_has_are_refused(folder):
-    _refused(r"--num-select 151 must lie between 1 and the pool's 150 samples",
+    _refused(r"--num-select 151 must be between 1 and the pool's 150 samples",
              folder, _select_with, Layout(dp=2), "new", {"num_select": 151}, world_size=2)
 
 
@@ -420,7 +428,7 @@ def _annealed_name(folder, name):
 
 
 def test_an_arm_that_is_no_selection_is_refused(folder, annealed):
-    _refused("holds no finished selection called drect .there is direct.", folder, _annealed_name,
+    _refused("holds no finished selection named drect .it holds direct.", folder, _annealed_name,
              "drect")
 
 
@@ -429,7 +437,7 @@ def test_exchanged_masks_are_refused(folder, run):
     masks = selected.selection_folder(folder / "exchanged", "direct") / "masks"
     mask = SampleMask.load(masks / "a.mask.npz")
     SampleMask(~mask.keep, mask.dataset_digest).save(masks / "a.mask.npz")
-    with pytest.raises(RankError, match="a.mask.npz is not the mask that was written there"):
+    with pytest.raises(RankError, match="a.mask.npz was changed or replaced after the selection"):
         run_on_ranks(1, _anneal, folder, Layout(), "exchanged")
 
 
@@ -438,7 +446,7 @@ def test_a_test_set_that_was_remade_between_two_arms_is_refused(folder, annealed
     _unfinish(arm_folder(folder / "remade", "direct"))
     write_dataset(folder / "test", documents(77, 12))
     try:
-        with pytest.raises(RankError, match="it was made with other test"):
+        with pytest.raises(RankError, match="made with other settings: other test"):
             run_on_ranks(1, _anneal, folder, Layout(), "remade")
     finally:
         write_dataset(folder / "test", documents(3, 12))
@@ -494,7 +502,7 @@ def test_quotas_are_kept(folder):
 
 
 @pytest.mark.parametrize(("quotas", "match"), [
-    (("c:1:2",), "no pool is called c. They are called a, b"),
+    (("c:1:2",), "no pool has the name c. The pools are a, b"),
     pytest.param(("a:few:2",), "--quotas a:few:2 is not NAME:LEAST:GREATEST",
                  marks=pytest.mark.slow),
     pytest.param(("b:61:",), "--quotas: .*61", marks=pytest.mark.slow),

@@ -353,7 +353,7 @@ def test_all_eigenpairs_of_a_small_operator():
     found = find(5, random_vector=lambda seed: random_array(seed, 5))
     assert found.converged
     np.testing.assert_allclose(found.eigenvalues, [3.0, 1.0, 1.0, 0.0, -4.0], atol=1e-12)
-    too_many = "6 eigenpairs asked of an operator of dimension 5"
+    too_many = "6 eigenpairs requested of an operator of dimension 5"
     with pytest.raises(ValueError, match=too_many):
         find(6, dimension=5)
     with pytest.raises(ValueError, match=too_many):  # found out on the way
@@ -413,7 +413,7 @@ def test_product_that_is_not_finite_is_refused_at_once(bad, position):
     ("changed", "message"),
     [
         (dict(num_eigenpairs=0), "num_eigenpairs must be at least 1, got 0"),
-        (dict(num_eigenpairs=201, dimension=200), "201 eigenpairs asked of .* dimension 200"),
+        (dict(num_eigenpairs=201, dimension=200), "201 eigenpairs requested of .* dimension 200"),
         (dict(tol=0.0), "tol must be positive"),
         (dict(tol=np.nan), "tol must be positive"),
         (dict(max_matvecs=1), "max_matvecs must be at least 2"),

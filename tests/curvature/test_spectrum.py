@@ -25,7 +25,7 @@ def test_elbow_is_the_smallest_that_holds_the_share(eigenvalues, share, total):
     assert elbow.energy == energy
     assert elbow.reached == bool(holding)
     assert elbow.num_stiff == (holding[0] if holding else len(positive))
-    assert elbow.whole_operator == (total is not None)
+    assert elbow.whole_operator == (total is not None and total >= sum(positive))
     if energy > 0:
         assert elbow.held_share == pytest.approx(sum(positive[: elbow.num_stiff]) / energy)
         assert elbow.reached == (elbow.held_share >= share)
@@ -54,6 +54,17 @@ def test_says_what_the_share_is_relative_to():
     assert not short.reached and short.num_stiff == 3
     assert "3 of 3 leading pairs hold 0.5000" in str(short)
     assert "elbow at 0.9 is not reached" in str(short)
+
+
+def test_a_total_below_the_computed_pairs_is_not_called_the_operators_energy():
+    eigenvalues = np.array([6.0, 3.0, 1.0])
+    elbow = find_elbow(eigenvalues, 0.8, total_energy=9.0)
+    assert elbow.energy == 10.0 and elbow.num_stiff == 2 and not elbow.whole_operator
+    assert str(elbow).startswith(
+        "2 of 3 leading pairs hold 0.9000 of the energy of the pairs computed"
+    )
+    # All pairs of the operator, whose trace was rounded.
+    assert find_elbow(eigenvalues, 0.8, total_energy=10.0 - 1e-5).whole_operator
 
 
 @pytest.mark.parametrize(

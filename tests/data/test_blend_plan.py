@@ -61,14 +61,14 @@ def test_weights_are_kept_or_rescaled_to_the_tokens_left(blend):
 def test_a_prefix_with_nothing_left_is_dropped_and_its_weight_shared_out(blend, tmp_path):
     a, b = blend
     c = write_dataset(tmp_path / "c", [[[5] * 8]])
-    with pytest.warns(UserWarning, match="b is left out of the blend: its mask leaves nothing"):
+    with pytest.warns(UserWarning, match="b is left out of the blend: its mask keeps no document"):
         parts = _plan([a, b, c], [1.0, 2.0, 1.0], {b: _mask(b, [0] * 4)})
     assert [(p.prefix, p.weight) for p in parts] == [(a, 0.5), (c, 0.5)]
 
 
 def test_a_blend_with_nothing_left_is_refused(blend):
     masks = {prefix: _mask(prefix, [0] * n) for prefix, n in zip(blend, (2, 4), strict=True)}
-    with pytest.raises(UserError, match="leave no document in any dataset of the blend .*Select m"):
+    with pytest.raises(UserError, match="keep no document in any dataset of the blend .*Select m"):
         _plan(blend, [1.0, 1.0], masks)
 
 
@@ -86,7 +86,7 @@ def test_a_split_takes_its_part_of_a_prefix(blend):
     part, = _plan([b], None, {b: _mask(b, [1, 0, 1, 1])}, share=(0.0, 0.5))
     assert (part.documents, part.tokens) == (1, 5)
     require_something_left([b], {b: _mask(b, [1, 0, 1, 1])}, (0.5, 1.0), "valid")
-    with pytest.raises(UserError, match="leaves no document in the valid split of --split. Give"):
+    with pytest.raises(UserError, match="keeps no document in the valid split of --split. Give"):
         require_something_left([b], {b: _mask(b, [1, 1, 0, 0])}, (0.5, 1.0), "valid")
 
 
@@ -101,7 +101,7 @@ def test_a_prefix_listed_twice_is_refused_under_any_name(blend, tmp_path):
 
 def test_a_mask_of_another_dataset_is_refused(blend):
     a, b = blend
-    with pytest.raises(UserError, match="a has .*: the dataset is another one"):
+    with pytest.raises(UserError, match="a has .*: it is a different dataset"):
         _plan(blend, None, {a: _mask(b, [1] * 4)})
 
 

@@ -34,7 +34,7 @@ def test_another_tokenizer_is_named(prefixes):
         require_one_vocabulary([a, c], None, None)
     with pytest.raises(UserError, match="the checkpoint with another one"):
         require_one_vocabulary([a], 128, "two")
-    with pytest.raises(UserError, match="uses a vocabulary of 20 entries, the model has 16"):
+    with pytest.raises(UserError, match="uses a vocabulary of 20 entries, but the model has 16"):
         require_one_vocabulary([a], 16, "one")
     with pytest.raises(UserError, match="Give --vocab-size"):
         require_one_vocabulary([prefixes[3]], None, None)

@@ -34,7 +34,7 @@ def test_a_mask_is_refused_on_another_dataset(tmp_path):
     other = write_dataset(tmp_path / "other", documents[1:])
     mask = SampleMask(np.ones(5, dtype=bool), dataset_digest(own))
     mask.require_belongs_to(own)
-    with pytest.raises(UserError, match="other has .* the dataset is another one"):
+    with pytest.raises(UserError, match="other has .* it is a different dataset"):
         mask.require_belongs_to(other)
 
 
@@ -42,12 +42,12 @@ def test_damaged_and_missing_masks_are_named(tmp_path):
     with pytest.raises(UserError, match="gone.npz does not exist"):
         SampleMask.load(tmp_path / "gone.npz")
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 half a zip")
-    with pytest.raises(UserError, match="bad.npz is no sample mask, or is damaged"):
+    with pytest.raises(UserError, match="bad.npz is not a sample mask, or is damaged"):
         SampleMask.load(tmp_path / "bad.npz")
 
 
 def test_a_mask_is_one_entry_a_document():
-    with pytest.raises(ValueError, match="one entry a document"):
+    with pytest.raises(ValueError, match="one entry per document"):
         SampleMask(np.ones((2, 2)), "a")
 
 
@@ -82,7 +82,7 @@ def test_a_mask_takes_a_bit_a_document_in_memory():
 @pytest.mark.parametrize(("changed", "match"), [
     ({"num_kept": 3}, "is damaged: it keeps 8 documents in 2 bytes, where 3 of 16"),
     ({"keep": np.full(1, 255, np.uint8)}, "is damaged: it keeps 8 documents in 1 bytes"),
-    ({"format": 2}, "is no sample mask, or is damaged .format 2, where 1"),
+    ({"format": 2}, "is not a sample mask, or is damaged .format 2, where 1"),
 ])
 def test_a_mask_that_contradicts_itself_is_refused(tmp_path, changed, match):
     SampleMask(np.arange(16) < 8, "d").save(tmp_path / "m.npz")

@@ -38,9 +38,9 @@ def test_equal_names_are_told_apart_by_the_whole_path(tmp_path):
 
 
 @pytest.mark.parametrize(("prefixes", "pairs", "match"), [
-    (["d/x"], (), "no prefix of the blend is called as .*y.mask.npz. Say which"),
+    (["d/x"], (), "no prefix of the blend matches .*y.mask.npz. Say which"),
     (["d/x", "e/x", "d/y"], (), "x.mask.npz could belong to d/x and to e/x. Say"),
-    (["d/x", "d/y"], [("d/w", "w.npz")], "--sample-mask d/w is in no blend. The prefixes are d/x"),
+    (["d/x", "d/y"], [("d/w", "w.npz")], "--sample-mask d/w is not in the blend, .* are d/x"),
     (["d/x", "d/y"], [("d/x", "1"), ("d/x", "2")], "--sample-mask is given twice for d/x"),
 ])
 def test_a_mask_that_finds_no_prefix_is_refused(folder, prefixes, pairs, match):
@@ -49,5 +49,5 @@ def test_a_mask_that_finds_no_prefix_is_refused(folder, prefixes, pairs, match):
 
 
 def test_a_folder_without_masks_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no .*.mask.npz. Give the masks folder of a run"):
+    with pytest.raises(UserError, match="holds no .*.mask.npz. Give the masks folder of a sel"):
         find_mask_files(["x"], folder=str(tmp_path))

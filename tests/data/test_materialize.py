@@ -58,7 +58,7 @@ def test_what_cannot_be_written_is_refused(prefix, tmp_path):
         materialize(prefix, SampleMask(np.ones(40), digest), prefix)
     with pytest.raises(UserError, match="keeps no document: there is nothing to write"):
         materialize(prefix, SampleMask(np.zeros(40), digest), str(tmp_path / "none"))
-    with pytest.raises(UserError, match="the dataset is another one"):
+    with pytest.raises(UserError, match="it is a different dataset"):
         materialize(prefix, SampleMask(np.ones(40), "x"), str(tmp_path / "foreign"))
     assert not list(tmp_path.glob("none*")) and not list(tmp_path.glob("foreign*"))
 

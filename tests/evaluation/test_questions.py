@@ -153,7 +153,7 @@ def test_a_choice_may_leave_one_token_of_context_and_no_less():
 
 
 def test_a_choice_that_takes_all_of_the_context_has_no_likelihood():
-    with pytest.raises(UserError, match="task.jsonl:7: choice 0 has no context of its own"):
+    with pytest.raises(UserError, match="task.jsonl:7: choice 0 has no context with this"):
         _encode(Question("t", ("hot", "cold"), 0, 7))
 
 

@@ -71,7 +71,7 @@ def test_a_changed_row_is_named(tmp_path):
     store, *_ = _write(tmp_path, [range(7)])
     with open(tmp_path / "rows-0.f32", "r+b") as file:
         file.write(b"\x01")
-    with pytest.raises(UserError, match="row 0 of .*rows-0.f32 is not as it was written. Delete"):
+    with pytest.raises(UserError, match="row 0 of .*rows-0.f32 is damaged .wrong check.* Delete"):
         _read(store)
 
 
@@ -80,7 +80,7 @@ def test_a_changed_entry_is_named(tmp_path):
     store, *_ = _write(tmp_path, [range(7)])
     with open(tmp_path / "entries-0.bin", "r+b") as file:
         file.write(b"\x05")
-    with pytest.raises(UserError, match="row 0 of .*rows-0.f32 is not as it was written"):
+    with pytest.raises(UserError, match="row 0 of .*rows-0.f32 is damaged .wrong checksum."):
         _read(store)
 
 
@@ -175,7 +175,7 @@ def test_a_disk_that_is_full_is_reported_and_leaves_what_was_there(tmp_path):
 
     writer._rows = Full(writer._rows)
     with pytest.raises(UserError, match="rows-0.f32 cannot be written .No space left on device.*"
-                                        "carries on where it was"):
+                                        "resumes where it stopped"):
         _append(writer, [4, 5])
     assert store.entries().document.tolist() == [0, 1, 2, 3]
     again = store.writer(0)

@@ -184,7 +184,7 @@ def _check_dropped_and_empty(folder):
 
 
 def test_a_prefix_with_nothing_left_is_dropped_and_an_empty_blend_refused(tmp_path):
-    with pytest.raises(RankError, match="the masks leave no document in any dataset"):
+    with pytest.raises(RankError, match="the masks keep no document in any dataset"):
         run_on_ranks(1, _check_dropped_and_empty, tmp_path)
 
 
@@ -280,12 +280,12 @@ def _check_without_weights(folder):
 
 
 def test_a_blend_without_weights_is_one_epoch(tmp_path):
-    with pytest.raises(RankError, match="one epoch, and that has .* asks for 100. Give weights"):
+    with pytest.raises(RankError, match="one epoch, which has .* needs 100. Give weights"):
         run_on_ranks(1, _check_without_weights, tmp_path)
 
 
 @pytest.mark.parametrize(("settings", "match"), [
-    ({"split": "99,1,0", "blend": (["pool1"], None)}, "leaves no document in the valid split"),
+    ({"split": "99,1,0", "blend": (["pool1"], None)}, "keeps no document in the valid split"),
     ({"vocab_size": POISON, "blend": (["pool0"], None)},
      "pool0.bin holds token 60, but the tokenizer has 60 entries"),
     ({"max_epochs": 0.5, "blend": (["pool0"], None)}, "more often than --max-epochs 0.5"),
@@ -347,7 +347,7 @@ def test_an_annealing_takes_the_pools_of_its_run_or_the_blend_it_is_given(tmp_pa
 
 def test_an_annealing_refuses_two_blends_and_another_validation_set(tmp_path):
     (tmp_path / "splits.json").write_text('{"train": "a", "valid": "w", "test": null}')
-    with pytest.raises(UserError, match="--data-path and --data-args-path both say what the blend"):
+    with pytest.raises(UserError, match="--data-path and --data-args-path both define the blend"):
         _blend_of_annealing(data_path=("c",), data_args_path="x")
     with pytest.raises(UserError, match="validates on w, but the selection was made for v. Set"):
         _blend_of_annealing(per_split_data_args_path=str(tmp_path / "splits.json"))

@@ -146,7 +146,7 @@ def test_objects_of_another_version_are_named(tmp_path):
          "common_backend_version": 1}))
     torch.save({"args": argparse.Namespace(kind=_Unknown()), "iteration": 1},
                tmp_path / "common.pt")
-    with pytest.raises(UserError, match="carries objects that this megatron-core does not know.*"
+    with pytest.raises(UserError, match="holds objects that this megatron-core does not support.*"
                                         "Use the version that wrote"):
         checkpoint.read_checkpoint(tmp_path)
     with pytest.raises(pickle.UnpicklingError):
@@ -180,7 +180,7 @@ def _arguments_of_megatron_lm(**given):
 
 
 @pytest.mark.parametrize(("given", "match"), [
-    ({"use_mup": True}, "--use-mup True: such a model is not supported"),
+    ({"use_mup": True}, "--use-mup True: this is not supported"),
     ({"hybrid_layer_pattern": "M*-"}, "--hybrid-layer-pattern"),
     ({"moe_mlp_glu_interleave_size": 32}, "--moe-mlp-glu-interleave-size 32"),
 ])

@@ -21,5 +21,5 @@ def test_shares_cover_all_once_and_are_even(size):
 
 def test_a_package_that_is_not_installed_is_named():
     with pytest.raises(UserError, match=r"x.zst needs the package no_such_package.*"
-                                        r"pip install 'megatron-direct\[data\]'"):
+                                        r"pip install -e '.\[data\]'"):
         optional.require("no_such_package.part", "x.zst", "data")

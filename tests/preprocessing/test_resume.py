@@ -49,7 +49,7 @@ def _stopped(tmp_path: Path, model: Path) -> list[str]:
 def test_another_end_of_documents_is_refused(tmp_path, hugging_face):
     flags = _stopped(tmp_path, hugging_face)
     _name_end(hugging_face, "<b>")
-    with pytest.raises(SystemExit, match=r"unfinished run with another tokenizer \(eod\)"):
+    with pytest.raises(SystemExit, match=r"unfinished run with different tokenizer \(eod\)"):
         main(flags)
     _name_end(hugging_face, "<a>")
     main(flags)
@@ -66,7 +66,7 @@ def test_the_same_end_by_another_name_is_not_refused(tmp_path, hugging_face):
 def test_another_version_of_the_tokenizers_library_is_refused(tmp_path, hugging_face, monkeypatch):
     flags = _stopped(tmp_path, hugging_face)
     monkeypatch.setattr("tokenizers.__version__", "0")
-    with pytest.raises(SystemExit, match=r"unfinished run with another tokenizer \(library\)"):
+    with pytest.raises(SystemExit, match=r"unfinished run with different tokenizer \(library\)"):
         main(flags)
 
 
@@ -82,7 +82,7 @@ def test_other_flags_are_refused(tmp_path, hugging_face, changed, named):
         flags.remove(changed[0])
     else:
         flags += changed
-    with pytest.raises(SystemExit, match=f"unfinished run with another {named}. Repeat that run"):
+    with pytest.raises(SystemExit, match=f"unfinished run with different {named}. Repeat that run"):
         main(flags)
 
 
@@ -90,7 +90,7 @@ def test_other_input_is_refused(tmp_path, hugging_face):
     flags = _stopped(tmp_path, hugging_face)
     with open(tmp_path / "two.jsonl", "a") as file:
         file.write("\n")
-    with pytest.raises(SystemExit, match="unfinished run with another input"):
+    with pytest.raises(SystemExit, match="unfinished run with different input"):
         main(flags)
 
 
@@ -107,7 +107,7 @@ def test_a_tokenizer_is_not_trained_anew_for_another_run(text, tmp_path):
     with pytest.raises(SystemExit, match="also in the validation or test set"):
         main([*flags, str(tmp_path / "bad.jsonl"), *exclude])
     before = model.read_bytes()
-    with pytest.raises(SystemExit, match="unfinished run with another input"):
+    with pytest.raises(SystemExit, match="unfinished run with different input"):
         main([*flags, str(tmp_path / "other.jsonl")])
     assert model.read_bytes() == before
 

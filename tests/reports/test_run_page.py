@@ -153,7 +153,7 @@ def test_a_run_without_a_selection_is_refused(tmp_path):
     run = write_annealed_run(tmp_path / "run")
     path = run / "selections" / "direct" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "finished": False}))
-    with pytest.raises(UserError, match="holds no finished selection called direct"):
+    with pytest.raises(UserError, match="holds no finished selection named direct"):
         read_report_files(run)
 
 

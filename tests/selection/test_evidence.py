@@ -49,5 +49,5 @@ def test_the_bulk_is_the_part_along_further_positive_directions(rows, directions
 
 def test_a_bulk_of_nothing_is_refused(rows, directions):
     none = Directions(directions.eigenvalues[[0, 1, 3]], directions.sketches[:3], 2)
-    with pytest.raises(UserError, match="--flat-subspace bulk.*after the elbow. Raise"):
+    with pytest.raises(UserError, match="--flat-subspace bulk.*has a positive eigenvalue. Raise"):
         flat_rows(rows, none, "bulk")

@@ -125,5 +125,5 @@ def test_spread_rows_are_selected_as_gathered_ones(evidence, objective, ranks):
 
 
 def test_a_kept_deviation_above_one_is_refused():
-    with pytest.raises(UserError, match="--kept-deviation 1.5 must lie between 0 and 1"):
+    with pytest.raises(UserError, match="--kept-deviation is 1.5: it must be at least 0"):
         SelectionConfig(kept_deviation=1.5)

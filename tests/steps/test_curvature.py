@@ -81,7 +81,7 @@ def test_more_eigenpairs_than_there_are_is_reported(folder):
                  (("num_eigenpairs", 20),))
     spectrum = _spectrum(folder, "many-pairs")
     assert len(spectrum["eigenvalues"]) == 12
-    assert "rank is at most 12: no more than 12 of --num-eigenpairs 20" in spectrum["notes"][-1]
+    assert "rank is at most 12: only 12 of --num-eigenpairs 20" in spectrum["notes"][-1]
 
 
 def test_a_sketch_that_is_not_finite_names_the_sample():

@@ -19,6 +19,7 @@ from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
+from megatron_direct.errors import UserError
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.gradients.store import SketchStore
@@ -27,7 +28,13 @@ from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.steps import selected
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import OPERATORS
-from megatron_direct.steps.sketch import Drawn, read_sketches, sketched_shards
+from megatron_direct.steps.sketch import (
+    Drawn,
+    SketchesKey,
+    open_store,
+    read_sketches,
+    sketched_shards,
+)
 
 SIZE = 128
 MODEL, OPTIMIZER, BATCH = SMALL.model, SMALL.optimizer, SMALL.batch
@@ -242,8 +249,22 @@ def test_curvature_over_some_parameters_is_a_block_of_the_whole(folder, layout):
         assert all(cleared)
 
 
+def test_rows_whose_key_is_not_known_are_refused(tmp_path):
+    key = SketchesKey("point", MODEL, SIZE)
+    store = open_store(tmp_path, key)
+    store.number_datasets(["dataset"])
+    writer = store.writer(0)
+    writer.append(np.ones((1, SIZE), np.float32), np.zeros(1, int), np.zeros(1, int), np.ones(1))
+    writer.close()
+    assert len(open_store(tmp_path, key).entries().dataset) == 1
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="holds sketches but no manifest.json .*delete the folder"):
+        open_store(tmp_path, key)
+    assert not (tmp_path / "manifest.json").exists()
+
+
 def test_patterns_of_parameters_that_match_nothing_are_refused(folder):
-    with pytest.raises(RankError, match="no parameter matches '?.*experts.*They are called"):
+    with pytest.raises(RankError, match="no parameter matches '?.*experts.*The parameters are"):
         run_on_ranks(1, _select, folder, Layout(), "refused",
                      {"sketch_parameters": ("!*experts*",)})
     with pytest.raises(RankError, match="leaves no parameter to sketch"):

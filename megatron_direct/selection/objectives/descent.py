@@ -30,7 +30,7 @@ def _terms(settings: TermSettings, evidence: Evidence) -> Terms:
     if not largest > 0:
         raise UserError(
             "--objective descent measures --step-size in units of 1 / lambda_max, but the largest "
-            f"eigenvalue of the curvature that was computed is {largest:g}. Choose another "
+            f"computed eigenvalue of the curvature is {largest:g}. Choose another "
             "--curvature, or --objective flat-energy.")
     return Terms(
         target=evidence.valid_rows.mean(0),
