@@ -20,6 +20,7 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+import scipy.optimize
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -156,12 +157,14 @@ def _fit(shapes: Sequence[Shape], timed: Sequence[dict[str, float]], device: str
         for shape, of_shape in zip(shapes, timed, strict=True):
             work = _work(shape, device)
             for kernel in KERNELS:
-                counts = np.array([_slope(kernel, work, fitted, name) for name in names])
-                rows.append(counts / (1e6 * of_shape[kernel.name]))
-        found = _nonnegative_least_squares(np.array(rows), np.ones(len(rows)))
+                slopes = np.array([_slope(kernel, work, fitted, name) for name in names])
+                rows.append(slopes / (1e6 * of_shape[kernel.name]))
+        counts = np.array(rows)
+        scales = np.maximum(np.linalg.norm(counts, axis=0), np.finfo(float).tiny)
+        found = scipy.optimize.nnls(counts / scales, np.ones(len(counts)))[0] / scales
         # One that nothing depends on, or that is found to be zero, keeps a small value.
         old = np.array(astuple(fitted))
-        found = np.where(np.abs(rows).max(0) > 0, np.maximum(found, 1e-2 * old), old)
+        found = np.where(np.abs(counts).max(0) > 0, np.maximum(found, 1e-2 * old), old)
         before, fitted = fitted, Coefficients(*(float(f"{value:.3g}") for value in found))
         if fitted == before:
             break
@@ -176,20 +179,6 @@ def _slope(kernel: type[Kernel], work: Work, table: Coefficients, name: str) -> 
     step = 1e-6 * (value or 1.0)
     more = replace(table, **{name: value + step})
     return (kernel.cost(work, more) - kernel.cost(work, table)) / step
-
-
-def _nonnegative_least_squares(matrix: np.ndarray, target: np.ndarray, steps: int = 2000,
-                               ) -> np.ndarray:
-    """argmin |A x - b| over x >= 0, one coordinate after another."""
-    scales = np.linalg.norm(matrix, axis=0)
-    scales[scales == 0] = 1
-    matrix = matrix / scales
-    gram, linear = matrix.T @ matrix, matrix.T @ target
-    x = np.zeros(matrix.shape[1])
-    for _ in range(steps):
-        for j in np.flatnonzero(np.diag(gram)):
-            x[j] = max(0.0, x[j] + (linear[j] - gram[j] @ x) / gram[j, j])
-    return x / scales
 
 
 def _literal(table: Coefficients) -> str:
