@@ -150,7 +150,7 @@ class ModelConfig(Settings):
 
 @dataclass(frozen=True)
 class ParallelConfig(Settings):
-    """How the model is split over ranks; the remaining factor is data parallelism."""
+    """Parallelism. Ranks that the sizes leave over are data parallel."""
 
     tensor_model_parallel_size: int = flag(1, "ranks that share each layer", at_least=1)
     pipeline_model_parallel_size: int = flag(1, "pipeline stages", at_least=1)
@@ -231,7 +231,7 @@ class ParallelConfig(Settings):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Settings):
-    """Adam and its schedule, with Megatron's names; learning rates decay in the annealing only."""
+    """Optimizer and schedule. The learning rate decays in the annealing only."""
 
     lr: float = flag(2e-3, "learning rate of the stable phase", above=0, at_most=1e6)
     min_lr: float = flag(0.0, "learning rate at the end of the annealing", at_least=0, at_most=1e6)
@@ -251,7 +251,7 @@ class OptimizerConfig(Settings):
 
 @dataclass(frozen=True)
 class BatchConfig(Settings):
-    """Batches, in sequences."""
+    """Batches."""
 
     micro_batch_size: int = flag(8, "sequences per rank in one pass", at_least=1)
     global_batch_size: int = flag(16, "sequences per optimizer step, over all ranks", at_least=1)
@@ -321,8 +321,7 @@ class Precision(Settings):
     parameters.
     """
 
-    bf16: bool = flag(False, "weights and activations in bfloat16; default: as the checkpoint was "
-                             "trained, else float32")
+    bf16: bool = flag(False, "weights and activations in bfloat16 instead of float32")
 
 
 @dataclass(frozen=True)

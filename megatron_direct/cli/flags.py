@@ -24,14 +24,20 @@ def add_flags(parser: argparse.ArgumentParser, request: type) -> None:
     """The flags of a request: a dataclass with a field for each group of settings.
 
     One argument group for each, titled by the first line of its docstring. A flag that two groups
-    share (--seed) is one flag, and fills both.
+    share (--seed) is one flag, and fills both. The defaults of what a checkpoint supplies are the
+    checkpoint's.
     """
     known: set[str] = set()
+    own = [kind for kind in typing.get_type_hints(request).values() if kind is not Given]
     for group_type in groups(request):
-        group = parser.add_argument_group(str(group_type.__doc__).splitlines()[0].rstrip("."))
+        title = str(group_type.__doc__).splitlines()[0].rstrip(".")
+        is_own = group_type in own
+        if not is_own:
+            title = f"{title.partition('.')[0]} (default: as the checkpoint was trained)"
+        group = parser.add_argument_group(title)
         for f in fields(group_type):
             if f.name not in known:
-                _add_flag(group, f)
+                _add_flag(group, f, shows_default=is_own)
                 known.add(f.name)
 
 
@@ -70,7 +76,7 @@ def _given(group: type[Settings], arguments: argparse.Namespace) -> dict:
     return {f.name: getattr(arguments, f.name) for f in fields(group) if hasattr(arguments, f.name)}
 
 
-def _add_flag(group, f: dataclasses.Field) -> None:
+def _add_flag(group, f: dataclasses.Field, *, shows_default: bool) -> None:
     meta = f.metadata
     common = {"dest": f.name, "default": argparse.SUPPRESS}
     if isinstance(f.default, bool):
@@ -78,7 +84,7 @@ def _add_flag(group, f: dataclasses.Field) -> None:
         group.add_argument(flag_name(f.name), action=action, help=meta["help"], **common)
         return
     help_text = meta["help"].replace("%", "%%")
-    if f.default not in (None, dataclasses.MISSING, (), ""):
+    if shows_default and f.default not in (None, dataclasses.MISSING, (), ""):
         help_text += f" (default {f.default})".replace("%", "%%")
     group.add_argument(flag_name(f.name), type=flag_type(f), choices=meta["choices"],
                        nargs=meta["nargs"], required=meta["required"], help=help_text, **common)

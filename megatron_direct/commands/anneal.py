@@ -61,8 +61,8 @@ class AnnealConfig(Settings):
         nargs="+")
     data_args_path: str = flag("", "file that holds the value of --data-path")
     per_split_data_args_path: str = flag(
-        "", "JSON file with a --data-path for train, valid (null, or the run's own) and test "
-        "(reported as --test-data-path is)")
+        "", "JSON file with a blend each for train, valid (null, or the validation set of the "
+        "run) and test (used as --test-data-path)")
     blend_weights: str = flag(
         "keep", "keep the weights of the blend, or rescale each to the tokens that its mask keeps",
         choices=BLEND_WEIGHTS)

@@ -6,8 +6,8 @@ draw of validation samples, of what is drawn at random, and of the order of the 
 that count are of test sets that no selection saw.
 
     RUN_DIR/seeds/S/M      sketches and curvature of one seed, by measurement, shared by all arms
-    RUN_DIR/arms/ARM/S     what the arm chose, and its losses; what is there is not done again
-    RUN_DIR/comparison.json, results.md, report.html      made anew at the end of each call
+    RUN_DIR/arms/ARM/S     what the arm selected, and its losses; finished arms are not repeated
+    RUN_DIR/comparison.json, results.md, report.html      rewritten at the end of each call
 """
 
 from __future__ import annotations

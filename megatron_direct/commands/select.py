@@ -5,8 +5,8 @@
     RUN_DIR/curvature/          leading directions of the validation set's curvature
     RUN_DIR/selections/NAME/    the solution of the selection problem, and its masks
 
-Each is an artefact with a key of its own: what is there and was made of the same things is taken
-up, whatever else changed. So another number of samples, objective or budget only solves.
+Each is an artefact with its own key, and is reused as long as that key is unchanged. So another
+number of samples, objective or budget only solves the problem again.
 """
 
 from __future__ import annotations

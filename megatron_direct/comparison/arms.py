@@ -45,7 +45,7 @@ class Case:
 
     @functools.cached_property
     def rng(self) -> np.random.Generator:
-        """One generator for all that an arm draws; :meth:`Arm.take` starts it anew."""
+        """One generator for all that an arm draws; :meth:`Arm.take` restarts it."""
         return np.random.default_rng(self.seed)
 
     def solve(self, evidence: Evidence, **settings) -> Selection:
@@ -75,7 +75,7 @@ class Arm:
 
 
 # losses: of the pool at the checkpoint, a forward pass; onset: sketches at the checkpoint, and
-# directions out of them; adam-sketches: those scaled by Adam's moments; select: what `select`
+# directions from them; adam-sketches: those scaled by Adam's moments; select: what `select`
 # measures with the flags given, after a pilot if they ask for one.
 NEEDS = ("losses", "onset", "adam-sketches", "select")
 REGISTRY: dict[str, Arm] = {}  # in the order in which arms are run
@@ -96,17 +96,17 @@ def _random(case: Case) -> np.ndarray:
     return random_selection(np.arange(len(case.losses)), case.num_select, case.seed)
 
 
-@arm("whole-pool", "all samples, as far as the annealing's tokens go")
+@arm("whole-pool", "all samples, up to the tokens of the annealing")
 def _whole_pool(case: Case) -> np.ndarray:
     return np.arange(len(case.losses))
 
 
-@arm("oracle", "like domain, but nothing that was corrupted on purpose: only a trial can know")
+@arm("oracle", "like domain, without samples corrupted on purpose, which only a trial can know")
 def _oracle(case: Case) -> np.ndarray:
     return in_proportions(case, ~case.corrupted)
 
 
-@arm("domain", "at random, with domains in the proportions of the validation set's tokens")
+@arm("domain", "at random, with domains in proportion to the validation set's tokens")
 def _domain(case: Case) -> np.ndarray:
     return in_proportions(case, np.ones(len(case.losses), dtype=bool))
 

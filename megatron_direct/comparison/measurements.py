@@ -124,7 +124,7 @@ def measured_case(setting: Setting, seed: int, needs: set[str]) -> Case | None:
 
 
 def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case:
-    """Out of what was measured (rank 0). The candidates of a seed are settled the first time."""
+    """From the measurements (rank 0). The candidates of a seed are fixed the first time."""
     stored = {name: [read_sketches(of.store, drawn) for drawn in (of.pool, of.valid)]
               for name, of in measured.items()}
     pool, valid = stored["onset"]

@@ -2,7 +2,7 @@
 
 Pages and text are made from a :class:`ComparisonSummary` alone, and every figure in them is in it.
 It can describe a run that is not finished: seeds without a result are left out of what they belong
-to, and counted. What nothing is known of is None.
+to, and counted. What is not known is None.
 
 Letters: S seeds, N candidates, K selected samples, M test sets. The *mean test loss* of an arm and
 seed is the mean of its losses on the M test sets, so that each domain counts the same; ``all`` is

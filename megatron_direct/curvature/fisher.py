@@ -1,7 +1,7 @@
 """The empirical Fisher of the validation samples, as an operator: F = (1/M) sum_i g_i g_i^T.
 
 g_i is the gradient of sample i's mean loss. A product takes two first-order passes: the first takes
-c_i = <g_i, v> out of hooks, the second is the backward pass of (1/M) sum_i c_i loss_i, whose
+c_i = <g_i, v> from hooks, the second is the backward pass of (1/M) sum_i c_i loss_i, whose
 gradient is F v. So it runs with every kernel that has a gradient. F is positive semi-definite, and
 its rank is at most M.
 """

@@ -18,7 +18,7 @@ Locked and active vectors are orthonormal. Every new vector is orthogonalised ag
 classical Gram-Schmidt, twice (Giraud, Langou and Rozloznik, "The loss of orthogonality in the
 Gram-Schmidt orthogonalization process", Comput. Math. Appl. 50 (2005)), and the second time is put
 off to the step in which H is applied to it: its inner products are then taken together with those
-of the product, in one all-reduce and one pass over the basis a step (Bielich, Langou, Thomas,
+of the product, in one all-reduce and one pass over the basis per step (Bielich, Langou, Thomas,
 Swirydowicz, Yamazaki and Boman, "Low-synch Gram-Schmidt with delayed reorthogonalization for Krylov
 solvers", Parallel Computing 112 (2022)). Until then `next` is of norm 1 and orthogonal to the basis
 up to amplified rounding only; the Krylov relation holds with it as it is.

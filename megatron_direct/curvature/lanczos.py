@@ -121,7 +121,7 @@ def lanczos(
     `residual_norms` does that for any pairs.
 
     A Krylov space holds one eigenvector of an eigenvalue that is repeated exactly. Further ones
-    are looked for (with `random_vector`) only where the space of `start` ends, as it does for an
+    are sought (with `random_vector`) only where the space of `start` ends, as it does for an
     operator of low rank; pairs beyond the rank are then returned with eigenvalue 0 to rounding.
 
     Args:

@@ -29,7 +29,7 @@ _MARKER = "step.json"
 
 class LanczosLog:
     """folder: the run's. operator: a digest of what it is; shards: the parameters that this rank
-    has of its vectors. A log of another operator, or whose ranks had others, is not taken up.
+    has of its vectors. A log of another operator, or whose ranks had others, is not used.
     """
 
     def __init__(self, folder: Path, operator: str, shards: Sequence[ParameterShard]):

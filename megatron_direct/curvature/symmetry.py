@@ -1,6 +1,6 @@
 """Is an operator symmetric, and if not, which layers are likely to blame?
 
-A product that is wrong without an error is most often not symmetric: some function's derivative
+A product that is wrong without an error is usually not symmetric: some function's derivative
 lacks a term. For random u and v, <u, H v> and <v, H u> must agree to rounding; with u restricted to
 the parameters of one kind of layer, the disagreement points to the layers where it arises.
 """

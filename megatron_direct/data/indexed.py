@@ -132,7 +132,7 @@ def _read_header(prefix: str) -> tuple[int, int, int]:
 
 
 def _stamps(prefix: str) -> list[tuple[int, int, int]]:
-    """What tells a file that was written anew: size, time and place of .idx and .bin."""
+    """What changes when a file is rewritten: size, time and place of .idx and .bin."""
     return [(status.st_size, status.st_mtime_ns, status.st_ino)
             for status in (os.stat(prefix + ".idx"), os.stat(prefix + ".bin"))]
 

@@ -50,7 +50,7 @@ class SampleMask:
 
     @property
     def keep(self) -> np.ndarray:
-        """[documents] bool, unpacked anew: a byte a document."""
+        """[documents] bool, unpacked at each call: one byte per document."""
         return np.unpackbits(self._bits, count=self.num_documents).view(bool)
 
     @cached_property

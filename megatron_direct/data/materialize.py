@@ -33,7 +33,7 @@ def materialize(prefix: str, mask: SampleMask, output_prefix: str) -> Materializ
     """Writes ``output_prefix`` .bin, .json (the card) and, last, .idx.
 
     Raises UserError for a mask of another dataset, for one that keeps nothing, and for an
-    ``output_prefix`` that is there already.
+    ``output_prefix`` that exists already.
     """
     mask.require_belongs_to(prefix)
     for suffix in (".idx", ".bin"):
@@ -81,7 +81,7 @@ def _card(prefix: str, mask: SampleMask, written: Materialized) -> dict:
     card = indexed.read_card(prefix)
     if not card:
         return {}
-    keep = mask.keep  # unpacked once: it takes a byte a document
+    keep = mask.keep  # unpacked once: it takes one byte per document
     new_number = np.cumsum(keep) - 1
     corrupted = np.array(card.get("corrupted", []), dtype=np.int64)
     corrupted = corrupted[keep[corrupted]]

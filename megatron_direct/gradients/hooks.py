@@ -59,7 +59,7 @@ class PieceHooks:
     once per micro-batch (tied embeddings), and then add up. dtype: of the pieces; None: as the
     model computes them.
 
-    Raises UserError on entry if a parameter belongs to a layer that no hook knows, or if the
+    Raises UserError on entry if a parameter belongs to a layer that no hook supports, or if the
     gradients of samples depend on one another.
     """
 

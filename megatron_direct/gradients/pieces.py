@@ -1,6 +1,6 @@
 """A piece: what one layer contributes, in one micro-batch, to each sample's gradient.
 
-Each kind of layer makes the gradient of one parameter out of what passes through the layer, sample
+Each kind of layer makes the gradient of one parameter from what passes through the layer, sample
 by sample, before any sum over samples. Shapes: s positions, b samples of the micro-batch, i and o a
 linear layer's local inputs and outputs, n tokens that were routed to an expert, h width of an
 embedding, p entries of a vector.

@@ -3,7 +3,7 @@
 ``rows-R.f32`` (or ``.bf16``) holds rank R's rows of k coordinates, in the order in which it
 computed them; ``entries-R.bin`` holds an entry for each row: which document of which dataset it is
 of, the sample's loss, and a checksum over all of them. A row counts once its entry is on the disk.
-What lies behind the last sound entry was cut short, by a kill or a full disk, and is cut off when
+What follows the last sound entry was cut short, by a kill or a full disk, and is cut off when
 the store is written to again. Neither layout nor micro-batches leave a trace: a pass that was begun
 on eight ranks is carried on by four.
 
@@ -136,7 +136,7 @@ class SketchStore:
     def _sound_entries(self, number: int) -> np.ndarray:
         """The entries of a file up to the first that is cut short, or that has no row.
 
-        A disk that loses what it was told to keep leaves a tail of zeros: the checksum of the last
+        A disk that loses data it was to keep leaves a tail of zeros: the checksum of the last
         entries finds it, and they are looked at backwards until one is sound.
         """
         path, rows = self._entries_path(number), self._rows_path(number)
@@ -227,7 +227,7 @@ def _decoded(rows: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _cut_to(path: Path, length: int):
-    """The file, open at its end, without what lies behind ``length``."""
+    """The file, open at its end, cut off at ``length``."""
     file = open(path, "ab", buffering=0)  # noqa: SIM115
     file.truncate(length)
     return file

@@ -16,7 +16,7 @@ from megatron_direct.runtime import host
 
 def build(job: Job, *, seed: int = 1234, spec: str = "fused",
           dtype: torch.dtype | None = None) -> list[torch.nn.Module]:
-    """This rank's model chunks, with weights drawn anew. Needs grid.model_parallel().
+    """This rank's model chunks, with newly initialised weights. Needs grid.model_parallel().
 
     spec: a name in :data:`megatron_direct.mcore.specs.SPECS`; exact curvature products need
     "local". dtype: of weights and activations; left out: as the job says.

@@ -45,7 +45,7 @@ def megatron_runtime():
 
 @contextlib.contextmanager
 def _sums_in_one_order():
-    """What has no such kernel goes on as it is: the attention and the sums of this package have."""
+    """What has no such kernel runs unchanged: the attention and the sums of this package have."""
     # cuBLAS reads it when it is first used; of this size its workspace is what torch gives it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     enabled = torch.are_deterministic_algorithms_enabled()

@@ -93,7 +93,7 @@ def _builder(args, dataset_class, sizes, is_built_on_rank, config):
 
 
 def _load_masks(args, config) -> dict[str, SampleMask]:
-    """Files are looked for on rank 0; every rank reads them."""
+    """Files are located on rank 0; every rank reads them."""
     def find():
         blends = [config.blend] if config.blend else config.blend_per_split
         prefixes = list(dict.fromkeys(p for blend in blends if blend for p in blend[0]))

@@ -35,7 +35,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class ComparisonPage:
-    """What ``comparison.html.j2`` shows. A section that nothing is known of is None."""
+    """What ``comparison.html.j2`` shows. A section without data is None."""
 
     summary: ComparisonSummary
     title: str

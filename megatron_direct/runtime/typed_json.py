@@ -2,7 +2,7 @@
 
 Fields may be plain values, other dataclasses, ``tuple[X, ...]``, ``tuple[X, Y]``, ``dict[K, X]``
 with strings or whole numbers as keys, ``X | None``, and ``Any``. A field that is not an argument of
-the constructor is derived from the others: it is written for readers of the file, and computed anew
+the constructor is derived from the others: it is written for readers of the file, and recomputed
 when the file is read. Keys that the dataclass does not have are ignored.
 """
 

@@ -39,7 +39,7 @@ class SelectionConfig(Settings):
         8, "--objective descent: number of clusters of the pools towards whose means gradients "
         "are shrunk; 0: no shrinkage", at_least=0)
     kept_deviation: float = flag(
-        0.5, "share of a gradient's deviation from its cluster's mean that is kept", at_least=0,
+        0.5, "share of a gradient's deviation from its cluster's mean that remains", at_least=0,
         at_most=1)
     quotas: tuple = flag(
         (), "smallest and largest number of samples from a pool, as NAME:LEAST:GREATEST; either "

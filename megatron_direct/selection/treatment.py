@@ -1,6 +1,6 @@
 """The selection problem posed in sketch coordinates, and solved.
 
-Which rows are summed up, and what the objective has to know, come out of sketches. An objective
+Which rows are summed up, and what the objective needs, are computed from sketches. An objective
 that sums up whole sketches has them treated first: brought to one length, since the length of a
 single sample's gradient says more about noise than about worth; shrunk towards the means of their
 clusters (shrinkage.py); and weighted by the sample's tokens, since Megatron packs samples into

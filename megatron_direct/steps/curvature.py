@@ -64,11 +64,11 @@ class CurvatureConfig(Settings):
         above=0, below=1)
     max_matvecs: int = flag(200, "largest number of operator products of Lanczos", at_least=2)
     num_curvature_samples: int = flag(
-        0, "at most so many validation samples in operator products; 0: all",
+        0, "largest number of validation samples in operator products; 0: all",
         at_least=0)
     density_samples: int = flag(
-        0, "random vectors for the spectral density and the trace, at least 2; 0: none; the "
-        "elbow of --curvature hessian and gauss-newton is then found among the computed pairs",
+        0, "random vectors for the spectral density and the trace, at least 2; 0: none, and "
+        "the elbow of --curvature hessian and gauss-newton is found among the computed pairs",
         at_least=0)
     density_steps: int = flag(16, "Lanczos steps from each of the random vectors", at_least=2)
 
@@ -80,7 +80,7 @@ class CurvatureConfig(Settings):
 
 @dataclass(frozen=True)
 class SpectrumKey(Key):
-    """What eigenpairs depend on. How many were asked for is no part of it: more carry on."""
+    """What eigenpairs depend on. How many were requested is not part of it: more resume."""
 
     sketches_digest: str
     valid_digests: tuple[str, ...]

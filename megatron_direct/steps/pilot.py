@@ -56,7 +56,7 @@ class GradientPoint:
 def gradient_point(config: PilotConfig, onset: Onset, folder: Path, seed: int) -> GradientPoint:
     """The end of the pilot, run if it is not there, or the checkpoint; all ranks call this.
 
-    folder: for the pilot's checkpoint and metrics. A pilot that was killed begins anew.
+    folder: for the pilot's checkpoint and metrics. A pilot that was killed starts again.
     """
     if config.pilot_iters == 0:
         return GradientPoint(onset.checkpoint.path, onset.checkpoint.digest)

@@ -46,7 +46,7 @@ class SketchConfig(Settings):
         "power -1/4, in sketches and curvature alike", choices=("none", "adam"))
     micro_batch_size: int = flag(8, "samples per rank in one pass", at_least=1)
     num_valid_samples: int = flag(
-        256, "at most so many validation samples for the curvature; 0: all", at_least=0)
+        256, "largest number of validation samples for the curvature; 0: all", at_least=0)
     seed: int = flag(1234, "seed of hashes, of the validation samples drawn and of the solver",
                      at_least=0, at_most=2**32 - 1)
 

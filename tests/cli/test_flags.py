@@ -51,6 +51,14 @@ def test_every_flag_says_what_it_is():
             assert action.help, f"{name} {action.option_strings}"
 
 
+def test_no_default_is_claimed_for_what_a_checkpoint_supplies():
+    found = dict(_parsers())
+    assert "(default 128)" in found["pretrain"].format_help()
+    help_text = found["select"].format_help()
+    assert "Architecture (default: as the checkpoint was trained):" in help_text
+    assert "(default 128)" not in help_text and "(default 2048)" in help_text
+
+
 GROUPS = sorted({group for command in COMMANDS.values()
                  for group in flags.groups(command.load()[0])}, key=lambda group: group.__name__)
 NUMBERS = [(group, f) for group in GROUPS for f in dataclasses.fields(group)

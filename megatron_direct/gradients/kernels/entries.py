@@ -110,7 +110,7 @@ def sketches(matrices: torch.Tensor, hashes: Hashes) -> torch.Tensor:
 def _scatter(sums: torch.Tensor, signed: torch.Tensor, hashes: Hashes) -> None:
     """Adds the entries of matrices [m, o, i], times their signs, at their coordinates [m, 2 k].
 
-    A few rows at a time: the coordinates are made anew each time, and stay in the cache.
+    A few rows at a time: the coordinates are recomputed each time, and stay in the cache.
     """
     rows = parts_of(signed, signed.shape[2])
     buckets = hashes.rows.buckets.split(rows)

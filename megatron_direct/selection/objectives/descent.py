@@ -24,7 +24,7 @@ def _quadratic(terms: Terms, dim: int, num_select: int) -> Quadratic:
 
 
 def _terms(settings: TermSettings, evidence: Evidence) -> Terms:
-    """H as far as it is known, by its computed eigenpairs; elsewhere it counts as zero."""
+    """H, as given by its computed eigenpairs; elsewhere it counts as zero."""
     directions = evidence.directions
     largest = float(directions.eigenvalues[0])
     if not largest > 0:

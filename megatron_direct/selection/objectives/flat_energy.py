@@ -1,6 +1,6 @@
 """flat-energy, the paper's: |F w|^2, so b = 0, H = I, scale 2.
 
-A step along the selected mean gradient is to move as far as it can in flat directions, in which
+A step along the selected mean gradient should move as far as possible in flat directions, in which
 the loss barely rises. Convex: its maximum is at a vertex, and no local method certifies it.
 """
 
