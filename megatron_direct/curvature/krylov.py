@@ -39,9 +39,11 @@ RandomVector = Callable[[int], Vector]
 # What is left of a vector below this many units of rounding is taken for rounding: single-precision
 # products of a transformer's Hessian err by 20 to 80 units (1e-6 to 5e-6).
 BREAKDOWN_ROUNDOFFS = 100.0
-# Pythagoras gives the norm of what is left of a product without an all-reduce of its own, to the
-# vectors' rounding over this share of the product's square; below it the norm is taken.
-_PYTHAGORAS_SHARE = 0.01
+# Pythagoras gives the square of the norm of what is left of a product without an all-reduce of its
+# own, to the vectors' rounding over its share of the product's square: to 1e-4 in single precision
+# at this share, and the next step corrects that. Fishers come to shares of 0.005; below this one
+# the norm is taken by itself, as it is where a Krylov space is about to end.
+_PYTHAGORAS_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
