@@ -1,4 +1,4 @@
-"""Errors that a user can mend: what was expected, what was found, what to do."""
+"""Errors that a user can correct: what was expected, what was found, what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``megatron-direct``: one sub-command a stage, alone or under torchrun."""
+"""The command ``megatron-direct``: one sub-command per stage, alone or under torchrun."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def quiet_imports() -> None:
-    """Silences what megatron-core says of parts that are not installed, and torch of Megatron."""
+    """Silences warnings about packages that megatron-core misses, and torch's about Megatron."""
     warnings.filterwarnings("ignore", module="megatron.core")
     warnings.filterwarnings("ignore", message="Please use DTensor instead")
 

@@ -32,8 +32,8 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     group.add_argument("--input", nargs="+", required=True, type=Path, metavar="FILE",
                        help="JSONL, Parquet or plain text; JSONL and text also as .gz or .zst")
     group.add_argument("--json-keys", nargs="+", metavar="KEY",
-                       help="keys of a record whose texts are joined by line ends; here and below "
-                            "a key may be dotted, such as meta.title (default: text)")
+                       help="keys of a record whose texts are joined by line breaks; here and "
+                            "below a key may be dotted, such as meta.title (default: text)")
     group.add_argument("--skip-bad-lines", action="store_true",
                        help="leave out lines that are not valid records, and list them in "
                             "OUTPUT_PREFIX_bad_lines.txt; without it the first one is an error")
@@ -77,7 +77,7 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
                        help="tokens of a window: the sequence length of the model")
     group = parser.add_argument_group("runtime")
     group.add_argument("--workers", type=int,
-                       help=f"processes of a rank (default {default['workers']})")
+                       help=f"processes per rank (default {default['workers']})")
     group.add_argument("--shard-size", type=float, metavar="MIB",
                        help="text that a worker tokenizes at a time, and loses when it is killed "
                             f"(default {default['shard_size']:g}: some seconds of work)")

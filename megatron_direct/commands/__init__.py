@@ -1,1 +1,1 @@
-"""One module a command: it reads its flags, calls steps, and writes."""
+"""One module per command: it reads its flags, calls steps, and writes."""

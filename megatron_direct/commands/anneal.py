@@ -1,4 +1,4 @@
-"""``megatron-direct anneal``: the decay phase over the masked blend, and what it came to.
+"""``megatron-direct anneal``: the decay phase over the masked blend, and its losses.
 
 An *arm* is one annealing: over a selection of the run, by its name, or over as many samples drawn
 at ``random``. Arms start from one checkpoint, optimizer included, and see the same number of tokens

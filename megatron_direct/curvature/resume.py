@@ -1,7 +1,7 @@
 """A Lanczos run on disk, step by step: a killed one carries on after its last step, and one that
-has ended goes on to more eigenpairs.
+has ended continues to more eigenpairs.
 
-Each rank of the first copy of the model keeps its shards of the basis vectors, one file a vector,
+Each rank of the first copy of the model keeps its shards of the basis vectors, one file per vector,
 and writes a vector once: a step adds one and replaces the one before it, which it has made
 orthogonal; a restart rewrites those that it rotated. A step counts when all ranks have written it
 and rank 0 has said so; the step before is kept until then. On disk there is thus one basis, and

@@ -1,7 +1,7 @@
 """A mask says which documents of one indexed dataset are kept.
 
-One bit a document, in memory as on disk (``PREFIX.mask.npz``): bit ``i % 8``, counted from the most
-significant, of byte ``i // 8`` stands for document i, as ``numpy.packbits`` has it. Bits behind the
+One bit per document, in memory as on disk (``PREFIX.mask.npz``): bit ``i % 8``, counted from the
+most significant, of byte ``i // 8`` stands for document i, as in ``numpy.packbits``. Bits after the
 last document are zero.
 """
 

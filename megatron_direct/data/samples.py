@@ -1,8 +1,8 @@
 """Samples: the documents of a list of indexed datasets, one after the other, and batches of them.
 
 Sample i is document ``i - first[d]`` of dataset d. A model with sequence length L sees its first
-L + 1 tokens: L inputs, each with the next token as its label. What lies behind is *cut*, and
-counted; a document of fewer than two tokens has no label and is no sample, and is counted too.
+L + 1 tokens: L inputs, each with the next token as its label. The rest is *cut*, and
+counted; a document of fewer than two tokens has no label, is not a sample, and is counted too.
 
 Shapes: b samples of a micro-batch, s positions (all samples padded to the longest of the pass).
 """

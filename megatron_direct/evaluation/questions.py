@@ -1,4 +1,4 @@
-"""Multiple-choice questions, out of the JSONL files in which they are published.
+"""Multiple-choice questions, from the JSONL files in which they are published.
 
 Each line is a record of one of these forms, told apart by their keys. Contexts are worded as
 lm-evaluation-harness words them, so that numbers can be compared with published ones.

@@ -1,6 +1,6 @@
 """What the hooks note of mixture-of-experts layers (see ``hooks``).
 
-An expert gets tokens of all samples in one heap, sorted by Megatron's token dispatcher, and with
+An expert gets tokens of all samples together, sorted by Megatron's token dispatcher, and with
 expert parallelism those of other ranks too. To know whose they are, each token's sample number goes
 through the same dispatcher, as a hidden state of width 1, just before the token itself does.
 Samples are numbered 0 .. ep * b - 1, by expert-parallel rank and row of its micro-batch.

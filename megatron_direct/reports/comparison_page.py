@@ -134,7 +134,7 @@ def _losses(summary: ComparisonSummary) -> Shown:
     if not summary.compared:
         return Shown(None, table)
     return Shown(image(figures.differences(summary),
-                       f"differences to {summary.reference} with intervals"), table)
+                       f"differences from {summary.reference} with intervals"), table)
 
 
 def _name(summary: ComparisonSummary, arm: ArmSummary) -> Cell:

@@ -63,7 +63,7 @@ def _how_to_read(summaries: Sequence[ComparisonSummary]) -> str:
     return (
         "Arms are annealed from one checkpoint with the same tokens, schedule and batches, and "
         "differ in the samples they see. The loss is a mean over the test sets, which no "
-        f"selection saw; lower is better. Differences to {reference} are paired by seed. An "
+        f"selection saw; lower is better. Differences from {reference} are paired by seed. An "
         f"interval spans a bootstrap interval and a Student t interval at {confidence} each, and "
         "an arm is better or worse only if both exclude zero. p is the p-value of a sign-flip test "
         "after Holm's correction for the number of arms; with few seeds it cannot be small, "
@@ -89,7 +89,7 @@ def _over_settings(summaries: Sequence[ComparisonSummary]) -> list[str]:
         for verdict in _MARKS}
     return [
         "## Differences by setting",
-        paragraph("Difference to the reference in mean test loss. Bold: better; italic: worse; "
+        paragraph("Difference from the reference in mean test loss. Bold: better; italic: worse; "
                   "plain: no clear difference."),
         table(["arm", *map(_name, summaries)], rows, left=[0]),
         bullets([

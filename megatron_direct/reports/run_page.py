@@ -147,8 +147,8 @@ def _selected(name: str, found: SelectionSummary) -> str:
     return (f"{name}: {found.num_select:,} of {counts.in_pools:,} samples. {counts.cut:,} samples "
             f"were cut at the sequence length ({counts.cut_tokens:,} tokens), "
             f"{counts.too_short:,} were too short, and {counts.not_finite:,} had no finite "
-            f"gradient. Mean loss before annealing: {found.mean_loss.selected:.3f} of the selected "
-            f"samples, {found.mean_loss.pool:.3f} of the pool.")
+            f"gradient. Mean loss before annealing: {found.mean_loss.selected:.3f} for the "
+            f"selected samples, {found.mean_loss.pool:.3f} for the pool.")
 
 
 def _composition(run: RunReport) -> Table:

@@ -102,7 +102,7 @@ def headline(summary: ComparisonSummary) -> str:
                 f"{loss(arm.mean_loss)} per token")
     found = arm.difference
     if name == reference or found.mean is None:
-        return f"{sentence}; there is no result of {reference} to compare it with."
+        return f"{sentence}; there is no result for {reference} to compare it with."
     sentence += f", {below(found.mean)} {reference}"
     if found.interval is None:
         return f"{sentence} with the one seed that both have."

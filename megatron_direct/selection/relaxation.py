@@ -3,7 +3,7 @@
 Maximise concave J(F w) over W. Every linear programme max c.w, c = F^T grad J(s), gives a vertex
 of W and the bound J* <= J(s) + c.(vertex - w); J is then maximised over the convex hull of the
 vertices met so far, a small quadratic programme in k dimensions (Holloway 1974; von Hohenbalken
-1977). Only the image of a vertex, F w, enters it, so the N samples cost two products an iteration.
+1977). Only the image of a vertex, F w, enters it, so the N samples cost two products per iteration.
 """
 
 from __future__ import annotations

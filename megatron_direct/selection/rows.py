@@ -3,7 +3,7 @@
 A rank holds rows X = F^T[ids] of shape [n, k], in memory or memory-mapped, float32 or float64, and
 never copies more than a block of them. All that has one entry per sample is replicated: for
 k = 2048 float32 coordinates a vector of float64 weights is 1/1024 of the rows it weighs. Two
-all-reduced arrays an iteration follow: the weighted sums [m, k] and the scores [m, N].
+all-reduced arrays per iteration follow: the weighted sums [m, k] and the scores [m, N].
 
 Products run in the rows' own precision within a block and are accumulated over blocks, in their
 order, in float64. ``tie`` says how far apart two scores must be to differ by more than rounding.

@@ -1,4 +1,4 @@
-"""An annealed arm on disk: what it came to, and what a random one drew."""
+"""An annealed arm on disk: its losses, and what a random one drew."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_windows_without_their_documents_are_refused(tmp_path):
     prefix = _window_dataset(tmp_path, [[5, 6, EOD], [7, EOD]], 2, EOD)
     windows.write_lengths(prefix, np.array([3, 3], np.int32))
     with pytest.raises(UserError, match="documents.npy belongs to another dataset: .* 6 tokens, .*"
-                                        "made of 5.*make the dataset again"):
+                                        "made from 5.*make the dataset again"):
         ExcludedDataset(prefix, "digest", ENDS)
     windows.lengths_path(prefix).write_bytes(b"not numbers")
     with pytest.raises(UserError, match="documents.npy is damaged"):

@@ -47,7 +47,7 @@ NAN, INF = float("nan"), float("inf")
     ({"train_tokenizer": True, "tokenizer_model": Path("tokenizer.json")},
      "--tokenizer-model tokenizer.json names a Hugging Face tokenizer, but --train-tokenizer"),
     ({"domain": "a", "domain_key": "b"}, "--domain and --domain-key both name the domain"),
-    ({"input": (Path("a/x.txt"), Path("b/x.jsonl.gz"))}, "have one name.*: x. Rename.*--domain"),
+    ({"input": (Path("a/x.txt"), Path("b/x.jsonl.gz"))}, "have the same name.*: x. Rename"),
 ])
 def test_wrong_values_are_refused(changed, match):
     PreprocessSettings(**GOOD)

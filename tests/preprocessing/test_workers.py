@@ -88,7 +88,7 @@ def test_tasks_and_results_larger_than_a_pipe(tmp_path):
 
 
 def test_a_killed_worker_is_reported():
-    with pytest.raises(UserError, match="a worker process was killed.*carries on"):
+    with pytest.raises(UserError, match="a worker process was killed.*resumes"):
         list(workers.work_through(KilledAtThree, range(20), 2))
 
 

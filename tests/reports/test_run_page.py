@@ -95,7 +95,7 @@ def test_arms_that_are_missing(tmp_path, arms, sentence, tables):
     page = _page(tmp_path / "run")
     assert sentence in page.text
     assert ("Annealing" in page.headings) == bool(arms)
-    assert "includes the chance of one seed" not in page.text
+    assert "includes the noise of a single seed" not in page.text
     assert not any(" - random" in row[0] for table in page.tables for row in table)
 
 

@@ -69,7 +69,7 @@ def test_seeds_in_words(seeds, words):
     (WORSE, "3.8400 per token, 0.2400 above random (95 % interval of the difference ["),
     (LEVEL, "3.6000 per token, level with random (95 % interval of the difference ["),
     ({1: 3.4}, "3.4000 per token, 0.1000 below random with the one seed that both have."),
-    ({4: 3.4}, "3.4000 per token; there is no result of random to compare it with.")])
+    ({4: 3.4}, "3.4000 per token; there is no result for random to compare it with.")])
 def test_the_headline_follows_the_numbers(losses, words):
     assert words in wording.headline(_summary({"random": RANDOM, "direct": losses}))
 

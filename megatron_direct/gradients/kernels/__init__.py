@@ -1,4 +1,4 @@
-"""Ways of hashing a layer's gradients, one a file, and the choice among them.
+"""Ways of hashing a layer's gradients, one per file, and the choice among them.
 
 All of them compute the same sketch, and differ in what it costs. The choice rests on shapes alone,
 so that a run that is repeated makes the same choices and ends with the same bytes.

@@ -1,7 +1,7 @@
 """Sketches by way of Fourier transforms: sum_t FFT(C1 x_t) * FFT(C2 y_t), never forming G.
 
 The convolution of two count sketches is a product of their spectra (Pham and Pagh, KDD 2013). The
-products are summed over tokens and over all layers, and transformed back once a sample. It costs
+products are summed over tokens and over all layers, and transformed back once per sample. It costs
 two transforms of length k per token, whatever the width of the layer: it wins on a CPU, for wide
 layers and short samples.
 """
