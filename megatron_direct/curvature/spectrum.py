@@ -79,7 +79,8 @@ def find_elbow(
 
     held = np.concatenate([[0.0], np.cumsum(np.maximum(eigenvalues, 0.0))])
     energy = max(held[-1], total_energy or 0.0)
-    whole_operator = total_energy is not None and total_energy >= (1 - _ROUNDING) * held[-1]
+    whole_operator = total_energy is not None and bool(
+        total_energy >= (1 - _ROUNDING) * held[-1])
     reached = bool(held[-1] >= energy_share * energy)
     # Where the elbow is not reached this counts the positive pairs: held grows with them only.
     num_stiff = int(np.searchsorted(held, min(energy_share * energy, held[-1])))
