@@ -35,7 +35,7 @@ FOREIGN_FLAGS = {
     # torchrun, git and pytest.
     "--branch", "--depth", "--nproc-per-node", "--noconftest",
     # Scripts in benchmarks/.
-    "--megatron-path", "--results",
+    "--device", "--megatron-path", "--results",
 }
 FOREIGN_PATHS = {"tools/preprocess_data.py", "tests/unit_tests/data/test_builder.py",
                  "tests/unit_tests/data/test_gpt_dataset.py"}  # Megatron-LM's
