@@ -31,7 +31,7 @@ def prefix(tmp_path_factory) -> str:
 
 def _counts(model, layout, prefix):
     """For each operator the all-reduces of each step, and the passes of a product."""
-    chunks = models.build(Job(model, layout))
+    chunks = models.build(Job(model, layout), spec="local")
     space = ParameterSpace(parameter_shards(chunks))
     samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
     original, calls, found = grid.all_reduce, [], {}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from ranks import Layout, on_layout
 from tiny_models import MODELS
 from weights import assemble, pieces
 
-from megatron_direct.config import Job, Precision
+from megatron_direct.config import Job
 from megatron_direct.curvature import vectors as vectors_module
 from megatron_direct.curvature.vector_space import FunctionSpace
 from megatron_direct.curvature.vectors import ParameterSpace
@@ -21,13 +22,14 @@ GENERATOR = np.random.default_rng(0)
 COEFFICIENTS = GENERATOR.standard_normal((NUM_VECTORS, 2))
 ROTATION = np.linalg.qr(GENERATOR.standard_normal((NUM_VECTORS, 3)))[0]
 # What rounding to the vectors' precision leaves of numbers of size 1; sums are in float64.
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 TOLERANCE = {"fp64": 1e-14, "fp32": 1e-6}
 
 
 def _operations(model, layout, precision):
     """By name: the whole of each vector given and found, and the inner products."""
     space = ParameterSpace(parameter_shards(
-        models.build(Job(model, layout, precision=Precision(precision)))))
+        models.build(Job(model, layout), dtype=DTYPES[precision])))
     given = [space.random_signs(2 * seed) + 0.3 * space.random_signs(2 * seed + 1)
              for seed in range(NUM_VECTORS + 2)]
     vectors, others = given[:NUM_VECTORS], given[NUM_VECTORS:]
