@@ -6,8 +6,10 @@ import torch
 from ranks import Layout, on_layout
 from tiny_models import MODELS
 
+from megatron_direct.config import Job
 from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.mcore import model as models
+from megatron_direct.mcore.shards import parameter_shards
 
 
 def _run(chunk, seed, backward=True):
@@ -31,8 +33,8 @@ def _gradients(shards):
 
 
 def _many_passes(model, layout):
-    chunks = models.build(model, layout)
-    shards = models.parameter_shards(chunks)
+    chunks = models.build(Job(model, layout))
+    shards = parameter_shards(chunks)
     apart = []
     for seed in (1, 2):
         add, found = _gradients(shards)
