@@ -42,8 +42,8 @@ def test_which_layers_have_experts(frequency, expected):
     ({"moe_router_topk": 1}, "needs --moe-router-pre-softmax"),
     ({"moe_router_enable_expert_bias": True}, "needs --moe-router-score-function sigmoid"),
     ({"moe_router_group_topk": 2}, "needs --moe-router-num-groups"),
-    ({"num_experts": None, "moe_router_topk": 4}, "no meaning without --num-experts"),
-    ({"kv_lora_rank": 64}, "--kv-lora-rank 64 has no meaning without --multi-latent-attention"),
+    ({"num_experts": None, "moe_router_topk": 4}, "no effect without --num-experts"),
+    ({"kv_lora_rank": 64}, "--kv-lora-rank 64 has no effect without --multi-latent-attention"),
     ({"multi_latent_attention": True, "num_query_groups": 2}, "Leave out --num-query-groups 2"),
 ])
 def test_flags_that_do_not_fit_are_refused(flags, match):
