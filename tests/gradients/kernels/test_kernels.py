@@ -269,6 +269,15 @@ def test_a_kernel_that_is_not_used_takes_no_memory():
     assert list(sums._kernels) == [cheapest(piece, _hashes(16, 8), "cpu", scaled=False)]
 
 
+def test_an_expert_without_tokens():
+    shard = _shard(16, 8)
+    piece = RoutedOuterProducts(torch.empty(0, 8), torch.empty(0, 16),
+                                torch.empty(0, dtype=torch.int64), 5)
+    for scales in (None, {"w": torch.ones(16, 8)}):
+        found = Sketch([shard], SIZE, 3, scales).of_piece(shard, piece)
+        assert found.shape == (5, SIZE) and not found.any()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
