@@ -159,7 +159,7 @@ def _fit(shapes: Sequence[Shape], timed: Sequence[dict[str, float]], device: str
                 counts = np.array([_slope(kernel, work, fitted, name) for name in names])
                 rows.append(counts / (1e6 * of_shape[kernel.name]))
         found = _nonnegative_least_squares(np.array(rows), np.ones(len(rows)))
-        # One that nothing depends on stays as it is; none becomes zero because others make up for it.
+        # One that nothing depends on stays; none vanishes because others make up for it.
         in_use = np.array(astuple(costs.of(device)))
         found = np.where(np.abs(rows).max(0) > 0, np.maximum(found, 0.1 * in_use), in_use)
         before, fitted = fitted, Coefficients(*(float(f"{value:.3g}") for value in found))
