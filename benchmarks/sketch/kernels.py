@@ -162,9 +162,9 @@ def _fit(shapes: Sequence[Shape], timed: Sequence[dict[str, float]], device: str
         counts = np.array(rows)
         scales = np.maximum(np.linalg.norm(counts, axis=0), np.finfo(float).tiny)
         found = scipy.optimize.nnls(counts / scales, np.ones(len(counts)))[0] / scales
-        # One that nothing depends on, or that is found to be zero, keeps a small value.
-        old = np.array(astuple(fitted))
-        found = np.where(np.abs(counts).max(0) > 0, np.maximum(found, 1e-2 * old), old)
+        # One that nothing depends on stays; none vanishes because others make up for it.
+        in_use = np.array(astuple(costs.of(device)))
+        found = np.where(np.abs(counts).max(0) > 0, np.maximum(found, 0.1 * in_use), in_use)
         before, fitted = fitted, Coefficients(*(float(f"{value:.3g}") for value in found))
         if fitted == before:
             break

@@ -108,7 +108,7 @@ class ParameterSpace(VectorSpace):
             yield part, torch.stack([vector[part] for vector in vectors]).to(dtype)
 
     def _on_device(self, matrix: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(matrix)).to(self.device)
+        return torch.from_numpy(np.array(matrix, order="C")).to(self.device)
 
     def random_signs(self, seed: int) -> torch.Tensor:
         """A vector of +1 and -1 (Rademacher), the same in every layout."""

@@ -119,10 +119,6 @@ class Hashes:
         return AxisHash((self.rows.buckets + self.columns.buckets) % self.size,
                         self.rows.signs * self.columns.signs, self.size, self.rows.rounds)
 
-    def signed(self, matrices: torch.Tensor) -> torch.Tensor:
-        """[..., rows, columns] entries times their signs, in float32."""
-        return matrices.float() * self.rows.signs[:, None] * self.columns.signs
-
 
 def folded(frames: torch.Tensor) -> torch.Tensor:
     """[n, k] sums of frames [n, k, k] along (row + column) mod k.

@@ -25,7 +25,7 @@ from megatron_direct.gradients.hashes import Hashes
 from megatron_direct.gradients.kernels import cheapest
 from megatron_direct.gradients.kernels.entries import sketch_of_matrix
 from megatron_direct.gradients.kernels.kernel import Kernel
-from megatron_direct.gradients.pieces import Entries, Piece, RowSums
+from megatron_direct.gradients.pieces import Entries, Piece, RoutedOuterProducts, RowSums
 from megatron_direct.mcore.shards import ParameterShard
 
 
@@ -80,6 +80,8 @@ class SketchSums:
 
     def add(self, shard: ParameterShard, piece: Piece, first: int) -> None:
         """Adds the sketches of a piece's gradients to rows ``first``, ``first + 1``, ..."""
+        if isinstance(piece, RoutedOuterProducts) and not len(piece.inputs):
+            return  # an expert that no token came to
         hashes, scale = self._hashes[shard.name], self._scales.get(shard.name)
         if scale is not None and isinstance(piece, Entries | RowSums):
             piece, scale = piece.scaled(scale), None

@@ -99,8 +99,9 @@ def in_terms_of_flags() -> Iterator[None]:
     try:
         yield
     except InfeasibleSelection as error:
-        raise UserError(f"{error} Give --stiff-budget of at least {error.min_stiff_budget:.6g}, "
-                        "or use --stiff-budget-fraction instead.") from error
+        raise UserError(f"{error}. The flags are --stiff-budget, here at least "
+                        f"{error.min_stiff_budget:.6g}, or --stiff-budget-fraction, and "
+                        "--num-select.") from error
     except InfeasibleQuotas as error:
         raise UserError(f"--quotas: {error}") from error
 

@@ -98,10 +98,10 @@ def test_a_killed_run_is_carried_on(text, tmp_path, reference, changes, capsys):
     assert not list(tmp_path.glob("x_*"))
 
     with pytest.raises(SystemExit, match="x.shards holds the shards of an unfinished run with "
-                                         "another seed.*delete the folder"):
+                                         "different seed.*delete the folder"):
         main([*flags, "--seed", "5"])
     main(flags)
-    assert f"x.shards has {len(finished)} of {total} shards already" in capsys.readouterr().out
+    assert f"x.shards has {len(finished)} of {total} finished shards" in capsys.readouterr().out
     assert outputs(tmp_path / "x") == reference
 
 
@@ -113,5 +113,5 @@ def test_a_killed_run_takes_up_a_compressed_file(text, tmp_path, reference, chan
     # All of the first file and some of the second.
     _killed(flags, tmp_path / "x.shards", "000001-*.json", 3)
     main(flags)
-    assert "x.shards has 1 of 2 shards already" in capsys.readouterr().out
+    assert "x.shards has 1 of 2 finished shards" in capsys.readouterr().out
     assert outputs(tmp_path / "x") == reference

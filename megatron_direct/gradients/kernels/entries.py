@@ -12,7 +12,8 @@ the sketch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -74,20 +75,16 @@ class ByEntries(Kernel):
 
     def _add_outer_products(self, sums: torch.Tensor, piece: OuterProducts | RoutedOuterProducts,
                             hashes: Hashes, scale: torch.Tensor | None) -> None:
-        inputs, grads = piece.inputs.float(), piece.output_grads.float()
         if not self._gathers:
-            inputs, grads = inputs * hashes.columns.signs, grads * hashes.rows.signs
-        if isinstance(piece, OuterProducts):
-            gradients = _gradients(inputs, grads)
-        else:
-            gradients = iter([(slice(None), _routed_gradients(inputs, grads, piece))])
-        for rows, gradient in gradients:
-            if scale is not None:
-                gradient *= scale
-            if self._gathers:
-                sums[rows, :self._size] += sketches(gradient, hashes)
-            else:
-                _scatter(sums[rows], gradient, hashes)
+            left = piece.output_grads.float() * hashes.rows.signs
+            right = piece.inputs.float() * hashes.columns.signs
+            gradients = _Gradients.of(left, right, piece)
+            _scatter(sums, lambda rows: _scaled(gradients.rows(rows), scale, rows), hashes)
+            return
+        gradients = _Gradients.of(piece.output_grads.float(), piece.inputs.float(), piece)
+        for samples, gradient in gradients.whole():
+            gradient = _scaled(gradient, scale, slice(None))
+            sums[samples, :self._size] += sketches(gradient, hashes)
 
     def total(self) -> torch.Tensor:
         return self._sums[:, :self._size] + self._sums[:, self._size:]
@@ -98,7 +95,8 @@ def sketch_of_matrix(matrix: torch.Tensor, hashes: Hashes) -> torch.Tensor:
     if matrix.is_cuda:
         return sketches(matrix[None].float(), hashes)[0]
     sums = matrix.new_zeros(1, 2 * hashes.size, dtype=torch.float32)
-    _scatter(sums, hashes.signed(matrix)[None], hashes)
+    _scatter(sums, lambda rows: (matrix[rows].float() * hashes.rows.signs[rows, None]
+                                 * hashes.columns.signs)[None], hashes)
     return sums.view(2, -1).sum(0)
 
 
@@ -107,41 +105,75 @@ def sketches(matrices: torch.Tensor, hashes: Hashes) -> torch.Tensor:
     return folded(hashes.rows.count_sketch_of_rows(hashes.columns.count_sketch(matrices)))
 
 
-def _scatter(sums: torch.Tensor, signed: torch.Tensor, hashes: Hashes) -> None:
-    """Adds the entries of matrices [m, o, i], times their signs, at their coordinates [m, 2 k].
+def _scatter(sums: torch.Tensor, signed_rows: Callable[[slice], torch.Tensor], hashes: Hashes,
+             ) -> None:
+    """Adds entries of n matrices at their coordinates, in sums [n, 2 k].
 
-    A few rows at a time: the coordinates are recomputed each time, and stay in the cache.
+    signed_rows(rows): [n, rows, i] entries of a few rows, times their signs. With a few at a time,
+    they and their coordinates stay in the cache.
     """
-    rows = parts_of(signed, signed.shape[2])
-    buckets = hashes.rows.buckets.split(rows)
-    for part, row_buckets in zip(signed.split(rows, 1), buckets, strict=True):
-        coordinates = (row_buckets[:, None] + hashes.columns.buckets).flatten()
-        sums.scatter_add_(1, coordinates.expand(len(sums), -1), part.flatten(1))
-
-
-def _gradients(inputs: torch.Tensor, grads: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(samples, their G [m, o, i]), a few samples at a time, of factors [s, n, i] and [s, n, o]."""
-    num_samples = inputs.shape[1]
-    at_once = parts_of(inputs, inputs.shape[2] * grads.shape[2])
-    for first in range(0, num_samples, at_once):
+    at_once = parts_of(sums, len(sums) * hashes.columns.width)
+    for first in range(0, hashes.rows.width, at_once):
         rows = slice(first, first + at_once)
-        yield rows, torch.bmm(grads[:, rows].permute(1, 2, 0), inputs[:, rows].transpose(0, 1))
+        coordinates = hashes.rows.buckets[rows, None] + hashes.columns.buckets
+        entries = signed_rows(rows).flatten(1)
+        sums.scatter_add_(1, coordinates.flatten().expand_as(entries), entries)
 
 
-def _routed_gradients(inputs: torch.Tensor, grads: torch.Tensor, piece: RoutedOuterProducts,
-                      ) -> torch.Tensor:
-    """[n, o, i] G of all samples, of factors [tokens, i] and [tokens, o]."""
-    gradients = inputs.new_zeros(piece.num_samples, grads.shape[1], inputs.shape[1])
-    if len(inputs):
+def _scaled(gradient: torch.Tensor, scale: torch.Tensor | None, rows: slice) -> torch.Tensor:
+    return gradient if scale is None else gradient.mul_(scale[rows])
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """G of each sample, formed where it is asked for.
+
+    left, right: [n, t, o] and [n, t, i]; of routed tokens, the factors of blocks.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    num_samples: int
+    blocks: Blocks | None = None
+
+    @classmethod
+    def of(cls, grads: torch.Tensor, inputs: torch.Tensor,
+           piece: OuterProducts | RoutedOuterProducts) -> _Gradients:
+        if isinstance(piece, OuterProducts):
+            return cls(grads.transpose(0, 1), inputs.transpose(0, 1), piece.num_samples)
         blocks = Blocks.of(Segments.of(piece.samples, piece.num_samples))
-        blocks.add_products(gradients, blocks.take(grads), blocks.take(inputs),
-                            lambda x, y: torch.bmm(x.mT, y))
-    return gradients
+        return cls(blocks.take(grads), blocks.take(inputs), piece.num_samples, blocks)
+
+    def rows(self, rows: slice) -> torch.Tensor:
+        """[n, rows, i] some rows of all of them."""
+        left = self.left[:, :, rows]
+        if self.blocks is None:
+            return torch.bmm(left.mT, self.right)
+        gradients = left.new_zeros(self.num_samples, left.shape[2], self.right.shape[2])
+        self.blocks.add_products(gradients, left, self.right, lambda x, y: torch.bmm(x.mT, y))
+        return gradients
+
+    def whole(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(samples, their whole G), a few at a time.
+
+        Which blocks are a sample's is known to the device alone: those G are formed all at once.
+        """
+        routed = self.rows(slice(None)) if self.blocks is not None else None
+        at_once = parts_of(self.left, self.left.shape[2] * self.right.shape[2])
+        for first in range(0, self.num_samples, at_once):
+            samples = slice(first, first + at_once)
+            yield samples, (routed[samples] if routed is not None else
+                            torch.bmm(self.left[samples].mT, self.right[samples]))
 
 
 def _add_rows(sums: torch.Tensor, piece: RowSums, hashes: Hashes) -> None:
     """Position by position, since few of an embedding's rows are in a micro-batch."""
     signs = hashes.rows.signs[piece.rows] * piece.held  # [s, b]
-    values = piece.output_grads.float() * hashes.columns.signs * signs[..., None]
-    coordinates = hashes.rows.buckets[piece.rows][..., None] + hashes.columns.buckets
-    sums.scatter_add_(1, coordinates.transpose(0, 1).flatten(1), values.transpose(0, 1).flatten(1))
+    buckets = hashes.rows.buckets[piece.rows]
+    at_once = parts_of(sums, piece.output_grads[0].numel())
+    for first in range(0, len(signs), at_once):
+        part = slice(first, first + at_once)
+        values = piece.output_grads[part].float() * hashes.columns.signs * signs[part, :, None]
+        coordinates = buckets[part, :, None] + hashes.columns.buckets
+        sums.scatter_add_(1, coordinates.transpose(0, 1).flatten(1),
+                          values.transpose(0, 1).flatten(1))

@@ -101,11 +101,10 @@ class ByFrames(Kernel):
 
 def _add_routed(frames: torch.Tensor, piece: RoutedOuterProducts, hashes: Hashes,
                 dtype: torch.dtype) -> None:
-    if len(piece.inputs):
-        blocks = Blocks.of(Segments.of(piece.samples, piece.num_samples))
-        left = hashes.rows.count_sketch(piece.output_grads.to(dtype))
-        right = hashes.columns.count_sketch(piece.inputs.to(dtype))
-        blocks.add_products(frames, blocks.take(left), blocks.take(right), product)
+    blocks = Blocks.of(Segments.of(piece.samples, piece.num_samples))
+    left = hashes.rows.count_sketch(piece.output_grads.to(dtype))
+    right = hashes.columns.count_sketch(piece.inputs.to(dtype))
+    blocks.add_products(frames, blocks.take(left), blocks.take(right), product)
 
 
 def _add_at_own_width(frames: torch.Tensor, piece: OuterProducts, hashes: Hashes,

@@ -107,16 +107,6 @@ def test_a_kernel_computes_the_sketch(kind, outputs, inputs, tokens):
         assert _error(kernel.total(), _truth(_in_double(piece), hashes)) < ROUNDING, name
 
 
-def test_an_expert_to_which_no_token_came(kind):
-    nothing = torch.empty(0, dtype=torch.int64)
-    for dtype in _FLOATS:
-        kernel = kind(5, SIZE, CPU)
-        kernel.add(0, RoutedOuterProducts(torch.empty(0, 33, dtype=dtype),
-                                          torch.empty(0, 40, dtype=dtype), nothing, 5),
-                   _hashes(40, 33))
-        assert not kernel.total().any()
-
-
 @pytest.mark.parametrize(("outputs", "inputs", "tokens"), SHAPES)
 def test_layers_and_micro_batches_add_up(kind, outputs, inputs, tokens):
     """Several layers, in two micro-batches that come in turns, as in an interleaved pipeline."""
@@ -277,6 +267,15 @@ def test_a_kernel_that_is_not_used_takes_no_memory():
     assert not sums._kernels and not sums.total().any()
     sums.add(shard, piece, 0)
     assert list(sums._kernels) == [cheapest(piece, _hashes(16, 8), "cpu", scaled=False)]
+
+
+def test_an_expert_without_tokens():
+    shard = _shard(16, 8)
+    piece = RoutedOuterProducts(torch.empty(0, 8), torch.empty(0, 16),
+                                torch.empty(0, dtype=torch.int64), 5)
+    for scales in (None, {"w": torch.ones(16, 8)}):
+        found = Sketch([shard], SIZE, 3, scales).of_piece(shard, piece)
+        assert found.shape == (5, SIZE) and not found.any()
 
 
 @pytest.mark.gpu
