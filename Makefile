@@ -41,8 +41,9 @@ export TEST_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_test)
 export GPUS_PER_NODE ?= 2
 TEXT_FLAGS := --max-files 180
 PRETRAIN_FLAGS := --train-iters 200
-ANNEAL_FLAGS := --curvature gauss-newton --num-curvature-samples 32 --num-eigenpairs 12 \
-	--lanczos-tol 0.01 --lr-wsd-decay-iters 75
+SELECT_FLAGS := --curvature gauss-newton --num-curvature-samples 32 --num-eigenpairs 12 \
+	--lanczos-tol 0.01
+ANNEAL_FLAGS := $(SELECT_FLAGS) --lr-wsd-decay-iters 75
 
 # The smallest of the study: one setting, the arms that matter most, three seeds.
 COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random perplexity-middle \
@@ -112,7 +113,7 @@ bench-sketch: $(READY)
 bench-select: $(READY) data theta
 	$(BIN)/python benchmarks/select_again.py --ranks $(GPUS_PER_NODE) -- --load $(THETA) \
 		--data-path $(DATA_PATH) --valid-data-path $(VALID_DATA_PATH) \
-		$(filter-out --lr-wsd-decay-iters 75,$(ANNEAL_FLAGS))
+		$(SELECT_FLAGS)
 
 bench-data: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py

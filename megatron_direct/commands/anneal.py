@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from megatron_direct.config import (
-    BatchConfig,
     Given,
     Job,
     ModelConfig,
@@ -38,7 +37,7 @@ from megatron_direct.settings import Settings, flag, flag_name
 from megatron_direct.steps import selected
 from megatron_direct.steps.annealed import ArmResult, Losses, write_composition
 from megatron_direct.steps.decay import Decay, Segment, decay, set_losses
-from megatron_direct.steps.onset import dataset_digests
+from megatron_direct.steps.onset import as_trained, dataset_digests
 from megatron_direct.steps.selected import SelectionOrigin, SelectionSummary
 
 RANDOM = "random"
@@ -179,10 +178,7 @@ def _check(request: AnnealRequest, origin: SelectionOrigin) -> _Arm:
     not fit one another, before any work."""
     config, given = request.anneal, request.given
     checkpoint = open_checkpoint(origin.load)
-    job = Job(ModelConfig(**origin.model), request.layout,
-              checkpoint.settings(OptimizerConfig, given.optimizer),
-              checkpoint.settings(BatchConfig, given.batch),
-              checkpoint.settings(Precision, given.precision))
+    job = as_trained(checkpoint, ModelConfig(**origin.model), request.layout, given)
     _require_same_optimizer(config, job.optimizer, checkpoint)
     job.require_runs_on(parallel.world_size(), trains=True)
     asked, test = _blend(config, origin)
@@ -204,13 +200,11 @@ def _check(request: AnnealRequest, origin: SelectionOrigin) -> _Arm:
 
 def _run(arm: _Arm, masks: Mapping[str, SampleMask]) -> ArmResult:
     config, job = arm.config, arm.job
-    num_sequences = config.lr_wsd_decay_iters * job.batch.global_batch_size
     found: dict[str, dict] = {}
     with grid.model_parallel(job.layout, job.num_model_chunks):
-        dataset, parts = blend.build_blend(arm.blend, masks, blend.BlendRequest(
-            job.model.seq_length, num_sequences, job.batch.seed, arm.folder / "cache",
-            blend.Vocabulary(job.model.known_vocab_size, str(arm.checkpoint.tokenizer_digest))),
-            arm.rules)
+        request = blend.BlendRequest.for_job(job, config.lr_wsd_decay_iters, job.batch.seed,
+                                             arm.folder / "cache", arm.checkpoint.tokenizer_digest)
+        dataset, parts = blend.build_blend(arm.blend, masks, request, arm.rules)
         for part in parts:
             parallel.say(f"{config.arm}: {part}")
         chunks = model.build(job)
@@ -224,7 +218,7 @@ def _run(arm: _Arm, masks: Mapping[str, SampleMask]) -> ArmResult:
               chunks, when_loaded=lambda: measure("before"))
         measure("after")
     return ArmResult(config.arm, Losses(**found["before"]), Losses(**found["after"]),
-                     num_sequences * job.model.seq_length, tuple(parts))
+                     request.num_sequences * job.model.seq_length, tuple(parts))
 
 
 def _blend(config: AnnealConfig, origin: SelectionOrigin) -> tuple[Blend, list[str]]:

@@ -228,10 +228,10 @@ def _run_arm(run: _Run, case: Case | None, before: dict) -> None:
     chosen, masks, problem = parallel.on_rank_zero(lambda: _choose(run, case))
     began = time.perf_counter()
     with grid.model_parallel(onset.job.layout, onset.job.num_model_chunks):
-        dataset, _ = blend.build_blend(Blend(onset.pool.prefixes), masks, blend.BlendRequest(
-            onset.job.model.seq_length, setting.num_sequences, run.seed, folder / "cache",
-            blend.Vocabulary(onset.job.model.known_vocab_size,
-                             str(onset.checkpoint.tokenizer_digest))))
+        request = blend.BlendRequest.for_job(
+            onset.job, setting.config.lr_wsd_decay_iters, run.seed, folder / "cache",
+            onset.checkpoint.tokenizer_digest)
+        dataset, _ = blend.build_blend(Blend(onset.pool.prefixes), masks, request)
         chunks = model.build(onset.job)
         try:
             decay(Decay(onset.job, onset.checkpoint, [Segment(0, dataset)],

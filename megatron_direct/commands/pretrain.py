@@ -94,10 +94,8 @@ def pretrain(request: PretrainRequest) -> None:
 
 def _train(config: PretrainConfig, job: Job, asked: Blend, tokenizer_digest: str | None) -> None:
     batch = job.batch
-    dataset, _ = blend.build_blend(asked, {}, blend.BlendRequest(
-        job.model.seq_length, config.train_iters * batch.global_batch_size, batch.seed,
-        Path(config.save) / "cache",
-        blend.Vocabulary(job.model.known_vocab_size, str(tokenizer_digest))))
+    dataset, _ = blend.build_blend(asked, {}, blend.BlendRequest.for_job(
+        job, config.train_iters, batch.seed, Path(config.save) / "cache", tokenizer_digest))
     chunks = model.build(job, seed=batch.seed)
     parallel.say(f"model with {shards.num_parameters(chunks):,} parameters")
     trainer = training.make_trainer(chunks, job.optimizer, batch)

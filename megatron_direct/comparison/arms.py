@@ -27,7 +27,7 @@ from megatron_direct.selection.problem import Selection
 class Case:
     """What an arm may know. N candidates, M validation samples, k coordinates, K to select.
 
-    evidence: by measurement (:data:`NEEDS`). domains: [N] the domain of each candidate, by name;
+    evidence: by measurement (see :class:`Arm`). domains: [N] the domain of each candidate, by name;
     losses: [N] mean token losses; corrupted: [N] what a trial shuffled on purpose, for the oracle
     alone; valid_domains, valid_labels: [M]. config: the flags of the selection problem.
     """
@@ -61,7 +61,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Arm:
-    """needs: what has to be measured over the pool first; it decides what selecting costs."""
+    """needs: what has to be measured over the pool first, which decides what selecting costs.
+
+    losses: of the pool at the checkpoint, a forward pass; else a name in
+    :data:`megatron_direct.comparison.measurements.MEASUREMENTS`.
+    """
 
     name: str
     description: str
@@ -74,10 +78,6 @@ class Arm:
         return (found.indices, found) if isinstance(found, Selection) else (found, None)
 
 
-# losses: of the pool at the checkpoint, a forward pass; onset: sketches at the checkpoint, and
-# directions from them; adam-sketches: those scaled by Adam's moments; select: what `select`
-# measures with the flags given, after a pilot if they ask for one.
-NEEDS = ("losses", "onset", "adam-sketches", "select")
 REGISTRY: dict[str, Arm] = {}  # in the order in which arms are run
 # Arms that mean nothing where pools and validation sets have no domain in common.
 BY_DOMAIN = ("domain", "oracle")

@@ -95,9 +95,9 @@ def _with_adam(settings: MeasureSettings) -> MeasureSettings:
         at_onset, sketch=dataclasses.replace(at_onset.sketch, precondition="adam"))
 
 
-# By name, the settings of select that it is made with. Arms that others have proposed take
-# gradients where they propose it, at the checkpoint; what `select` takes with the flags given may
-# be measured after a pilot.
+# By name, the settings of select that it is made with. onset: sketches at the checkpoint, where
+# others propose to take gradients, and directions from them; adam-sketches: those scaled by Adam's
+# moments; select: what `select` measures with the flags given, after a pilot if they ask for one.
 MEASUREMENTS: dict[str, Callable[[MeasureSettings], MeasureSettings]] = {
     "onset": _at_onset,
     "adam-sketches": _with_adam,

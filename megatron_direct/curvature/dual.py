@@ -126,11 +126,9 @@ class DualOperator:
 
     def _require_finite(self, slopes: Sequence[torch.Tensor]) -> None:
         for micro_batches, values in zip(self._passes, slopes, strict=True):
-            kept = passes.sample_rows(micro_batches)
-            bad = ~torch.isfinite(values.flatten().cpu()[kept])
-            if bool(bad.any()):
-                numbers = np.concatenate([batch.samples for batch in micro_batches])
+            bad = passes.not_finite(values, micro_batches)
+            if len(bad):
                 raise UserError(
-                    f"the loss of validation sample {numbers[bad.numpy()][0]}, or its derivative, "
+                    f"the loss of validation sample {bad[0]}, or its derivative, "
                     "is not finite. Remove the sample from the validation set, or check the "
                     "checkpoint.")

@@ -85,9 +85,7 @@ class FisherOperator:
 
 
 def _require_finite(losses: torch.Tensor, micro_batches: Sequence[MicroBatch]) -> None:
-    kept = passes.sample_rows(micro_batches)
-    bad = ~torch.isfinite(losses.flatten()[kept].cpu())
-    if bool(bad.any()):
-        numbers = np.concatenate([batch.samples for batch in micro_batches])[bad.numpy()]
-        raise UserError(f"the loss of validation sample {numbers[0]} is not finite. Remove the "
+    bad = passes.not_finite(losses, micro_batches)
+    if len(bad):
+        raise UserError(f"the loss of validation sample {bad[0]} is not finite. Remove the "
                         "sample from the validation set, or check the checkpoint.")

@@ -33,6 +33,7 @@ from megatron_direct.curvature.krylov import (
     ritz_pairs,
 )
 from megatron_direct.curvature.thick_restart import (
+    SYMMETRY_TOL,
     UNSEEN_SHARE,
     Target,
     lock,
@@ -107,7 +108,7 @@ def lanczos(
     random_vector: RandomVector | None = None,
     max_basis: int | None = None,
     dimension: int | None = None,
-    symmetry_tol: float = 1e-3,
+    symmetry_tol: float = SYMMETRY_TOL,
     on_step: Callable[[KrylovState], None] | None = None,
     state: KrylovState | None = None,
 ) -> Spectrum:

@@ -11,7 +11,6 @@ while a step is written what that step changes of it a second time.
 from __future__ import annotations
 
 import dataclasses
-import io
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,10 +65,8 @@ class LanczosLog:
         values = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)
                   if f.name != "basis"}
         if self._writes:
-            buffer = io.BytesIO()
-            np.savez(buffer, names=np.array(names), **values)
             with files.written_whole(self._state_path(step)) as file:
-                file.write(buffer.getvalue())
+                np.savez(file, names=np.array(names), **values)
         parallel.barrier()
         device = str(state.basis[0].device)
         parallel.on_rank_zero(lambda: files.write_json(self._folder / _MARKER, {

@@ -21,6 +21,10 @@ from megatron_direct.curvature.vector_space import VectorSpace
 UNSEEN_SHARE = 0.1
 _ESTIMATE_SHARE = (1.0 - UNSEEN_SHARE**2) ** 0.5
 
+# The |<u, H v> - <H u, v>| / |lambda_max| that is taken for rounding: between that of
+# single-precision products (1e-5) and the error of wrong ones (1e-1).
+SYMMETRY_TOL = 1e-3
+
 
 @dataclass(frozen=True)
 class Target:
@@ -30,7 +34,7 @@ class Target:
     tol: float
     max_matvecs: int
     max_basis: int | None = None
-    symmetry_tol: float = 1e-3
+    symmetry_tol: float = SYMMETRY_TOL
 
     def __post_init__(self) -> None:
         k = self.num_eigenpairs

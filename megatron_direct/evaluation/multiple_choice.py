@@ -37,7 +37,7 @@ def log_likelihoods(chunks: Sequence[torch.nn.Module], samples: ChoiceSamples,
                                              micro_batch_size):
             losses = passes.run_pass(chunks, micro_batches, backward=False)
             sums = -losses.double() * torch.stack([b.num_labels for b in micro_batches])
-            numbers = np.concatenate([batch.samples for batch in micro_batches])
+            numbers = passes.sample_numbers(micro_batches)
             scores[torch.from_numpy(numbers)] = sums.flatten()[
                 passes.sample_rows(micro_batches)]
             # The other data-parallel ranks are about as far.

@@ -69,8 +69,7 @@ def _passes(model: GradientModel, samples: SampleSource, numbers: np.ndarray,
     with PieceHooks(chunks, model.shards) as hooks:
         for micro_batches in passes.of_samples(chunks, samples, numbers, model.micro_batch_size,
                                                done):
-            yield (_one_pass(model, hooks, micro_batches),
-                   np.concatenate([batch.samples for batch in micro_batches]))
+            yield _one_pass(model, hooks, micro_batches), passes.sample_numbers(micro_batches)
 
 
 def _one_pass(model: GradientModel, hooks: PieceHooks, micro_batches: Sequence[MicroBatch],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_direct.config import Job
 from megatron_direct.data import indexed
 from megatron_direct.data.blend_plan import (
     Blend,
@@ -57,6 +58,13 @@ class BlendRequest:
     seed: int
     cache: Path
     vocabulary: Vocabulary
+
+    @classmethod
+    def for_job(cls, job: Job, iterations: int, seed: int, cache: Path,
+                tokenizer_digest: str | None) -> BlendRequest:
+        """As many sequences as a job takes in so many iterations."""
+        return cls(job.model.seq_length, iterations * job.batch.global_batch_size, seed, cache,
+                   Vocabulary(job.model.known_vocab_size, str(tokenizer_digest)))
 
 
 def build_blend(blend: Blend, masks: Mapping[str, SampleMask], request: BlendRequest,

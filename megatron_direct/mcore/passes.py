@@ -97,3 +97,14 @@ def sample_rows(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
     size = micro_batches[0].tokens.shape[0]
     return torch.cat([index * size + torch.arange(len(batch.samples))
                       for index, batch in enumerate(micro_batches)])
+
+
+def sample_numbers(micro_batches: Sequence[MicroBatch]) -> np.ndarray:
+    """[n] of the samples in the rows that :func:`sample_rows` gives."""
+    return np.concatenate([batch.samples for batch in micro_batches])
+
+
+def not_finite(values: torch.Tensor, micro_batches: Sequence[MicroBatch]) -> np.ndarray:
+    """Numbers of the samples whose value is not; values: [micro-batches, b] of a pass."""
+    bad = ~torch.isfinite(values.flatten().cpu()[sample_rows(micro_batches)])
+    return sample_numbers(micro_batches)[bad.numpy()]

@@ -73,9 +73,16 @@ def open_onset(config: OnsetConfig, layout: ParallelConfig, given: Given,
 
 def job_of(checkpoint: Checkpoint, layout: ParallelConfig, given: Given,
            prefixes: Sequence[str]) -> Job:
-    """The model of a checkpoint, checked against the flags given and the datasets, with the
-    optimizer, batches and precision that it was trained with where no flag says otherwise."""
-    return Job(model_of(checkpoint, given, prefixes), layout,
+    """The model of a checkpoint, checked against the flags given and the datasets, and trained on
+    as it was."""
+    return as_trained(checkpoint, model_of(checkpoint, given, prefixes), layout, given)
+
+
+def as_trained(checkpoint: Checkpoint, model: ModelConfig, layout: ParallelConfig, given: Given,
+               ) -> Job:
+    """With the optimizer, batches and precision that the checkpoint was trained with, where no flag
+    says otherwise."""
+    return Job(model, layout,
                checkpoint.settings(OptimizerConfig, given.optimizer),
                checkpoint.settings(BatchConfig, given.batch),
                checkpoint.settings(Precision, given.precision))

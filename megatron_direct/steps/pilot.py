@@ -93,11 +93,9 @@ def _anneal(config: PilotConfig, onset: Onset, folder: Path, seed: int) -> None:
     job = onset.job
     with grid.model_parallel(job.layout, job.num_model_chunks):
         dataset, _ = blend.build_blend(
-            blend.Blend(onset.pool.prefixes), {}, blend.BlendRequest(
-                seq_length=job.model.seq_length, seed=seed, cache=folder / "cache",
-                num_sequences=config.pilot_iters * job.batch.global_batch_size,
-                vocabulary=blend.Vocabulary(job.model.known_vocab_size,
-                                            str(onset.checkpoint.tokenizer_digest))))
+            blend.Blend(onset.pool.prefixes), {}, blend.BlendRequest.for_job(
+                job, config.pilot_iters, seed, folder / "cache",
+                onset.checkpoint.tokenizer_digest))
         decay(Decay(job, onset.checkpoint, [Segment(0, dataset)], config.pilot_iters, folder,
                     "pilot", load_optim=onset.checkpoint.has_optimizer,
                     save_interval=config.pilot_iters), model.build(job))

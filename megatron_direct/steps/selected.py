@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_direct.data import indexed
+from megatron_direct.data import indexed, mask_files
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
@@ -151,7 +151,7 @@ def write_masks(folder: Path, masks: Mapping[str, SampleMask]) -> dict[str, str]
 
 
 def mask_path(folder: Path, name: str) -> Path:
-    return folder / "masks" / f"{name}.mask.npz"
+    return folder / "masks" / f"{name}{mask_files.SUFFIX}"
 
 
 def load_masks(folder: Path, prefixes: Sequence[str], digests: Mapping[str, str],

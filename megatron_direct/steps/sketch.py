@@ -167,8 +167,7 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
     if num_left < len(drawn.numbers):
         parallel.say(f"sketch {drawn.what}: {len(drawn.numbers) - num_left} of "
                      f"{len(drawn.numbers)} samples are already done")
-    numbers = {digest: number for number, digest in enumerate(store.datasets())}
-    dataset_numbers = np.array([numbers[digest] for digest in drawn.digests])
+    dataset_numbers = _dataset_numbers(store, drawn)
     writer = store.writer(grid.data_rank()) if grid.is_first_model_rank() else None
     begun = time.perf_counter()
     with tqdm(total=num_left, desc=f"sketch {drawn.what}", unit="sample",
@@ -205,10 +204,7 @@ def read_sketches(store: SketchStore, drawn: Drawn, share: int = 0, num_shares: 
 def _rows_of(store: SketchStore, drawn: Drawn) -> tuple[Entries, np.ndarray]:
     """(entries, [n] sample numbers) of those that are drawn and have a row, one row each."""
     entries = store.entries()
-    order = {digest: number for number, digest in enumerate(drawn.digests)}
-    places = np.array([order.get(digest, -1) for digest in store.datasets()], np.int64)
-    place = places[entries.dataset] if len(places) else np.empty(0, np.int64)
-    sample = np.where(place >= 0, drawn.samples.first[place] + entries.document, -1)
+    sample = _sample_numbers(store, drawn, entries.dataset, entries.document)
     is_drawn = np.zeros(len(drawn.samples) + 1, dtype=bool)  # one more, for samples of others
     is_drawn[drawn.numbers] = True
     # A row may be there twice, if two ranks computed it: one of them serves.
@@ -236,23 +232,30 @@ def _plan(store: SketchStore, drawn: Drawn) -> tuple[np.ndarray, np.ndarray]:
     missing = drawn.numbers[~done[drawn.numbers]]
     path = _plan_path(store, drawn)
     if path.is_file():
-        planned = _sample_numbers(store, drawn, np.load(path))
+        plan = np.load(path)
+        planned = np.intersect1d(
+            _sample_numbers(store, drawn, plan["dataset"], plan["document"]), drawn.numbers)
         if np.isin(missing, planned).all():
             return planned, done
     which = drawn.samples.dataset_of(missing)
-    known = store.datasets()
     plan = np.empty(len(missing), _PLANNED)
-    plan["dataset"] = np.array([known.index(digest) for digest in drawn.digests])[which]
+    plan["dataset"] = _dataset_numbers(store, drawn)[which]
     plan["document"] = missing - drawn.samples.first[which]
     with files.written_whole(path) as file:
         np.save(file, plan)
     return missing, done
 
 
-def _sample_numbers(store: SketchStore, drawn: Drawn, plan: np.ndarray) -> np.ndarray:
-    """[p] of what a plan names and is drawn, ascending."""
+def _dataset_numbers(store: SketchStore, drawn: Drawn) -> np.ndarray:
+    """[datasets drawn] the number by which the store knows each."""
+    numbers = {digest: number for number, digest in enumerate(store.datasets())}
+    return np.array([numbers[digest] for digest in drawn.digests])
+
+
+def _sample_numbers(store: SketchStore, drawn: Drawn, datasets: np.ndarray, documents: np.ndarray,
+                    ) -> np.ndarray:
+    """[n] of documents, by the numbers that the store has for their datasets; -1 for others."""
     order = {digest: number for number, digest in enumerate(drawn.digests)}
     places = np.array([order.get(digest, -1) for digest in store.datasets()], np.int64)
-    place = places[plan["dataset"]]
-    numbers = drawn.samples.first[place] + plan["document"]
-    return np.intersect1d(numbers[place >= 0], drawn.numbers)
+    place = places[datasets] if len(places) else np.empty(0, np.int64)
+    return np.where(place >= 0, drawn.samples.first[place] + documents, -1)

@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_direct.comparison.arms import NEEDS, REGISTRY, Arm, Case, matched
+from megatron_direct.comparison.arms import REGISTRY, Arm, Case, matched
+from megatron_direct.comparison.measurements import MEASUREMENTS
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.selection.treatment import Evidence, SelectionConfig
 
@@ -40,7 +41,7 @@ def test_takes_k_candidates_once_each_and_again_the_same(case, name):
     assert len(chosen) == (N if name == "whole-pool" else K)
     assert np.array_equal(chosen, np.unique(chosen)) and chosen[0] >= 0 and chosen[-1] < N
     assert np.array_equal(chosen, REGISTRY[name].take(case)[0])
-    assert set(REGISTRY[name].needs) <= set(NEEDS)
+    assert set(REGISTRY[name].needs) <= {"losses", *MEASUREMENTS}
 
 
 def _rows(case, which="onset"):

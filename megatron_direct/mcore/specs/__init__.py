@@ -24,23 +24,20 @@ class LayerSpec:
     block: (TransformerConfig, virtual pipeline stage) -> Megatron's block submodules.
     buildable: a context in which such a block can be built. finish: called with each chunk built.
     exact_products: every function of it has a second derivative that is known to be right, so that
-    Hessian and Gauss-Newton products can be taken. fused_attention: no s x s matrix is held.
-    grouped_experts: all experts of a rank in one matrix product.
+    Hessian and Gauss-Newton products can be taken.
     """
 
     block: Callable[[Any, int | None], Any]
     buildable: Callable[[], AbstractContextManager]
     finish: Callable[[torch.nn.Module], None]
     exact_products: bool = False
-    fused_attention: bool = False
-    grouped_experts: bool = False
 
 
 SPECS = {
     "local": LayerSpec(local.block_spec, compat.models_can_be_built,
                        local.add_up_position_gradients, exact_products=True),
     "fused": LayerSpec(fused.block_spec, compat.models_can_be_built,
-                       local.add_up_position_gradients, fused_attention=True),
+                       local.add_up_position_gradients),
 }
 
 
