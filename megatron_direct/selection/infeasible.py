@@ -14,6 +14,7 @@ class InfeasibleSelection(ValueError):
             f"no {num_select} samples fit a stiff budget of {stiff_budget!r}: the cheapest cost "
             f"{min_stiff_budget!r} together; give a stiff budget of at least that, or select fewer"
         )
+        self.stiff_budget, self.num_select = stiff_budget, num_select
         self.min_stiff_budget = min_stiff_budget
 
 

@@ -99,9 +99,11 @@ def in_terms_of_flags() -> Iterator[None]:
     try:
         yield
     except InfeasibleSelection as error:
-        raise UserError(f"{error}. The flags are --stiff-budget, here at least "
-                        f"{error.min_stiff_budget:.6g}, or --stiff-budget-fraction, and "
-                        "--num-select.") from error
+        raise UserError(
+            f"no {error.num_select} samples fit a stiff budget of {error.stiff_budget!r}. Give "
+            f"--stiff-budget of at least {error.min_stiff_budget!r}, which is what the cheapest "
+            "cost together, a larger --stiff-budget-fraction, or a smaller --num-select."
+        ) from error
     except InfeasibleQuotas as error:
         raise UserError(f"--quotas: {error}") from error
 
