@@ -70,15 +70,20 @@ evaluate: $(READY) theta $(CLOZE)/.done
 data: $(DATA)/.done
 theta: $(THETA)/.done
 
+# Two processes, each with its own pool of ranks. The tests of a file stay in one of them, since they
+# share what was trained for the first. Where there are more cores: TEST_PROCESSES=8.
+TEST_PROCESSES ?= 2
+PYTEST := -m pytest -n $(TEST_PROCESSES) --dist loadfile
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow
 
 # With any megatron-core that is supported: make test-megatron CORE=0.18.2 PYTHON=python3.12
 test-megatron: $(CORE_VENV)/.ready
-	OMP_NUM_THREADS=1 $(CORE_VENV)/bin/python -m pytest -m "not slow" $(TESTS)
+	OMP_NUM_THREADS=1 $(CORE_VENV)/bin/python $(PYTEST) -m "not slow" $(TESTS)
 
 # Between all versions that test-megatron has installed: what one has saved, the others train on.
 test-checkpoints:

@@ -39,7 +39,7 @@ setup(
         "mpi": ["mpi4py"],
         "te": ["transformer-engine"],
         # mpich brings mpirun, which no Python package needs on a cluster that has its own.
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "mpi4py", "mpich", *DATA],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "mpi4py", "mpich", *DATA],
     },
     entry_points={"console_scripts": ["megatron-direct = megatron_direct.cli.main:main"]},
 )
