@@ -37,6 +37,7 @@ from megatron_direct.mcore import grid, model, passes
 from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.mcore.without_gpu import megatron_runtime
 from megatron_direct.runtime import host, parallel
+from megatron_direct.steps.curvature import EXACT
 
 OPERATORS = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator,
              "fisher": FisherOperator}
@@ -44,6 +45,7 @@ OPERATORS = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator,
 MODEL = ModelConfig(num_layers=6, hidden_size=256, num_attention_heads=4, vocab_size=4096,
                     seq_length=256)
 LANCZOS_STEPS = 3
+ROOM = 4 << 30  # enough for all that can be kept
 # Lanczos against ARPACK: eigenvalues 1 / sqrt(j), and a tolerance that takes several restarts.
 NUM_EIGENPAIRS, LANCZOS_TOL = 8, 1e-3
 
@@ -79,6 +81,10 @@ def _measure(layout: ParallelConfig, samples: Samples, arguments) -> None:
                  for name, operator in OPERATORS.items()}
     all_passes = list(passes.of_samples(chunks, samples, samples.usable,
                                         arguments.micro_batch_size))
+    # The same, taking up what an earlier product has kept (curvature/kept.py).
+    kept = {f"{name}, kept": OPERATORS[name](chunks, space, samples, samples.usable,
+                                             arguments.micro_batch_size, ROOM) for name in EXACT}
+    operators.update(kept)
     vector = space.random_signs(0)
     calls = {"gradient": lambda: _gradient(chunks, space, all_passes)}
     for name, operator in operators.items():
@@ -90,12 +96,14 @@ def _measure(layout: ParallelConfig, samples: Samples, arguments) -> None:
     if parallel.is_rank_zero():
         print(f"{space.dimension / 1e6:.1f} M parameters, {parallel.world_size()} ranks, {layout}, "
               f"{len(samples)} samples of {MODEL.seq_length} tokens")
-        print(f"{'':14}{'seconds':>9}{'/ gradient':>12}{'MiB':>8}{'/ gradient':>12}"
+        print(f"{'':20}{'seconds':>9}{'/ gradient':>12}{'MiB':>8}{'/ gradient':>12}"
               f"{'all-reduces':>13}")
         for name in calls:
-            print(f"{name:14}{seconds[name]:9.3f}{seconds[name] / seconds['gradient']:12.2f}"
+            print(f"{name:20}{seconds[name]:9.3f}{seconds[name] / seconds['gradient']:12.2f}"
                   f"{memory[name] / 2**20:8.0f}"
                   f"{memory[name] / memory['gradient']:12.2f}{steps.get(name, ''):>13}")
+        for name, operator in kept.items():
+            print(f"{name}: {operator.kept.num_bytes / 2**20:.0f} MiB beside these, on one rank")
         print("all-reduces: of a Lanczos step, besides those within the passes over the model")
     if parallel.world_size() == 1 and not host.has_gpu():
         _against_arpack(space)

@@ -9,7 +9,9 @@ both ways, and its backward pass leaves H v where it otherwise leaves the gradie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from torch.autograd import forward_ad
 
 from megatron_direct.curvature import tangents
+from megatron_direct.curvature.kept import KeptProducts
 from megatron_direct.curvature.requirements import require_exact_products
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import MicroBatch, Samples
@@ -25,17 +28,19 @@ from megatron_direct.mcore import grid, passes
 
 
 class DualChunk(torch.nn.Module):
-    """A model chunk that computes with dual parameters, in the place of a chunk in a passes.
+    """A model chunk that computes with dual parameters, in the place of a chunk in a pass.
 
-    ``with_tangents``: whether the tangents are part of the graph (see ``tangents``).
+    begin: called before each forward pass.
+    with_tangents: whether the tangents are part of the graph (see ``tangents``).
     """
 
     def __init__(self, chunk: Any, tangent_of: dict[str, torch.Tensor],
-                 with_tangents: bool):
+                 begin: Callable[[], None], with_tangents: bool):
         super().__init__()
         self.module = chunk  # where Megatron looks for what a wrapper lacks
         self.config = chunk.config
         self._tangent_of = tangent_of
+        self._begin = begin
         self._with_tangents = with_tangents
         self._input = None
 
@@ -45,6 +50,7 @@ class DualChunk(torch.nn.Module):
 
     def forward(self, tokens, position_ids, attention_mask, labels):
         """[b, s] tangents of the token losses on the last stage, else [2s, b, h]."""
+        self._begin()
         with forward_ad.dual_level():
             self.module.set_input_tensor(self._dual_input())
             parameters = {
@@ -67,11 +73,23 @@ class DualChunk(torch.nn.Module):
         return forward_ad.make_dual(value, tangent if self._with_tangents else tangent.detach())
 
 
+@dataclass
+class _Place:
+    """The pass, and the micro-batch in it, that the chunks are at."""
+
+    number: int = 0
+    micro_batch: int = 0
+
+    def move_to(self, micro_batch: int) -> None:
+        self.micro_batch = micro_batch
+
+
 class DualOperator:
     """Products of a second derivative of the mean token loss of ``numbers`` of ``samples``.
 
     Base of the ``hessian`` and ``gauss-newton`` operators. Needs memory for the activations of the
-    micro-batches in flight and one vector, however many samples there are.
+    micro-batches in flight and one vector, however many samples there are. room: so many bytes more
+    are spent on matrix products that are the same each time (see ``kept``).
 
     Raises UserError where there is no sample, and under settings that have no exact products.
     """
@@ -79,7 +97,7 @@ class DualOperator:
     with_tangents: bool
 
     def __init__(self, chunks: Sequence[torch.nn.Module], space: ParameterSpace, samples: Samples,
-                 numbers: np.ndarray, micro_batch_size: int):
+                 numbers: np.ndarray, micro_batch_size: int, room: int = 0):
         if len(numbers) == 0:
             raise UserError("the validation set holds no samples: curvature needs at least one. "
                             "Check --valid-data-path.")
@@ -88,7 +106,8 @@ class DualOperator:
         self.samples = np.asarray(numbers)
         self.num_tokens = int(samples.num_labels[self.samples].sum())
         self._chunks = chunks
-        # Kept: the tokens of the validation set are small beside one vector.
+        self.kept = KeptProducts(room)
+        # Held: the tokens of the validation set are small beside one vector.
         self._passes = list(passes.of_samples(chunks, samples, self.samples, micro_batch_size))
 
     def matvec(self, vector: torch.Tensor) -> torch.Tensor:
@@ -100,18 +119,22 @@ class DualOperator:
         parameters = [shard.parameter for shard in self.space.shards]
         tangent_of = dict(zip(map(id, parameters), self.space.split(vector), strict=True))
         # A space of some parameters only: the others are held where they are.
+        place = _Place()
         duals = [DualChunk(chunk, {name: tangent_of.get(id(parameter), torch.zeros_like(parameter))
                                    for name, parameter in chunk.named_parameters()},
-                           self.with_tangents) for chunk in self._chunks]
-        slopes = []
+                           functools.partial(self._begin, place, number), self.with_tangents)
+                 for number, chunk in enumerate(self._chunks)]
+        slopes: list[torch.Tensor] = []
         try:
             # The backward pass adds to gradients that are there: to views of the product.
             for parameter, part in zip(parameters, self.space.split(product), strict=True):
                 parameter.grad = part
-            with tangents.tangent_rules(self._chunks, with_tangents=self.with_tangents):
-                for micro_batches in self._passes:
+            with tangents.tangent_rules(self._chunks, self.kept,
+                                        with_tangents=self.with_tangents):
+                for place.number, micro_batches in enumerate(self._passes):
                     slopes.append(passes.run_pass(
                         duals, micro_batches, backward=True, stacked=2,
+                        before_forward=place.move_to,
                         weights=[self._weights(batch, vector) for batch in micro_batches]))
         finally:
             for chunk in self._chunks:
@@ -119,6 +142,9 @@ class DualOperator:
         self._require_finite(slopes)
         self.space.add_partial_sums(product)
         return grid.sum_over_data(product)
+
+    def _begin(self, place: _Place, chunk: int) -> None:
+        self.kept.begin((place.number, place.micro_batch, chunk))
 
     def _weights(self, batch: MicroBatch, vector: torch.Tensor) -> torch.Tensor:
         """[b] share of each sample in all label tokens; 0 for padding rows."""

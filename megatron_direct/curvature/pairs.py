@@ -19,33 +19,38 @@ from torch.autograd.function import once_differentiable
 
 
 class LinearPair(Function):
-    """y = x W^T, y' = x' W^T + x W'^T.  x, x': [..., i]; W, W': [o, i]; y, y': [..., o]."""
+    """y = x W^T, y' = x' W^T + x W'^T.  x, x': [..., i]; W, W': [o, i]; y, y': [..., o].
+
+    y and the gradient with respect to x' are taken from ``slot`` where it holds them.
+    """
 
     @staticmethod
-    def forward(ctx, x, dx, weight, dweight, with_tangents):
+    def forward(ctx, x, dx, weight, dweight, slot, with_tangents):
         ctx.set_materialize_grads(False)
-        ctx.input_shape, x, dx = x.shape, _rows(x), _rows(dx)
-        # Value and tangent as one matrix: half the passes over W, and products of twice the rows.
-        both = torch.cat([x, dx])
-        ctx.save_for_backward(weight, *((both, dweight) if with_tangents else (x,)))
-        y, dy = (both @ weight.t()).chunk(2)
-        dy.addmm_(both[: len(x)], dweight.t())
+        ctx.input_shape, ctx.slot = x.shape, slot
+        x, dx = _rows(x), _rows(dx)
+        ctx.save_for_backward(weight, x, *((dx, dweight) if with_tangents else ()))
+        y = slot.once("output", lambda: x @ weight.t())
+        dy = (dx @ weight.t()).addmm_(x, dweight.t())
         shape = (*ctx.input_shape[:-1], len(weight))
         return y.view(shape), dy.view(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, dg):
-        weight, inputs, dweight = _padded(ctx.saved_tensors, 3)
+        weight, x, dx, dweight = _padded(ctx.saved_tensors, 4)
         if dg is None:
             g = _rows(g)
-            return (g @ weight).view(ctx.input_shape), None, g.t() @ inputs[: len(g)], None, None
+            return (g @ weight).view(ctx.input_shape), None, g.t() @ x, None, None, None
         dg = _rows(dg)
-        both = torch.cat([torch.zeros_like(dg) if g is None else _rows(g), dg])
-        grad_x, grad_dx = (both @ weight).chunk(2)
-        grad_x.addmm_(dg, dweight)
-        return grad_x.view(ctx.input_shape), grad_dx.view(ctx.input_shape), both.t() @ inputs, \
-            None, None
+        grad_x, grad_weight = dg @ dweight, dg.t() @ dx
+        if g is not None:
+            g = _rows(g)
+            grad_x.addmm_(g, weight)
+            grad_weight.addmm_(g.t(), x)
+        grad_dx = ctx.slot.once("gradient", lambda: dg @ weight)
+        return grad_x.view(ctx.input_shape), grad_dx.view(ctx.input_shape), grad_weight, \
+            None, None, None
 
 
 class ActivationPair(Function):

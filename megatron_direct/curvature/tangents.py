@@ -29,6 +29,7 @@ import torch
 from torch.autograd import forward_ad
 
 from megatron_direct.curvature import pairs
+from megatron_direct.curvature.kept import KeptProducts
 from megatron_direct.curvature.pairs import (
     ActivationPair,
     AttentionPair,
@@ -41,17 +42,17 @@ from megatron_direct.mcore import dual_functions
 _ACTIVATIONS = {torch.nn.functional.silu: pairs.silu, torch.nn.functional.gelu: pairs.gelu}
 
 
-def tangent_rules(chunks: Sequence[torch.nn.Module], *, with_tangents: bool,
+def tangent_rules(chunks: Sequence[torch.nn.Module], kept: KeptProducts, *, with_tangents: bool,
                   ) -> AbstractContextManager:
     """The replacements are in place inside, and the originals afterwards, whatever happens."""
-    return dual_functions.replaced(chunks, Tangents(with_tangents))
+    return dual_functions.replaced(chunks, Tangents(kept, with_tangents))
 
 
 class Tangents:
     """The rules of :class:`megatron_direct.mcore.dual_functions.DualRules`."""
 
-    def __init__(self, with_tangents: bool):
-        self.with_tangents = with_tangents
+    def __init__(self, kept: KeptProducts, with_tangents: bool):
+        self.kept, self.with_tangents = kept, with_tangents
 
     def pair(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Value and tangent of a dual tensor."""
@@ -76,7 +77,7 @@ class Tangents:
 
     def linear(self, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return forward_ad.make_dual(*LinearPair.apply(
-            *self.pair(inputs), *self.pair(weight), self.with_tangents))
+            *self.pair(inputs), *self.pair(weight), self.kept.slot(), self.with_tangents))
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                   ) -> torch.Tensor:

@@ -48,6 +48,10 @@ class ParameterSpace(VectorSpace):
         count = torch.tensor(float(owned.sum()), dtype=torch.float64, device=self.device)
         self.dimension = int(grid.sum_over_model(count))
 
+    def num_bytes(self) -> int:
+        """Of this rank's part of a vector."""
+        return sum(self._sizes) * self.dtype.itemsize
+
     def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """A view for each shard, in its parameter's shape."""
         parts = vector.split(self._sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import psutil
 import torch
 
 from megatron_direct.runtime import ranks
@@ -17,6 +18,14 @@ def device() -> torch.device:
     if has_gpu():
         return torch.device("cuda", ranks.discover().local_rank)
     return torch.device("cpu")
+
+
+def free_bytes() -> int:
+    """Memory that nothing uses: of this rank's GPU, else its share of this machine's, as if all
+    ranks were on it."""
+    if has_gpu():
+        return torch.cuda.mem_get_info(device())[0]
+    return psutil.virtual_memory().available // ranks.discover().world_size
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.per_sample import GradientModel
 from megatron_direct.mcore import grid
-from megatron_direct.runtime import files, parallel
+from megatron_direct.runtime import files, host, parallel
 from megatron_direct.runtime.manifest import Artefact, Key
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps.sketch import Drawn, SketchesKey
@@ -198,13 +198,20 @@ def _over_parameters(config: CurvatureConfig, key: SpectrumKey, folder: Path, sa
                      numbers: np.ndarray, gradients: GradientModel) -> _Lanczos:
     space = ParameterSpace(gradients.shards)
     chunk_config: Any = gradients.chunks[0].config
+    room = (_room_for_products(config, space),) if config.curvature in EXACT else ()
     operator: Any = OPERATORS[config.curvature](
-        gradients.chunks, space, samples, numbers, gradients.micro_batch_size)
+        gradients.chunks, space, samples, numbers, gradients.micro_batch_size, *room)
     if gradients.scales is not None:
         operator = PreconditionedOperator(operator, space, gradients.scales)
     return _Lanczos(config, operator, key,
                     LanczosLog(folder / "lanczos", key.digest(), gradients.shards),
                     _BF16_SYMMETRY_TOL if chunk_config.bf16 else SYMMETRY_TOL)
+
+
+def _room_for_products(config: CurvatureConfig, space: ParameterSpace) -> int:
+    """A quarter of the bytes that are free and that the basis of Lanczos will not take."""
+    basis = Target(config.num_eigenpairs, config.lanczos_tol, config.max_matvecs).basis_limit
+    return max(0, host.free_bytes() - basis * space.num_bytes()) // 4
 
 
 def _evenly(numbers: np.ndarray, count: int) -> np.ndarray:

@@ -122,7 +122,10 @@ def _products(model, layout, prefix):
         chunks, space, samples = _build(model, layout, prefix, dtype)
         u, v = space.random_signs(1), space.random_signs(2)
         for kind, operator in ALL_OPERATORS.items():
-            matvec = operator(chunks, space, samples, samples.usable, MICRO_BATCH_SIZE).matvec
+            # The second product of an exact operator takes up what the first has kept.
+            room = () if kind == "fisher" else (1 << 30,)
+            matvec = operator(chunks, space, samples, samples.usable, MICRO_BATCH_SIZE,
+                              *room).matvec
             with pytest.MonkeyPatch.context() as patch:
                 _losses_in_given_precision(patch)
                 hu, hv = matvec(u), matvec(v)
@@ -177,6 +180,33 @@ def test_products_match_plain_torch(layout, model, prefix):
             product = plain.flatten(assemble([rank[kind, dtype][0] for rank in ranks]))
             assert _error(product, truth[kind]) < tolerance, (kind, dtype)
             assert max(rank[kind, dtype][1] for rank in ranks) < tolerance, (kind, dtype)
+
+
+# --- matrix products that are kept ---------------------------------------------------------------
+
+
+def _with_room(model, layout, prefix, kind, rooms):
+    """Products with two vectors, one after the other, by operators with so much room each; and
+    how much of it they took."""
+    chunks, space, samples = _build(model, layout, prefix, torch.float32)
+    products, taken = [], []
+    for room in rooms:
+        operator = OPERATORS[kind](chunks, space, samples, samples.usable, MICRO_BATCH_SIZE, room)
+        products.append([operator.matvec(space.random_signs(seed)) for seed in (1, 2, 1)])
+        taken.append(operator.kept.num_bytes)
+    return products, taken
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True), Layout(pp=2, vp=1)], ids=str)
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_kept_products_change_no_bit(kind, layout, prefix):
+    model = dataclasses.replace(MODELS["llama-tied"], num_layers=4)
+    plenty, little = 1 << 30, 10_000
+    for products, taken in on_layout(layout, _with_room, model, prefix, kind, (0, little, plenty)):
+        assert taken[0] == 0 < taken[1] <= little < taken[2] / 2
+        for first, second, again in products:
+            assert torch.equal(first, again) and not torch.equal(first, second)
+            assert torch.equal(first, products[0][0]) and torch.equal(second, products[0][1])
 
 
 # --- the whole matrix -------------------------------------------------------------------------
