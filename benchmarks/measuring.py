@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_direct.runtime import host, parallel
+from megatron_direct.runtime import memory, parallel
 
 
 def random_documents(folder: str, count: int, length: int, vocab_size: int) -> str:
@@ -53,21 +51,6 @@ def seconds(call: Callable) -> float:
 
 
 def peak_bytes(call: Callable) -> int:
-    """Most memory of this rank during a call, above what it held before."""
-    gc.collect()
+    """Most memory of this rank during a call that all make, above what it held before."""
     parallel.barrier()
-    if host.has_gpu():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back, so that it is not counted as held
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
-    before = _resident("VmRSS")
-    call()
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return memory.peak_bytes(call)

@@ -39,6 +39,8 @@ COMMANDS = {command.name: command for command in (
             "compare", "CompareRequest", "compare"),
     Command("report", "the table of a run, and its report.html",
             "report", "ReportRequest", "report"),
+    Command("plan", "time, memory and traffic of a selection, before it is run",
+            "plan", "PlanRequest", "plan_run"),
     Command("inspect", "what masks hold; masks combined, or written out as datasets",
             "inspect", "InspectRequest", "inspect"),
 )}

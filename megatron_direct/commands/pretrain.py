@@ -68,12 +68,12 @@ def pretrain(request: PretrainRequest) -> None:
     """Trains, or carries on where a killed run with the same flags left its last checkpoint."""
     config = request.pretrain
     asked = blend_files.parse_data_path(config.data_path)
+    digests = dataset_digests(asked.prefixes)
     vocab_size, tokenizer_digest = checks.require_one_vocabulary(
         asked.prefixes, request.model.vocab_size, None)
     job = Job(dataclasses.replace(request.model, vocab_size=vocab_size), request.layout,
               request.optimizer, request.batch, request.precision)
     job.require_runs_on(parallel.world_size(), trains=True)
-    digests = dataset_digests(asked.prefixes)
     key = CheckpointKey(
         tuple(digests[prefix] for prefix in asked.prefixes),
         None if asked.weights is None else tuple(asked.weights), config.train_iters,

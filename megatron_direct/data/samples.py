@@ -10,6 +10,7 @@ Shapes: b samples of a micro-batch, s positions (all samples padded to the longe
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,13 @@ import torch
 
 from megatron_direct.data import indexed
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import host
+from megatron_direct.runtime import host, sharing
+from megatron_direct.runtime.sharing import ArrayMaker
+
+# Samples that are sorted by length at once: hundreds of micro-batches for each of a thousand
+# ranks, out of a few GB of tokens.
+_STRETCH = 1 << 18
+_BLOCK = 1 << 22  # samples of which a vector is made at once
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,14 @@ class PassShape:
     in_step: bool = False
 
 
+@dataclass(frozen=True)
+class Cut:
+    """samples: longer than the sequence length; tokens: of them that no model sees."""
+
+    samples: int
+    tokens: int
+
+
 class SampleSource:
     """Samples of any origin, by number, and micro-batches of them. A subclass has
 
@@ -75,16 +90,16 @@ class SampleSource:
                ) -> Iterator[list[MicroBatch]]:
         """Every sample of ``numbers`` once, in passes of equally shaped micro-batches.
 
-        Samples of like length share a micro-batch. Which samples do depends on ``numbers`` and the
-        micro-batch size alone; share r of n takes every n-th micro-batch, so that the layout
-        changes nothing but who computes what. done: [samples] bool, True for what need not be
-        computed any more: it leaves its place in a micro-batch empty, so that the others are
-        computed as they would have been, and a pass with nothing left is left out.
+        Samples of like length, out of a stretch of ``numbers``, share a micro-batch. Which samples
+        do depends on ``numbers`` and the micro-batch size alone; share r of n takes every n-th
+        micro-batch, so that the layout changes nothing but who computes what. done: [samples] bool,
+        True for what need not be computed any more: it leaves its place in a micro-batch empty, so
+        that the others are computed as they would have been, and a pass with nothing left is left
+        out.
         """
-        plan = plan_micro_batches(self.num_labels, numbers, shape.micro_batch_size)
+        plan = micro_batches(self.num_labels, numbers, shape.micro_batch_size)
         at_once = shape.micro_batches_per_pass * shape.num_shares
-        for start in range(0, len(plan), at_once):
-            of_all = plan[start: start + at_once]
+        while of_all := list(itertools.islice(plan, at_once)):
             group = of_all[shape.share:: shape.num_shares]
             seen, count = (of_all, -(-len(of_all) // shape.num_shares)) if shape.in_step else (
                 group, len(group))
@@ -115,9 +130,14 @@ class SampleSource:
 
 
 class Samples(SampleSource):
-    """The documents of ``prefixes`` as samples of at most ``seq_length`` labels."""
+    """The documents of ``prefixes`` as samples of at most ``seq_length`` labels.
 
-    def __init__(self, prefixes: Sequence[str], seq_length: int, vocab_size: int | None = None):
+    usable: [.] int64, ascending, of those that have a label. Both it and num_labels are made by
+    ``make_array``: sharing.node_array, called on all ranks, holds them once on each node.
+    """
+
+    def __init__(self, prefixes: Sequence[str], seq_length: int, vocab_size: int | None = None,
+                 make_array: ArrayMaker = sharing.private_array):
         if len(set(prefixes)) < len(prefixes):
             twice = sorted({p for p in prefixes if list(prefixes).count(p) > 1})
             raise UserError(f"{', '.join(twice)} is listed twice. List each dataset once.")
@@ -125,14 +145,27 @@ class Samples(SampleSource):
         self.seq_length = seq_length
         self.vocab_size = vocab_size
         self.datasets = [indexed.open_indexed(prefix) for prefix in prefixes]
-        self.document_lengths = [indexed.document_lengths(d) for d in self.datasets]
         self.first = np.concatenate(
-            [[0], np.cumsum([len(lengths) for lengths in self.document_lengths])]).astype(np.int64)
-        all_lengths = np.concatenate([np.empty(0, np.int64), *self.document_lengths])
-        self.num_labels = np.minimum(np.maximum(all_lengths - 1, 0), seq_length)
-        self.usable = np.flatnonzero(self.num_labels > 0)
-        self.num_cut = int(np.sum(all_lengths > seq_length + 1))
-        self.num_cut_tokens = int(np.sum(np.maximum(all_lengths - seq_length - 1, 0)))
+            [[0], np.cumsum([indexed.num_documents(d) for d in self.datasets])]).astype(np.int64)
+        self.num_labels = make_array(len(self), np.int32, self._fill_num_labels)
+        num_usable = sum(int(np.count_nonzero(self.num_labels[block] > 0))
+                         for block in self._blocks())
+        self.usable = make_array(num_usable, np.int64, self._fill_usable)
+
+    def _fill_num_labels(self, num_labels: np.ndarray) -> None:
+        for dataset, first, last in zip(self.datasets, self.first, self.first[1:], strict=False):
+            lengths = indexed.document_lengths(dataset)
+            num_labels[first:last] = np.clip(lengths - 1, 0, self.seq_length)
+
+    def _fill_usable(self, usable: np.ndarray) -> None:
+        found = 0
+        for block in self._blocks():
+            here = block.start + np.flatnonzero(self.num_labels[block] > 0)
+            usable[found: found + len(here)] = here
+            found += len(here)
+
+    def _blocks(self) -> Iterator[slice]:
+        return (slice(start, start + _BLOCK) for start in range(0, len(self), _BLOCK))
 
     def __len__(self) -> int:
         """Documents, the unusable ones included."""
@@ -141,6 +174,14 @@ class Samples(SampleSource):
     @property
     def num_unusable(self) -> int:
         return len(self) - len(self.usable)
+
+    @functools.cached_property
+    def cut(self) -> Cut:
+        """What the sequence length cuts off."""
+        cut_off = [np.maximum(indexed.document_lengths(dataset) - self.seq_length - 1, 0)
+                   for dataset in self.datasets]
+        return Cut(sum(int(np.count_nonzero(tokens)) for tokens in cut_off),
+                   sum(int(tokens.sum()) for tokens in cut_off))
 
     @functools.cached_property
     def corrupted(self) -> np.ndarray:
@@ -169,7 +210,17 @@ class Samples(SampleSource):
         return tokens
 
 
-def plan_micro_batches(num_labels: np.ndarray, samples: np.ndarray, size: int) -> list[np.ndarray]:
-    """Samples sorted by length, then by number, cut into micro-batches."""
-    order = samples[np.lexsort((samples, num_labels[samples]))]
-    return [order[start: start + size] for start in range(0, len(order), size)]
+def micro_batches(num_labels: np.ndarray, samples: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Samples cut into micro-batches, made as they are asked for.
+
+    A stretch of the samples at a time is sorted by length, then by number: so nothing is ever as
+    long as the list, and samples that are computed at one time lie near one another on the disk.
+    Every other stretch is sorted the other way round, so that lengths do not jump between two.
+    """
+    stretch = max(1, _STRETCH // size) * size
+    for number, start in enumerate(range(0, len(samples), stretch)):
+        here = samples[start: start + stretch]
+        order = here[np.lexsort((here, num_labels[here]))]
+        if number % 2:
+            order = order[::-1]
+        yield from (order[first: first + size] for first in range(0, len(order), size))

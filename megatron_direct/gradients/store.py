@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,12 @@ class Entries:
     document: np.ndarray
     loss: np.ndarray
     checksum: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence[Entries]) -> Entries:
+        empty = np.empty(0, np.int64)
+        return cls(*(np.concatenate(arrays) for arrays in zip(
+            (empty,) * 6, *(vars(part).values() for part in parts), strict=True)))
 
     def __len__(self) -> int:
         return len(self.file)
@@ -87,15 +93,15 @@ class SketchStore:
 
     def entries(self) -> Entries:
         """Of every row that counts."""
-        found = []
+        return Entries.joined(list(self.entries_by_file()))
+
+    def entries_by_file(self) -> Iterator[Entries]:
+        """The same, of a file at a time."""
         for number in self._file_numbers():
             entries = self._sound_entries(number)
-            found.append(Entries(
+            yield Entries(
                 np.full(len(entries), number), np.arange(len(entries)), entries["dataset"],
-                entries["document"], entries["loss"], entries["checksum"]))
-        empty = np.empty(0, np.int64)
-        return Entries(*(np.concatenate(arrays) for arrays in zip(
-            (empty,) * 6, *(vars(part).values() for part in found), strict=True)))
+                entries["document"], entries["loss"], entries["checksum"])
 
     def writer(self, number: int) -> SketchWriter:
         """Appends to the file of this number, after its last row that counts."""

@@ -89,7 +89,7 @@ def on_rank_zero(work: Callable):
         try:
             outcome[0] = work()
         except Exception as error:
-            outcome[1] = _portable(error)
+            outcome[1] = portable(error)
     if dist.get_world_size() > 1:
         _wait_for_rank_zero()
         dist.broadcast_object_list(outcome, src=0)
@@ -144,7 +144,7 @@ def first_to_speak(patience_seconds: float = 3.0) -> bool:
     return store.add("error/speakers", 1) == 1
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error itself if it survives the way to another rank, else its words."""
     try:
         pickle.loads(pickle.dumps(error))

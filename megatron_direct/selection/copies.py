@@ -21,7 +21,9 @@ def prefer_lower_ids(problem: Problem, mask: np.ndarray) -> np.ndarray:
     """
     rows, feasible = problem.rows, problem.feasible
     mask = mask.copy()
-    run = np.zeros(len(mask), dtype=np.int64) if feasible.quotas is None else feasible.quotas.codes
+    run = np.zeros(len(mask), dtype=np.int64)
+    if feasible.quotas is not None:
+        run = feasible.quotas.codes.astype(np.int64)
     for probe in rows.scores(np.random.default_rng(0).standard_normal((2, rows.dim))):
         run = _runs(run, probe, rows.tie(probe))
     mixed = (np.bincount(run, mask) > 0) & (np.bincount(run, ~mask) > 0)

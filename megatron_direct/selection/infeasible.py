@@ -17,6 +17,10 @@ class InfeasibleSelection(ValueError):
         self.stiff_budget, self.num_select = stiff_budget, num_select
         self.min_stiff_budget = min_stiff_budget
 
+    def __reduce__(self):
+        """An error of one rank is raised on all."""
+        return type(self), (self.stiff_budget, self.num_select, self.min_stiff_budget)
+
 
 class InfeasibleQuotas(ValueError):
     """No selection of K samples meets the quotas, whatever it costs."""

@@ -18,7 +18,8 @@ from megatron_direct.selection.share import Share
 
 @dataclass(frozen=True, eq=False)
 class Quotas:
-    """codes: [N] the group of each sample in 0..G-1; bounds: [G, 2] least and greatest counts."""
+    """codes: [N] the group of each sample in 0..G-1, in the least integers that hold it; bounds:
+    [G, 2] least and greatest counts."""
 
     codes: np.ndarray
     bounds: np.ndarray
@@ -38,13 +39,28 @@ class Quotas:
         return bool(np.all((self.bounds[:, 0] <= counts) & (counts <= self.bounds[:, 1])))
 
 
+@dataclass(frozen=True, eq=False)
+class StatedQuotas:
+    """Quotas as solve_selection is given them. codes: [N] the group of each sample, in the order of
+    ``labels``, and then that of samples without a quota; None on ranks that do not lead."""
+
+    labels: list
+    limits: list[tuple[int, int]]
+    codes: np.ndarray | None
+
+    def of_selections(self, num_select: int) -> Quotas:
+        """The quotas of K samples; the leader calls this. Raises InfeasibleQuotas if no K samples
+        keep them."""
+        assert self.codes is not None
+        return Quotas(self.codes, _bounds(self.codes, self.labels, self.limits, num_select))
+
+
 def state_quotas(
-    groups: Sequence | np.ndarray | None, quotas: Mapping | None, share: Share, num_select: int
-) -> Quotas | None:
-    """The quotas of solve_selection, or None where there are none; all ranks call this.
+    groups: Sequence | np.ndarray | None, quotas: Mapping | None, share: Share
+) -> StatedQuotas | None:
+    """What solve_selection is given, or None where there are none; all ranks call this.
 
     ``groups`` [n] are the labels of this rank's samples; ``quotas``: label -> (least, greatest).
-    Raises InfeasibleQuotas, on every rank, if no K samples keep them.
     """
     if quotas is None and groups is None:
         return None
@@ -61,11 +77,12 @@ def state_quotas(
         )
     limits = [_checked_limits(label, limit) for label, limit in quotas.items()]
     # Numbered in the order of the quotas, so that ranks, which may each lack some group, agree.
-    codes = np.full(len(labels), len(quotas), dtype=np.int64)
+    kind = np.min_scalar_type(len(quotas))
+    codes = np.full(len(labels), len(quotas), dtype=kind)
     for code, label in enumerate(quotas):
         codes[labels == label] = code
-    codes = share.gathered(codes).astype(np.int64)
-    return Quotas(codes, _bounds(codes, list(quotas), limits, num_select))
+    of_all = share.gathered(codes)
+    return StatedQuotas(list(quotas), limits, None if of_all is None else of_all.astype(kind))
 
 
 def _checked_limits(label: object, limits: tuple[int, int]) -> tuple[int, int]:

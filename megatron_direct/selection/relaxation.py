@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_direct.selection.linear import maximise
+from megatron_direct.selection.linear import Vertex, maximise
 from megatron_direct.selection.objectives import Quadratic
 from megatron_direct.selection.problem import Problem
 
@@ -32,6 +32,24 @@ class Relaxed:
     converged: bool
 
 
+@dataclass(frozen=True, eq=False)
+class _Atom:
+    """A vertex that is kept: the bits of its two selections, and the share of the second."""
+
+    lower: np.ndarray
+    upper: np.ndarray
+    theta: float
+
+    @classmethod
+    def of(cls, vertex: Vertex) -> _Atom:
+        return cls(np.packbits(vertex.lower), np.packbits(vertex.upper), vertex.theta)
+
+    def add_to(self, weights: np.ndarray, share: float) -> None:
+        """Adds its weights [N], times a share of the mixture."""
+        for bits, part in ((self.lower, 1.0 - self.theta), (self.upper, self.theta)):
+            weights += (share * part) * np.unpackbits(bits, count=len(weights))
+
+
 def relax(problem: Problem, history: list[dict]) -> Relaxed:
     """Maximise J over W to a relative duality gap of GAP_TOLERANCE."""
     rows, quadratic = problem.rows, problem.quadratic
@@ -39,7 +57,7 @@ def relax(problem: Problem, history: list[dict]) -> Relaxed:
     upper = np.inf
     value = -np.inf
     images = np.zeros((0, rows.dim))
-    atoms: list[np.ndarray] = []
+    atoms: list[_Atom] = []
     mix = np.zeros(0)
     price = 0.0
     for iteration in range(_MAX_ITERATIONS):
@@ -57,9 +75,8 @@ def relax(problem: Problem, history: list[dict]) -> Relaxed:
             })
             if upper - value <= GAP_TOLERANCE * abs(value):
                 break
-        weights = vertex.weights()
-        images = np.concatenate([images, rows.sums(weights[None])])
-        atoms.append(weights.astype(np.float32))
+        images = np.concatenate([images, rows.sums(vertex.weights()[None])])
+        atoms.append(_Atom.of(vertex))
         mix = _maximise_on_simplex(images, quadratic, np.append(mix, 0.0))
         used = mix > 0
         images, mix = images[used], mix[used]
@@ -68,7 +85,7 @@ def relax(problem: Problem, history: list[dict]) -> Relaxed:
         value = float(quadratic.value(sums))
     best = np.zeros(rows.num_samples)
     for share, atom in zip(mix, atoms, strict=True):
-        best += share * atom
+        atom.add_to(best, share)
     return Relaxed(best, value, upper, upper - value <= GAP_TOLERANCE * abs(value))
 
 

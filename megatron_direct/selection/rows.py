@@ -1,9 +1,9 @@
 """Products with the sketches, a block of rows at a time, on one rank or spread over many.
 
 A rank holds rows X = F^T[ids] of shape [n, k], in memory or memory-mapped, float32 or float64, and
-never copies more than a block of them. All that has one entry per sample is replicated: for
-k = 2048 float32 coordinates a vector of float64 weights is 1/1024 of the rows it weighs. Two
-all-reduced arrays per iteration follow: the weighted sums [m, k] and the scores [m, N].
+never copies more than a block of them. One rank solves: it has a :class:`Rows`, and all that has
+one entry per sample. The others :func:`serve` it: each product is announced to them, and they hold
+nothing but their rows and the entries of their own samples.
 
 Products run in the rows' own precision within a block and are accumulated over blocks, in their
 order, in float64. ``tie`` says how far apart two scores must be to differ by more than rounding.
@@ -11,7 +11,7 @@ order, in float64. ``tie`` says how far apart two scores must be to differ by mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -26,30 +26,99 @@ def row_blocks(count: int) -> Iterator[slice]:
     return (slice(start, start + _BLOCK) for start in range(0, count, _BLOCK))
 
 
+class LocalRows:
+    """This rank's rows of the sketches: ``flat`` [k, n], its columns of F."""
+
+    def __init__(self, flat: np.ndarray):
+        self.dim, self.count = flat.shape
+        self._rows = flat.T
+        self.dtype = np.float64 if flat.dtype.itemsize > 4 else np.float32
+
+    def scores(self, directions: np.ndarray) -> np.ndarray:
+        """[m, n] inner products of each direction [m, k] with the rows."""
+        columns = directions.T.astype(self.dtype)
+        out = np.empty((len(directions), self.count))
+        for part, block in self._blocks():
+            out[:, part] = (block @ columns).T
+        return out
+
+    def sums(self, weights: np.ndarray) -> np.ndarray:
+        """[m, k] weighted sums of the rows, for each row of weights [m, n]."""
+        total = np.zeros((len(weights), self.dim))
+        for part, block in self._blocks():
+            total += weights[:, part].astype(self.dtype) @ block
+        return total
+
+    def exact_sum(self, mask: np.ndarray) -> np.ndarray:
+        """[1, k] sum of the rows in a mask [1, n] of 0 and 1, in float64 throughout."""
+        chosen, total = mask[0].astype(bool), np.zeros(self.dim)
+        for part, block in self._blocks():
+            total += block[chosen[part]].sum(axis=0, dtype=np.float64)
+        return total[None]
+
+    def squares(self, weights: np.ndarray) -> np.ndarray:
+        """[1, n] sums of squares of each row, weighted per coordinate by weights [1, k]."""
+        out = np.empty((1, self.count))
+        plain = bool(np.all(weights == 1))
+        with np.errstate(over="ignore", invalid="ignore"):
+            for part, block in self._blocks():
+                weighted = block if plain else block * weights[0].astype(self.dtype)
+                out[0, part] = np.einsum("ij,ij->i", weighted, block)
+        return out
+
+    def take(self, positions: np.ndarray, where: np.ndarray, count: int) -> np.ndarray:
+        """[count, k] float64 with the rows at these positions where they are wanted, else 0."""
+        out = np.zeros((count, self.dim))
+        out[where] = self._rows[positions]
+        return out
+
+    def _blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        for part in row_blocks(self.count):
+            yield part, np.asarray(self._rows[part], dtype=self.dtype)
+
+
+# One announced product each: what every rank does with the leader's vector over samples, or None,
+# and with what is announced. They return what the leader needs.
+def _scores(local: LocalRows, share: Share, _, directions: np.ndarray):
+    return share.gathered(local.scores(directions))
+
+
+def _sums(local: LocalRows, share: Share, weights, count: np.ndarray):
+    return share.summed(local.sums(share.scattered(weights, int(count[0, 0]))))
+
+
+def _exact_sum(local: LocalRows, share: Share, mask, _):
+    return share.summed(local.exact_sum(share.scattered(mask, 1)))
+
+
+def _take(local: LocalRows, share: Share, _, ids: np.ndarray):
+    wanted = ids[0].astype(np.int64)
+    where, positions = share.positions_of(wanted)
+    return share.summed(local.take(positions, where, len(wanted)))
+
+
+def _squares(local: LocalRows, share: Share, _, weights: np.ndarray):
+    return share.gathered(local.squares(weights))
+
+
+_PRODUCTS: tuple[Callable, ...] = (_scores, _sums, _exact_sum, _take, _squares)
+_END = -1
+
+
+def serve(local: LocalRows, share: Share) -> None:
+    """Takes part in the leader's products until it has finished; the other ranks call this."""
+    while (number := int(share.announced(None)[0, 0])) != _END:
+        _PRODUCTS[number](local, share, None, share.announced(None))
+
+
 class Rows:
-    """This rank's rows of the sketches: ``flat`` [k, n], its columns of F, and its share of the
-    samples [n]."""
+    """The rows of all ranks, for the leader, or for the only rank."""
 
-    def __init__(self, flat: np.ndarray, share: Share):
-        self.dim, count = flat.shape
-        self.num_samples = share.num_samples
-        self._rows, self._share = flat.T, share
-        self._dtype = np.float64 if flat.dtype.itemsize > 4 else np.float32
+    def __init__(self, local: LocalRows, share: Share):
+        self.dim, self.num_samples = local.dim, share.num_samples
+        self._local, self._share = local, share
         # Relative error of products: sums of thousands of terms err by a few units of rounding.
-        self.rounding = 64 * float(np.finfo(self._dtype).eps)
-        self._local = np.full(self.num_samples, -1, dtype=np.int64)
-        self._local[share.ids] = np.arange(count)
-
-    def check_replicated(self, indices: np.ndarray) -> None:
-        """Raises RuntimeError if the ranks, which take the same steps, came to differ."""
-        chosen = np.zeros(self.num_samples)
-        chosen[indices] = 1.0
-        votes = self._share.summed(np.append(chosen, 1.0))
-        if np.any((votes[:-1] != 0) & (votes[:-1] != votes[-1])):
-            raise RuntimeError(
-                "ranks disagree on the selection: all_reduce_sum must return the same array on "
-                "each, and numpy and the processors must be of one kind"
-            )
+        self.rounding = 64 * float(np.finfo(local.dtype).eps)
 
     def tie(self, scores: np.ndarray) -> float:
         """The difference between scores [N] that rounding (of sketch or product) explains."""
@@ -57,55 +126,40 @@ class Rows:
 
     def scores(self, directions: np.ndarray) -> np.ndarray:
         """[m, N] inner products of each direction [m, k] with every row."""
-        columns = directions.T.astype(self._dtype)
-        out = np.empty((len(directions), len(self._rows)))
-        for part, block in self._blocks():
-            out[:, part] = (block @ columns).T
-        return self._share.gathered(out)
+        return self._product(_scores, None, directions)
 
     def sums(self, weights: np.ndarray) -> np.ndarray:
         """[m, k] weighted sums of the rows, F w for each row w of weights [m, N]."""
-        local = self._share.here(weights)
-        total = np.zeros((len(weights), self.dim))
-        for part, block in self._blocks():
-            total += local[:, part].astype(self._dtype) @ block
-        return self._share.summed(total)
+        return self._product(_sums, weights, np.array([[len(weights)]]))
 
     def exact_sum(self, mask: np.ndarray) -> np.ndarray:
         """[k] sum of the rows in a selection [N] bool, in float64 throughout."""
-        local = self._share.here(mask)
-        total = np.zeros(self.dim)
-        for part, block in self._blocks():
-            total += block[local[part]].sum(axis=0, dtype=np.float64)
-        return self._share.summed(total)
+        return self._product(_exact_sum, mask[None], np.zeros((1, 1)))[0]
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         """[m, k] float64 copy of the rows of these samples."""
-        local = self._local[ids]
-        out = np.zeros((len(ids), self.dim))
-        out[local >= 0] = self._rows[local[local >= 0]]
-        return self._share.summed(out)
+        return self._product(_take, None, ids[None])
 
     def squares(self, weights: np.ndarray | None = None) -> np.ndarray:
         """[N] |f_i|^2, or its sum of squares weighted per coordinate by weights [k].
 
         A ValueError names the first sample for which that is not finite.
         """
-        out = np.empty(len(self._rows))
-        with np.errstate(over="ignore", invalid="ignore"):
-            for part, block in self._blocks():
-                weighted = block if weights is None else block * weights.astype(self._dtype)
-                out[part] = np.einsum("ij,ij->i", weighted, block)
-        squares = self._share.gathered(out)
+        per_coordinate = np.ones((1, self.dim)) if weights is None else weights[None]
+        squares = self._product(_squares, None, per_coordinate)[0]
         bad = ~np.isfinite(squares)
         if bad.any():
             raise ValueError(
-                f"flat must be finite, with squares within {np.dtype(self._dtype).name}; sample "
-                f"{int(np.argmax(bad))} is not, nor are {int(bad.sum()) - 1} others; "
+                f"flat must be finite, with squares within {np.dtype(self._local.dtype).name}; "
+                f"sample {int(np.argmax(bad))} is not, nor are {int(bad.sum()) - 1} others; "
                 "drop these samples"
             )
         return squares
 
-    def _blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        for part in row_blocks(len(self._rows)):
-            yield part, np.asarray(self._rows[part], dtype=self._dtype)
+    def release(self) -> None:
+        """Lets the ranks that serve go on."""
+        self._share.announced(np.array([[_END]]))
+
+    def _product(self, product: Callable, vector: np.ndarray | None, said: np.ndarray):
+        self._share.announced(np.array([[_PRODUCTS.index(product)]]))
+        return product(self._local, self._share, vector, self._share.announced(said))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_direct.selection.rows import row_blocks
-from megatron_direct.selection.share import Share
+from megatron_direct.selection.share import STRETCH, Share
 
 _KMEANS_ROUNDS = 30
 
@@ -116,8 +116,16 @@ def _drawn(
     unit: np.ndarray, weights: np.ndarray, share: Share, rng: np.random.Generator
 ) -> np.ndarray:
     """[k] a row of all ranks', drawn with probabilities proportional to weights [n]."""
-    whole = share.gathered(weights)
-    chosen = int(np.searchsorted(np.cumsum(whole), rng.random() * whole.sum(), side="right"))
+    # First the stretch of samples, then the sample in it: no rank needs the weights of all.
+    ends = np.cumsum(share.sums_of_stretches(weights))
+    level = rng.random() * ends[-1]
+    stretch = min(int(np.searchsorted(ends, level, side="right")), len(ends) - 1)
+    inside = np.cumsum(share.stretch_of(weights, stretch))
+    left = level - (ends[stretch - 1] if stretch else 0.0)
+    # Rounding of the sums may leave a little more than there is.
+    place = min(int(np.searchsorted(inside, left, side="right")),
+                int(np.searchsorted(inside, inside[-1])))
+    chosen = stretch * STRETCH + place
     return share.summed(unit[share.ids == chosen].sum(0, dtype=np.float64))
 
 

@@ -1,13 +1,13 @@
 """The selection problem solved: climb or relax, round, exchange, and bound.
 
-One path for rows on one rank and for rows spread over many: all ranks hold the same vectors over
-samples and take the same steps; only products with the rows differ (see rows.py).
+One path for rows on one rank and for rows spread over many: one rank, the leader, takes the steps,
+and the others serve it with products of their rows (see rows.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from megatron_direct.selection.objectives.quadratic import LowRank
 from megatron_direct.selection.problem import Problem, Selection
 from megatron_direct.selection.quotas import state_quotas
 from megatron_direct.selection.relaxation import relax
-from megatron_direct.selection.rows import Rows
+from megatron_direct.selection.rows import LocalRows, Rows, serve
 from megatron_direct.selection.share import AllReduceSum, Share
 from megatron_direct.selection.spectral import dominant_directions
 from megatron_direct.selection.swaps import Improved, improve
@@ -94,17 +94,36 @@ def solve_selection(
         )
     budget = checked_budget(stiff_budget)
     share = Share.of_rank(flat.shape[1], sample_ids, all_reduce_sum)
-    # Values are checked once gathered, so that a bad one raises on every rank.
-    costs = checked_costs(share.gathered(stiff_cost))
-    num_select = checked_count(num_select, len(costs))
-    quadratic = make_objective(
-        objective, Terms(target, curvature, step_size), len(flat), num_select
-    )
-    feasible = FeasibleSet(
-        costs, num_select, budget, state_quotas(groups, quotas, share, num_select)
-    )
-    rows = Rows(flat, share)
-    return _solve(Problem(rows, feasible, quadratic, quadratic.self_terms(rows)), seed)
+    local = LocalRows(flat)
+    costs, stated = share.gathered(stiff_cost), state_quotas(groups, quotas, share)
+
+    def lead() -> Selection:
+        assert costs is not None
+        checked = checked_costs(costs)
+        count = checked_count(num_select, len(costs))
+        quadratic = make_objective(
+            objective, Terms(target, curvature, step_size), len(flat), count
+        )
+        feasible = FeasibleSet(
+            checked, count, budget, None if stated is None else stated.of_selections(count)
+        )
+        rows = Rows(local, share)
+        return _solve(Problem(rows, feasible, quadratic, quadratic.self_terms(rows)), seed)
+
+    if not share.leads:
+        serve(local, share)
+        return share.told(None)
+    outcome = _outcome(lead)
+    Rows(local, share).release()
+    return share.told(outcome)
+
+
+def _outcome(work: Callable[[], Selection]) -> Selection | Exception:
+    """What it returns, or raises."""
+    try:
+        return work()
+    except Exception as error:
+        return error
 
 
 def _solve(problem: Problem, seed: int) -> Selection:
@@ -122,7 +141,6 @@ def _solve(problem: Problem, seed: int) -> Selection:
     selected = prefer_lower_ids(problem, found.mask)
     assert feasible.admits(selected), "rounding and exchanges keep to the feasible set"
     indices = np.flatnonzero(selected)
-    rows.check_replicated(indices)
     status = "converged" if solved and found.converged else "iteration-limit"
     if upper_bound - found.value <= max(4 * rows.rounding, 1e-9) * abs(found.value):
         status = "optimal"

@@ -12,6 +12,7 @@ Shapes: N candidates, n of them on this rank, k sketch coordinates.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,28 +27,43 @@ from megatron_direct.selection.shrinkage import Partition, find_clusters, shrink
 from megatron_direct.selection.solver import solve_selection
 
 
+@dataclass(frozen=True)
+class CostRange:
+    """The least and the average that K samples cost together."""
+
+    least: float
+    average: float
+
+    @classmethod
+    def of(cls, costs: np.ndarray, num_select: int) -> CostRange:
+        """costs: [N]."""
+        return cls(float(np.sort(costs)[:num_select].sum()), float(costs.mean() * num_select))
+
+
 def select_by_sketches(
     config: SelectionConfig, evidence: Evidence, num_select: int, seed: int, *,
     groups: Sequence | np.ndarray | None = None, quotas: Mapping | None = None,
-) -> tuple[Selection, np.ndarray]:
-    """(selection, [N] stiff costs); all ranks call this. ``groups`` and ``quotas`` as
+) -> tuple[Selection, CostRange]:
+    """(selection, what K samples cost); all ranks call this. ``groups`` and ``quotas`` as
     solve_selection has them.
 
     Raises InfeasibleSelection, and InfeasibleQuotas for quotas that cannot be met.
     """
     objective = find_objective(config.objective)
     costs = stiff_costs(evidence.rows, evidence.directions)
-    all_costs = evidence.share().gathered(costs)
+    share = evidence.share()
+    cost_range = share.from_leader(lambda whole: CostRange.of(whole, num_select), costs)
     budget = config.stiff_budget
     if budget is None and objective.needs_budget:
-        budget = stiff_budget(all_costs, num_select, config.stiff_budget_fraction)
+        budget = share.from_leader(
+            lambda whole: stiff_budget(whole, num_select, config.stiff_budget_fraction), costs)
     terms = objective.terms(config, evidence)
     selection = solve_selection(
         summed_rows(config, evidence, seed).T, costs, num_select, stiff_budget=budget,
         objective=config.objective, seed=seed, target=terms.target, curvature=terms.curvature,
         step_size=terms.step_size, groups=groups, quotas=quotas, sample_ids=evidence.ids,
         all_reduce_sum=evidence.all_reduce_sum)
-    return selection, all_costs
+    return selection, cost_range
 
 
 def summed_rows(config: SelectionConfig, evidence: Evidence, seed: int) -> np.ndarray:

@@ -37,7 +37,8 @@ from megatron_direct.mcore import grid
 from megatron_direct.runtime import files, host, parallel
 from megatron_direct.runtime.manifest import Artefact, Key
 from megatron_direct.settings import Settings, flag
-from megatron_direct.steps.sketch import Drawn, SketchesKey
+from megatron_direct.steps.pass_plan import Drawn
+from megatron_direct.steps.sketch import SketchesKey
 
 OPERATORS: dict[str, Any] = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator,
                              "fisher": FisherOperator}

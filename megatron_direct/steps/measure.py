@@ -13,8 +13,9 @@ from megatron_direct.steps import curvature as curvature_step
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import SKETCHED_FISHER, CurvatureConfig
 from megatron_direct.steps.onset import Onset
+from megatron_direct.steps.pass_plan import Drawn
 from megatron_direct.steps.pilot import PilotConfig, gradient_point
-from megatron_direct.steps.sketch import Drawn, SketchConfig
+from megatron_direct.steps.sketch import SketchConfig
 
 
 @dataclass(frozen=True)

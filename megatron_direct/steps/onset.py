@@ -18,7 +18,7 @@ from megatron_direct.data import checks, indexed
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.mcore.checkpoint import Checkpoint, open_checkpoint
-from megatron_direct.runtime import parallel
+from megatron_direct.runtime import sharing
 from megatron_direct.settings import Settings, flag
 
 
@@ -59,14 +59,16 @@ def open_onset(config: OnsetConfig, layout: ParallelConfig, given: Given,
     pools, valid = list(config.data_path), list(config.valid_data_path)
     checks.require_disjoint(pool=pools, validation=valid, test=list(test_data_path))
     checkpoint = open_checkpoint(config.load)
+    digests = dataset_digests([*pools, *valid, *test_data_path])
     job = job_of(checkpoint, layout, given, [*pools, *valid, *test_data_path])
     model = job.model
-    pool_samples, valid_samples = (Samples(prefixes, model.seq_length, model.vocab_size)
-                                   for prefixes in (pools, valid))
+    pool_samples, valid_samples = (
+        Samples(prefixes, model.seq_length, model.vocab_size, sharing.node_array)
+        for prefixes in (pools, valid))
     if len(valid_samples.usable) == 0:
         raise UserError(f"{', '.join(valid)} has no document of two tokens or more. Curvature "
                         "needs at least one validation sample; correct --valid-data-path.")
-    digests = dataset_digests([*pools, *valid])
+    digests = {prefix: digests[prefix] for prefix in (*pools, *valid)}
     checks.require_different(digests)
     return Onset(checkpoint, job, pool_samples, valid_samples, digests)
 
@@ -97,6 +99,11 @@ def model_of(checkpoint: Checkpoint, given: Given, prefixes: Sequence[str]) -> M
 
 
 def dataset_digests(prefixes: Sequence[str]) -> dict[str, str]:
-    """Digest of each dataset, by prefix; all ranks call this."""
-    return parallel.on_rank_zero(
-        lambda: {prefix: indexed.dataset_digest(prefix) for prefix in prefixes})
+    """Digest of each dataset, by prefix, once its files were checked; all ranks call this.
+
+    Each rank reads a part of the indexes, and the others trust what it found.
+    """
+    found = sharing.map_shared_out(indexed.examine, list(dict.fromkeys(prefixes)))
+    for examined in found:
+        indexed.trust(examined)
+    return {examined.prefix: examined.digest for examined in found}

@@ -14,16 +14,17 @@ from tqdm import tqdm
 
 from megatron_direct.config import Job, ModelConfig, Precision
 from megatron_direct.curvature.preconditioner import adam_scales
-from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.per_sample import SAMPLE_LOSSES, GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
-from megatron_direct.gradients.store import DTYPES, Entries, Sketches, SketchStore
+from megatron_direct.gradients.store import DTYPES, Sketches, SketchStore
 from megatron_direct.mcore import checkpoint, grid, model
 from megatron_direct.mcore.shards import ParameterShard, parameter_shards
-from megatron_direct.runtime import files, parallel
+from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
 from megatron_direct.settings import Settings, flag
+from megatron_direct.steps import pass_plan
+from megatron_direct.steps.pass_plan import Drawn
 from megatron_direct.steps.pilot import GradientPoint
 
 
@@ -64,17 +65,6 @@ class SketchesKey(Key):
     precondition: str = "none"
     seed: int = 1234
     precision: Precision = field(default_factory=Precision)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Some documents of some datasets. what: how messages call them; numbers: [n], ascending, of
-    the samples that are meant; digests: of the datasets, in their order."""
-
-    what: str
-    samples: Samples
-    numbers: np.ndarray
-    digests: Sequence[str]
 
 
 def sketches_key(config: SketchConfig, job: Job, point: GradientPoint) -> SketchesKey:
@@ -154,25 +144,29 @@ def sketched_shards(shards: Sequence[ParameterShard], patterns: Sequence[str],
 
 def num_missing(store: SketchStore, drawn: Drawn) -> int:
     """How many of the samples drawn have no row; all ranks call this."""
-    return parallel.on_rank_zero(
-        lambda: len(drawn.numbers) - len(_rows_of(store, drawn)[1]))
+    return parallel.on_rank_zero(lambda: _count_missing(drawn, pass_plan.with_rows(store, drawn)))
+
+
+def _count_missing(drawn: Drawn, has_row: np.ndarray) -> int:
+    return len(drawn.numbers) - int(np.count_nonzero(has_row[drawn.numbers]))
 
 
 def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -> None:
     """Rows of all that is drawn and has none yet; all ranks call this."""
-    planned, done = parallel.on_rank_zero(lambda: _plan(store, drawn))
-    num_left = int((~done[planned]).sum())
+    plan = pass_plan.make_plan(store, drawn)
+    num_left = plan.num_left
     if num_left == 0:
         return
     if num_left < len(drawn.numbers):
         parallel.say(f"sketch {drawn.what}: {len(drawn.numbers) - num_left} of "
                      f"{len(drawn.numbers)} samples are already done")
-    dataset_numbers = _dataset_numbers(store, drawn)
+    dataset_numbers = pass_plan.dataset_numbers(store, drawn)
     writer = store.writer(grid.data_rank()) if grid.is_first_model_rank() else None
     begun = time.perf_counter()
     with tqdm(total=num_left, desc=f"sketch {drawn.what}", unit="sample",
               disable=None if parallel.is_rank_zero() else True) as progress:
-        for rows, samples, losses in sketch_samples(gradients, drawn.samples, planned, done):
+        for rows, samples, losses in sketch_samples(gradients, drawn.samples, plan.planned,
+                                                    plan.done):
             if writer is not None:
                 which = drawn.samples.dataset_of(samples)
                 writer.append(rows, dataset_numbers[which],
@@ -182,7 +176,7 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
     if writer is not None:
         writer.close()
     parallel.barrier()
-    parallel.on_rank_zero(lambda: _plan_path(store, drawn).unlink(missing_ok=True))
+    parallel.on_rank_zero(lambda: pass_plan.plan_path(store, drawn).unlink(missing_ok=True))
     left = num_missing(store, drawn)
     if left:
         raise UserError(f"{store.folder} lacks {left} of {len(drawn.numbers)} {drawn.what} samples "
@@ -195,67 +189,7 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
 
 def read_sketches(store: SketchStore, drawn: Drawn, share: int = 0, num_shares: int = 1,
                   ) -> Sketches:
-    """The rows of what is drawn, or an even share of them, by ascending sample number."""
-    entries, samples = _rows_of(store, drawn)
-    mine = np.array_split(np.argsort(samples), num_shares)[share]
-    return store.read(entries[mine], samples[mine])
-
-
-def _rows_of(store: SketchStore, drawn: Drawn) -> tuple[Entries, np.ndarray]:
-    """(entries, [n] sample numbers) of those that are drawn and have a row, one row each."""
-    entries = store.entries()
-    sample = _sample_numbers(store, drawn, entries.dataset, entries.document)
-    is_drawn = np.zeros(len(drawn.samples) + 1, dtype=bool)  # one more, for samples of others
-    is_drawn[drawn.numbers] = True
-    # A row may be there twice, if two ranks computed it: one of them serves.
-    found, first = np.unique(np.where(is_drawn[sample], sample, -1), return_index=True)
-    first = first[found >= 0]
-    return entries[first], sample[first]
-
-
-_PLANNED = np.dtype([("dataset", "<i4"), ("document", "<i8")])
-
-
-def _plan_path(store: SketchStore, drawn: Drawn) -> Path:
-    return store.folder / f"plan-{drawn.what}.npy"
-
-
-def _plan(store: SketchStore, drawn: Drawn) -> tuple[np.ndarray, np.ndarray]:
-    """([p] samples in which passes are planned, [samples] bool whether it has a row) (rank 0).
-
-    The plan is kept until all of it is done, so that a run that was killed goes through the same
-    micro-batches, and ends with the same bytes.
-    """
-    store.number_datasets(drawn.digests)
-    done = np.zeros(len(drawn.samples), dtype=bool)
-    done[_rows_of(store, drawn)[1]] = True
-    missing = drawn.numbers[~done[drawn.numbers]]
-    path = _plan_path(store, drawn)
-    if path.is_file():
-        plan = np.load(path)
-        planned = np.intersect1d(
-            _sample_numbers(store, drawn, plan["dataset"], plan["document"]), drawn.numbers)
-        if np.isin(missing, planned).all():
-            return planned, done
-    which = drawn.samples.dataset_of(missing)
-    plan = np.empty(len(missing), _PLANNED)
-    plan["dataset"] = _dataset_numbers(store, drawn)[which]
-    plan["document"] = missing - drawn.samples.first[which]
-    with files.written_whole(path) as file:
-        np.save(file, plan)
-    return missing, done
-
-
-def _dataset_numbers(store: SketchStore, drawn: Drawn) -> np.ndarray:
-    """[datasets drawn] the number by which the store knows each."""
-    numbers = {digest: number for number, digest in enumerate(store.datasets())}
-    return np.array([numbers[digest] for digest in drawn.digests])
-
-
-def _sample_numbers(store: SketchStore, drawn: Drawn, datasets: np.ndarray, documents: np.ndarray,
-                    ) -> np.ndarray:
-    """[n] of documents, by the numbers that the store has for their datasets; -1 for others."""
-    order = {digest: number for number, digest in enumerate(drawn.digests)}
-    places = np.array([order.get(digest, -1) for digest in store.datasets()], np.int64)
-    place = places[datasets] if len(places) else np.empty(0, np.int64)
-    return np.where(place >= 0, drawn.samples.first[place] + documents, -1)
+    """The rows of what is drawn, or of an even share of it, by ascending sample number."""
+    mine = np.array_split(drawn.numbers, num_shares)[share]
+    entries, samples = pass_plan.rows_of(store, drawn, mine)
+    return store.read(entries, samples)

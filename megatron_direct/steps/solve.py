@@ -89,8 +89,24 @@ def limits(config: SelectionConfig, samples: Samples, numbers: np.ndarray) -> di
     if not config.quotas:
         return {}
     names = list(indexed.prefix_names(samples.prefixes).values())
-    return {"groups": np.array(names)[samples.dataset_of(numbers)],
-            "quotas": parse_quotas(config.quotas, names)}
+    quotas = parse_quotas(config.quotas, names)
+    return {"groups": samples.dataset_of(numbers).astype(np.int32),
+            "quotas": {_Pool.named(name, names): limit for name, limit in quotas.items()}}
+
+
+class _Pool(int):
+    """The number of a pool, which reads as its name: a number a sample is all that is held."""
+
+    name: str
+
+    @classmethod
+    def named(cls, name: str, names: Sequence[str]) -> _Pool:
+        pool = cls(list(names).index(name))
+        pool.name = name
+        return pool
+
+    def __repr__(self) -> str:
+        return repr(self.name)
 
 
 @contextlib.contextmanager
@@ -114,14 +130,15 @@ def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, fold
     Raises UserError, on all ranks, if no K samples keep the budget and the quotas.
     """
     if parallel.on_rank_zero(lambda: _is_spread(config, measured)):
-        share = _Share(measured, sketch_step.read_sketches(
-            measured.store, measured.pool, *parallel.rank_and_size()), parallel.sum_over_world)
+        rank, size = parallel.rank_and_size()
+        share = _Part(measured, sketch_step.read_sketches(
+            measured.store, measured.pool, rank, size), parallel.sum_over_world, rank, size)
         summary, chosen = _solve(config, share, seed)
         parallel.on_rank_zero(lambda: _write(folder, measured, summary, chosen))
         return
 
     def alone() -> None:
-        share = _Share(measured, sketch_step.read_sketches(measured.store, measured.pool))
+        share = _Part(measured, sketch_step.read_sketches(measured.store, measured.pool))
         _write(folder, measured, *_solve(config, share, seed))
 
     parallel.on_rank_zero(alone)
@@ -136,62 +153,79 @@ def _is_spread(config: SelectionConfig, measured: Measured) -> bool:
 
 
 @dataclass(frozen=True)
-class _Share:
-    """This rank's part of the rows of the pool."""
+class _Part:
+    """This rank's part of the rows of the pool: a stretch of its samples, after that of the rank
+    before."""
 
     measured: Measured
     part: Sketches
     all_reduce_sum: Callable[[np.ndarray], np.ndarray] = lambda array: array
+    rank: int = 0
+    size: int = 1
 
-    def everywhere(self, values: np.ndarray) -> np.ndarray:
-        """[samples] what each rank knows of its own, 0 for those that have no row."""
-        whole = np.zeros(len(self.measured.pool.samples))
-        whole[self.part.samples] = values
+    def joined(self, values: np.ndarray) -> np.ndarray:
+        """All ranks' values, one rank's after the other's."""
+        counts = np.zeros(self.size)
+        counts[self.rank] = len(values)
+        ends = np.concatenate([[0], np.cumsum(self.all_reduce_sum(counts))]).astype(np.int64)
+        whole = np.zeros(ends[-1])
+        whole[ends[self.rank]: ends[self.rank + 1]] = values
         return self.all_reduce_sum(whole)
 
+    def total(self, count: int) -> int:
+        return int(self.all_reduce_sum(np.array([float(count)]))[0])
 
-def _solve(config: SelectionConfig, share: _Share, seed: int,
+    def begins_at(self, count: int) -> int:
+        """How many the ranks before this one have, each of which gives its count."""
+        counts = np.zeros(self.size)
+        counts[self.rank] = count
+        return int(self.all_reduce_sum(counts)[: self.rank].sum())
+
+
+def _solve(config: SelectionConfig, here: _Part, seed: int,
            ) -> tuple[SelectionSummary, np.ndarray]:
     """(summary without what the masks add, numbers of the samples selected)."""
-    samples, part = share.measured.pool.samples, share.part
-    has_row = share.everywhere(np.ones(len(part.samples))) > 0
-    finite = share.everywhere(part.finite) > 0
-    candidates = np.flatnonzero(finite)
-    count = num_to_select(config, int(has_row.sum()))
+    samples, part, finite = here.measured.pool.samples, here.part, here.part.finite
+    not_finite = here.joined(part.samples[~finite]).astype(np.int64)
+    candidates = np.setdiff1d(here.measured.pool.numbers, not_finite, assume_unique=True) \
+        if len(not_finite) else here.measured.pool.numbers
+    count = num_to_select(config, here.total(len(part.samples)))
     if count > len(candidates):
         raise UserError(f"--num-select {count} is more than the {len(candidates)} samples whose "
                         "gradients are finite. Give a smaller number, or check the checkpoint.")
-    here = part.samples[part.finite]
-    directions = share.measured.directions
+    rows, numbers, losses = (part.rows, part.samples, part.losses) if finite.all() else (
+        part.rows[finite], part.samples[finite], part.losses[finite])
+    directions = here.measured.directions
     evidence = Evidence(
-        part.rows[part.finite], samples.num_labels[here], samples.dataset_of(here),
-        len(samples.prefixes), np.searchsorted(candidates, here),
-        sketch_step.read_sketches(share.measured.store, share.measured.valid).rows, directions,
-        share.all_reduce_sum)
+        rows, samples.num_labels[numbers], samples.dataset_of(numbers), len(samples.prefixes),
+        here.begins_at(len(numbers)) + np.arange(len(numbers)),
+        sketch_step.read_sketches(here.measured.store, here.measured.valid).rows, directions,
+        here.all_reduce_sum)
     with in_terms_of_flags():
         found, cost = treatment.select_by_sketches(config, evidence, count, seed,
-                                                   **limits(config, samples, here))
+                                                   **limits(config, samples, numbers))
     chosen = candidates[found.indices]
-    losses = share.everywhere(np.where(part.finite, part.losses, 0.0))
-    not_finite = np.flatnonzero(has_row & ~finite)
     return SelectionSummary(
         **_in_numbers(config, found, cost), num_stiff=directions.num_stiff,
-        samples=SampleCounts(len(samples), samples.num_unusable, samples.num_cut,
-                             samples.num_cut_tokens, len(not_finite)),
-        mean_loss=MeanLoss(float(losses[candidates].mean()), float(losses[chosen].mean())),
+        samples=SampleCounts(len(samples), samples.num_unusable, samples.cut.samples,
+                             samples.cut.tokens, len(not_finite)),
+        mean_loss=evidence.share().from_leader(
+            lambda of_all: _mean_loss(of_all, found), losses),
         composition=composition(samples, chosen), mask_digests={},
         not_finite=tuple(not_finite.tolist())), chosen
 
 
-def _in_numbers(config: SelectionConfig, found: Selection, cost: np.ndarray) -> dict:
+def _mean_loss(losses: np.ndarray, found: Selection) -> MeanLoss:
+    return MeanLoss(float(losses.mean()), float(losses[found.indices].mean()))
+
+
+def _in_numbers(config: SelectionConfig, found: Selection, cost: treatment.CostRange) -> dict:
     """What the solver said, beside the least and the average that K samples cost."""
-    count = len(found.indices)
-    return {"objective": config.objective, "num_select": count,
+    return {"objective": config.objective, "num_select": len(found.indices),
             "objective_value": found.objective, "upper_bound": found.upper_bound,
             "status": found.status, "stiff_cost": found.stiff_cost,
-            "stiff_budget": found.stiff_budget,
-            "least_stiff_cost": float(np.sort(cost)[:count].sum()),
-            "average_stiff_cost": float(cost.mean() * count), "history": tuple(found.history)}
+            "stiff_budget": found.stiff_budget, "least_stiff_cost": cost.least,
+            "average_stiff_cost": cost.average, "history": tuple(found.history)}
 
 
 def _write(folder: Path, measured: Measured, summary: SelectionSummary, chosen: np.ndarray) -> None:

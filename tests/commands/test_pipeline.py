@@ -29,7 +29,8 @@ from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.store import SketchStore
 from megatron_direct.steps import selected
-from megatron_direct.steps.sketch import Drawn, read_sketches
+from megatron_direct.steps.pass_plan import Drawn
+from megatron_direct.steps.sketch import read_sketches
 
 MODEL, OPTIMIZER = LEARNT.model, LEARNT.optimizer
 VOCAB_SIZE = MODEL.known_vocab_size

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from indexed_files import random_documents, write_dataset
 
-from megatron_direct.data.samples import PassShape, Samples
+from megatron_direct.data.samples import Cut, PassShape, Samples, micro_batches
 from megatron_direct.errors import UserError
 
 
@@ -21,7 +21,7 @@ def test_what_is_cut_and_what_is_too_short_is_counted(samples):
     assert len(samples) == 4
     np.testing.assert_array_equal(samples.num_labels, [2, 0, 4, 1])
     np.testing.assert_array_equal(samples.usable, [0, 2, 3])
-    assert (samples.num_unusable, samples.num_cut, samples.num_cut_tokens) == (1, 1, 1)
+    assert (samples.num_unusable, samples.cut) == (1, Cut(1, 1))
     np.testing.assert_array_equal(samples.tokens(2), [5, 6, 7, 8, 9])
     np.testing.assert_array_equal(samples.dataset_of(np.array([0, 2, 3])), [0, 0, 1])
 
@@ -109,3 +109,19 @@ def test_a_token_below_zero_is_refused(tmp_path):
     prefix = write_dataset(tmp_path / "negative", [[[1, -2, 3]]])
     with pytest.raises(UserError, match="negative holds token -2"):
         Samples([prefix], seq_length=4, vocab_size=16).tokens(0)
+
+
+def test_stretches_are_sorted_by_length_in_turns(monkeypatch):
+    """Each sample once, in micro-batches of one stretch, whatever the stretch."""
+    monkeypatch.setattr("megatron_direct.data.samples._STRETCH", 20)
+    lengths = np.random.default_rng(0).integers(1, 50, 70)
+    numbers = np.flatnonzero(lengths > 3)
+    found = list(micro_batches(lengths, numbers, 8))
+    assert sorted(np.concatenate(found)) == numbers.tolist()
+    assert [len(batch) for batch in found[:-1]] == [8] * (len(found) - 1)
+    for first in range(0, len(found), 2):  # 16 = 2 x 8 is the stretch that 20 leaves room for
+        stretch = np.concatenate(found[first: first + 2])
+        assert sorted(stretch) == numbers[first * 8: first * 8 + 16].tolist()
+        order = np.lexsort((np.sort(stretch), lengths[np.sort(stretch)]))
+        expected = np.sort(stretch)[order]
+        np.testing.assert_array_equal(stretch, expected[::-1] if first // 2 % 2 else expected)

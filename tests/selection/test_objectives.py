@@ -16,7 +16,7 @@ from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.objectives import OBJECTIVES, Terms, make_objective
 from megatron_direct.selection.objectives.objective import Objective
 from megatron_direct.selection.objectives.quadratic import Diagonal, Quadratic
-from megatron_direct.selection.rows import Rows
+from megatron_direct.selection.rows import LocalRows, Rows
 from megatron_direct.selection.share import Share
 from megatron_direct.selection.treatment import select_by_sketches
 
@@ -58,7 +58,7 @@ def test_quadratics_are_those_of_the_dense_matrix(form):
     rows = rng.standard_normal((30, DIM))
     diagonal = np.diag(np.diag(matrix))
     np.testing.assert_allclose(
-        quadratic.self_terms(Rows(rows.T, Share.of_rank(30))),
+        quadratic.self_terms(Rows(LocalRows(rows.T), Share.of_rank(30))),
         [0.5 * row @ diagonal @ row for row in rows], rtol=1e-12, atol=1e-12)
     # 1e-9: eigenvalues of zero come out as rounding.
     assert quadratic.convex == bool(np.linalg.eigvalsh(matrix).max() > 1e-9)

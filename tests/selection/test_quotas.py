@@ -13,8 +13,9 @@ GROUPS = np.array(["a", "b", "a", "c", "b", "a"])
 
 
 def test_codes_follow_the_quotas_and_bounds_the_sizes():
-    stated = state_quotas(GROUPS, {"b": (1, 9), "a": (0, 2)}, Share.of_rank(6), 3)
-    assert stated.codes.tolist() == [1, 0, 1, 2, 0, 1]
+    stated = state_quotas(GROUPS, {"b": (1, 9), "a": (0, 2)},
+                          Share.of_rank(6)).of_selections(3)
+    assert stated.codes.tolist() == [1, 0, 1, 2, 0, 1] and stated.codes.itemsize == 1
     assert stated.bounds.tolist() == [[1, 2], [0, 2], [0, 1]]
     assert [members.tolist() for members in stated.members] == [[1, 4], [0, 2, 5], [3]]
     mask = np.array([True, True, True, False, False, False])
@@ -24,7 +25,7 @@ def test_codes_follow_the_quotas_and_bounds_the_sizes():
 
 
 def test_no_quotas():
-    assert state_quotas(None, None, Share.of_rank(6), 3) is None
+    assert state_quotas(None, None, Share.of_rank(6)) is None
 
 
 @pytest.mark.parametrize(("quotas", "num_select", "message"), [
@@ -36,7 +37,7 @@ def test_no_quotas():
 ])
 def test_quotas_that_nothing_meets(quotas, num_select, message):
     with pytest.raises(InfeasibleQuotas, match=message):
-        state_quotas(GROUPS, quotas, Share.of_rank(6), num_select)
+        state_quotas(GROUPS, quotas, Share.of_rank(6)).of_selections(num_select)
 
 
 @pytest.mark.parametrize(("groups", "quotas", "message"), [
@@ -48,5 +49,5 @@ def test_quotas_that_nothing_meets(quotas, num_select, message):
 ])
 def test_malformed_quotas_are_another_error(groups, quotas, message):
     with pytest.raises(ValueError, match=message) as error:
-        state_quotas(groups, quotas, Share.of_rank(6), 2)
+        state_quotas(groups, quotas, Share.of_rank(6))
     assert not isinstance(error.value, InfeasibleQuotas)

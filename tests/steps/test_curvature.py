@@ -28,7 +28,8 @@ from megatron_direct.mcore import grid
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.steps import curvature as steps_curvature
-from megatron_direct.steps.sketch import Drawn, read_sketches
+from megatron_direct.steps.pass_plan import Drawn
+from megatron_direct.steps.sketch import read_sketches
 
 MODEL = SMALL.model
 VOCAB_SIZE = MODEL.known_vocab_size

@@ -28,8 +28,8 @@ from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.steps import selected
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import OPERATORS
+from megatron_direct.steps.pass_plan import Drawn
 from megatron_direct.steps.sketch import (
-    Drawn,
     SketchesKey,
     open_store,
     read_sketches,

@@ -1,0 +1,167 @@
+"""What a pass over the model costs a rank: on a machine of known terms, or as it was measured.
+
+A *pass* is forward and backward over a micro-batch. Its terms, each of them per rank:
+
+    products    multiply-adds of linear layers and attention, at the rate of large products
+    elements    what norms, activations and residuals read and write, per token, layer and width
+    launches    what the host takes for a layer, while the device works: the longer of both counts
+    gathers     columns of factors gathered into their buckets, per token (a sketch alone)
+    frames      k x k entries read and written, per token and linear layer (a sketch alone)
+    messages    of tensor, pipeline and expert parallel ranks
+
+A training pass has three products for a weight (forward, input's gradient, weight's gradient), a
+sketch two: it never forms a weight's gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_direct.config import ParallelConfig
+from megatron_direct.steps.model_size import ModelSize
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Terms of one rank (one GPU, or one process on CPU cores) and of what joins ranks; rates in
+    units per second.
+
+    flops, elements, launches, gathers, frames: of passes, as above. memory: bytes of the device;
+    host_memory: of a node. fabric: bytes that a rank sends between nodes, node_links: within one.
+    storage: bytes that all ranks together write to the shared file system. solver: entries of a row
+    that a rank takes through the whole solver; leader: samples that its leader does; planner:
+    candidates that are planned for, masked and blended. start: seconds until Python, Megatron and
+    the collectives are there; base: bytes of host memory that a rank has by then.
+    """
+
+    name: str
+    flops: float
+    elements: float
+    launches: float
+    gathers: float
+    frames: float
+    memory: float
+    host_memory: float
+    ranks_per_node: int
+    fabric: float
+    node_links: float
+    storage: float
+    solver: float
+    leader: float
+    planner: float
+    start: float
+    base: float
+
+
+# Passes: from benchmarks/RESULTS.md (bfloat16, without Transformer Engine), the rate of products
+# held at 95 % of what a product of 8192 x 8192 x 8192 reaches: elements from the training pass of
+# 15 layers of Llama 3 8B's, launches from that of GPT-2 Medium's shape, gathers and frames from
+# what hashing takes in both. A check that the fit did not see: 15 layers without weight gradients,
+# 248 ms by these terms, 249 measured. Links, memory and storage are the vendor's figures for a
+# DGX H100 (900 GB/s NVLink both ways, 400 Gb/s InfiniBand a GPU) and one parallel file system of
+# 20 GB/s: not measured. Solver, leader, planner, start and base: two CPU cores (make bench-scale).
+H100 = Machine(
+    name="h100", flops=750e12, elements=8.0e9, launches=174.0, gathers=1.55e11, frames=1.06e14,
+    memory=80e9, host_memory=2e12, ranks_per_node=8, fabric=50e9, node_links=450e9, storage=20e9,
+    solver=2.5e6, leader=4e5, planner=2e6, start=30.0, base=0.6e9)
+
+
+@dataclass(frozen=True)
+class PassSetup:
+    """micro_batch_size samples of ``length`` tokens (their mean), of at most ``longest``, on the
+    ranks of a layout, in bfloat16 or float32, sketched to ``sketch_size``."""
+
+    layout: ParallelConfig
+    micro_batch_size: int
+    length: float
+    longest: int
+    bf16: bool
+    sketch_size: int
+
+    @property
+    def tokens(self) -> float:
+        return self.micro_batch_size * self.length
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Of one micro-batch on one rank. training, sketch: seconds of a pass, messages apart;
+    messages: seconds of them in either; sent: bytes of them; held: bytes of activations and of what
+    a pass works with, of the longest samples; weights: parameters of a rank."""
+
+    training: float
+    sketch: float
+    messages: float
+    sent: float
+    held: float
+    weights: float
+
+
+# Of what the host takes for a layer, without weight gradients: GPT-2 Medium's 117 of 138 ms.
+_WITHOUT_WEIGHTS = 0.85
+
+
+def pass_cost(machine: Machine, size: ModelSize, shape: PassSetup) -> PassCost:
+    layout = shape.layout
+    tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    ranks, tokens = tensor * stages, shape.tokens
+    linear = (size.multiply_adds + size.head) * tokens / ranks
+    # A query sees half of the keys; its backward pass computes the scores again.
+    scores = size.attention_width * tokens * shape.length / 2 / ranks
+    products = 2 * linear / machine.flops  # of one product for each weight
+    attention = 3.5 * 2 * scores / machine.flops
+    elements = size.num_layers * size.hidden_size * tokens / ranks / machine.elements
+    launches = size.num_layers / stages / machine.launches
+    common = attention + elements
+    hashing = tokens / ranks * (size.columns / machine.gathers
+                                + size.linears * shape.sketch_size**2 / machine.frames)
+    sent, messages = _messages(machine, size, shape)
+    return PassCost(max(3 * products + common, launches),
+                    max(2 * products + common, _WITHOUT_WEIGHTS * launches) + hashing,
+                    messages, sent, _held(size, shape), _weights(size, layout))
+
+
+def _weights(size: ModelSize, layout: ParallelConfig) -> float:
+    """The most parameters that a rank holds: of a stage with the embeddings."""
+    tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    layers = size.dense / stages + size.experts / stages / layout.expert_model_parallel_size
+    return (layers + (size.embeddings if stages == 1 else size.head)) / tensor
+
+
+# Bytes of activations per token, layer and width in bfloat16, and of logits per token and entry of
+# the vocabulary: by least squares from the peaks of two training passes in benchmarks/RESULTS.md.
+_ACTIVATION_BYTES, _LOGIT_BYTES = 29.5, 12.0
+
+
+def _held(size: ModelSize, shape: PassSetup) -> float:
+    layout = shape.layout
+    tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    tokens = shape.micro_batch_size * shape.longest
+    # Each stage keeps what is under way: as many micro-batches as there are stages, of 1 / stages
+    # of the layers. Without sequence parallelism norms and residuals are whole on each rank.
+    divided = 1 / tensor if layout.sequence_parallel or tensor == 1 else 0.3 + 0.7 / tensor
+    activations = tokens * size.num_layers * size.hidden_size * _ACTIVATION_BYTES * divided
+    logits = tokens * size.vocab_size * _LOGIT_BYTES / tensor
+    frames = 4.0 * shape.sketch_size**2 * shape.micro_batch_size
+    return (activations + logits) * (1 if shape.bf16 else 2) + frames * min(stages, 4)
+
+
+def _messages(machine: Machine, size: ModelSize, shape: PassSetup) -> tuple[float, float]:
+    """(bytes that a rank sends, seconds of it) in one pass."""
+    layout, number = shape.layout, 2 if shape.bf16 else 4
+    tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    activation = shape.tokens * size.hidden_size * number
+    # Two sums a layer, each way; a ring moves twice what is summed, less a share.
+    of_tensor = 4 * 2 * (tensor - 1) / tensor * activation * size.num_layers / stages
+    of_stages = 2 * activation / tensor if stages > 1 else 0.0
+    of_sketches = 4.0 * shape.micro_batch_size * shape.sketch_size * (tensor * stages > 1) * 2
+    expert = layout.expert_model_parallel_size
+    of_experts = 0.0
+    if expert > 1:  # there and back, forward and backward, to each expert of a token
+        of_experts = 4 * activation * (expert - 1) / expert * size.expert_uses / stages / tensor
+    within = machine.node_links if tensor <= machine.ranks_per_node else machine.fabric
+    among = machine.node_links if expert * tensor <= machine.ranks_per_node else machine.fabric
+    seconds = of_tensor / within + of_experts / among + (of_stages + of_sketches) / machine.fabric
+    return of_tensor + of_stages + of_sketches + of_experts, seconds
