@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from megatron_direct import hybrid_pattern
 from megatron_direct.errors import UserError
 from megatron_direct.settings import (
     Settings,
@@ -93,6 +94,16 @@ class ModelConfig(Settings):
     moe_router_group_topk: int | None = flag(
         None, "groups that each token may use; default: all", type=int, at_least=1)
 
+    hybrid_layer_pattern: str | None = flag(
+        None, "layers of a hybrid model, a letter each: * attention, + latent attention, - MLP, "
+        "E experts, M Mamba; default: layers of attention and MLP", type=str)
+    mamba_state_dim: int = flag(128, "width of a Mamba layer's state", at_least=1)
+    mamba_head_dim: int = flag(64, "width of a Mamba layer's heads", at_least=1)
+    mamba_num_groups: int = flag(8, "groups of heads of a Mamba layer", at_least=1)
+    mamba_num_heads: int | None = flag(
+        None, "heads of a Mamba layer; default: twice the hidden size / --mamba-head-dim",
+        type=int, at_least=1)
+
     def check(self) -> None:
         if self.kv_channels is None and not self.multi_latent_attention:
             require_divides(self, "num_attention_heads", "hidden_size")
@@ -100,6 +111,7 @@ class ModelConfig(Settings):
             require_divides(self, "num_query_groups", "num_attention_heads")
         self._check_latent_attention()
         self._check_experts()
+        hybrid_pattern.check(self)
 
     def _check_latent_attention(self) -> None:
         if not self.multi_latent_attention:
@@ -306,6 +318,9 @@ def _divided_by_tensor_ranks(model: ModelConfig) -> Iterator[tuple[str, int]]:
                model.kv_lora_rank + model.qk_pos_emb_head_dim)
     else:
         yield "--num-query-groups", model.num_query_groups or model.num_attention_heads
+    if hybrid_pattern.MAMBA in (model.hybrid_layer_pattern or ""):
+        yield "--mamba-num-heads", hybrid_pattern.mamba_heads(model)
+        yield "--mamba-num-groups", model.mamba_num_groups
     yield "--ffn-hidden-size", ffn_hidden_size(model)
     yield "--moe-ffn-hidden-size", model.moe_ffn_hidden_size or 0
     yield ("--moe-shared-expert-intermediate-size",

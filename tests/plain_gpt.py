@@ -13,6 +13,7 @@ import math
 import numpy as np
 import plain_attention
 import plain_experts
+import plain_mamba
 import torch
 
 
@@ -61,12 +62,25 @@ class PlainGPT:
             x = x + weights["embedding.position_embeddings.weight"][: len(tokens)]
         for layer in range(model.num_layers):
             part = f"decoder.layers.{layer}."
-            x = x + self._attention(weights, part, x)
-            x = x + self._feed_forward(weights, part, x)
-        x = self.norm(weights, "decoder.final_layernorm.", x)
+            for function in self._functions(layer):
+                x = x + function(weights, part, x)
+        x = self.norm(weights, "decoder.final_norm." if model.hybrid_layer_pattern
+                      else "decoder.final_layernorm.", x)
         output = ("output_layer.weight" if model.untie_embeddings_and_output_weights
                   else "embedding.word_embeddings.weight")
         return x @ weights[output].T
+
+    def _functions(self, layer):
+        if self.model.hybrid_layer_pattern is None:
+            return self._attention, self._feed_forward
+        kinds = {"*": self._attention, "+": self._attention, "-": self._feed_forward,
+                 "E": self._feed_forward, "M": self._mamba}
+        return (kinds[self.model.hybrid_layer_pattern[layer]],)
+
+    def _mamba(self, weights, part, x):
+        prefix = part + "mixer."
+        x = self.norm(weights, prefix + "in_proj.layer_norm_", x)
+        return plain_mamba.mixer(self, weights, prefix, x)
 
     def norm(self, weights, prefix, x):
         if self.model.normalization == "LayerNorm":

@@ -17,6 +17,8 @@ _llama = _sizes | {"num_query_groups": 2, "ffn_hidden_size": 24}
 _latents = {"multi_latent_attention": True, "kv_lora_rank": 8, "qk_head_dim": 6,
             "qk_pos_emb_head_dim": 4, "v_head_dim": 5, "qk_layernorm": True,
             "rotary_scaling_factor": 40.0, "mscale_all_dim": 1.0}
+_mamba = {"num_layers": 4, "hybrid_layer_pattern": "M*M-", "mamba_state_dim": 3,
+          "mamba_head_dim": 4, "mamba_num_groups": 2, "mamba_num_heads": 6}
 _few_experts = {"num_experts": 4, "moe_ffn_hidden_size": 12}
 
 MODELS = {
@@ -45,6 +47,14 @@ MODELS = {
         "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
         "moe_router_topk_scaling_factor": 2.5, "moe_router_num_groups": 4,
         "moe_router_group_topk": 2, "moe_router_topk": 4}),
+    # A GPT as Megatron's HybridModel: its layers are halves of a GPT's.
+    "hybrid-tied": ModelConfig(**_llama | {"num_layers": 4, "hybrid_layer_pattern": "*-*-"}),
+    "hybrid-experts": ModelConfig(**_llama | _untied | _few_experts | {
+        "num_layers": 4, "hybrid_layer_pattern": "*-*E", "moe_router_pre_softmax": True,
+        "moe_shared_expert_intermediate_size": 20}),
+    "nemotron-h": ModelConfig(**_gpt2 | _untied | _mamba | {
+        "normalization": "RMSNorm", "add_bias_linear": False, "position_embedding_type": "none",
+        "num_query_groups": 2}),
 }
 
 

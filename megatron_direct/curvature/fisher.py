@@ -54,7 +54,7 @@ class FisherOperator:
     def _shares(self, micro_batches: Sequence[MicroBatch], vector: torch.Tensor) -> torch.Tensor:
         """[micro-batches, b] this rank's part of <g_i, v>; with expert parallelism b counts the
         samples of all ranks that share the experts."""
-        parts = {shard.name: part for shard, part in
+        parts = {shard.name: shard.as_matrix(part) for shard, part in
                  zip(self.space.shards, self.space.split(vector), strict=True)}
         size = micro_batches[0].tokens.shape[0]
         own = grid.own_rows(size)

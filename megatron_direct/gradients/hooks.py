@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_direct.errors import UserError
-from megatron_direct.gradients import experts, layers, transformer_engine
+from megatron_direct.gradients import experts, layers, mamba, transformer_engine
 from megatron_direct.gradients.pieces import Piece
 from megatron_direct.mcore.shards import ParameterShard
 from megatron_direct.mcore.specs import watched_layers
@@ -42,6 +42,8 @@ def _watched(chunk: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Callable
     for layer, kind in watched_layers(chunk):
         if kind is LayerKind.EXPERTS:
             yield from experts.watched(layer)
+        elif kind is LayerKind.MAMBA_MIXER:
+            yield from mamba.watched(layer)
         else:
             yield layer, _WATCHES[kind]
 
@@ -106,7 +108,7 @@ class PieceHooks:
             raise UserError(
                 f"no gradient hook covers {', '.join(missing)}, whose kind of layer is not "
                 "supported. Selection needs a model of linear layers, embeddings, "
-                "norms and experts.")
+                "norms, experts and Mamba layers.")
 
     def _hook(self, watch):
         def forward_hook(layer, arguments, keywords, output):

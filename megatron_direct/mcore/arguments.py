@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_direct import hybrid_pattern
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import digests
 from megatron_direct.settings import flag_name
@@ -25,9 +26,6 @@ _DESCRIBED = {
     "experimental_attention_variant": (None,),
     "glu_linear_offset": (0.0,),
     "heterogeneous_layers_config_path": (None,),
-    "hybrid_layer_pattern": (None,),
-    "hybrid_override_pattern": (None,),
-    "is_hybrid_model": (False,),
     "moe_latent_size": (None,),
     "moe_mlp_glu_interleave_size": (None,),
     "moe_router_force_biased": (None,),
@@ -41,7 +39,8 @@ _DESCRIBED = {
     "rotary_interleaved": (False,),
     "rotary_seq_len_interpolation_factor": (None, 1),
     "softmax_type": ("vanilla",),
-    "spec": (None,),
+    "spec": (None, ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"],
+             ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"]),
     "squared_relu": (False,),
     "use_legacy_models": (False,),
     "use_mup": (False,),
@@ -75,7 +74,22 @@ def _of_megatron_lm(args: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]
         "moe_layer_freq": str(frequency).replace(" ", ""),
         "norm_epsilon": args.get("norm_epsilon", args.get("layernorm_epsilon", 1e-5)),
     }
+    of_model.update(_of_hybrid(args, checkpoint))
     tokenizer = args.get("tokenizer_model")
     if tokenizer and os.path.isfile(tokenizer):
         of_model["tokenizer_digest"] = digests.file_digest(tokenizer)
     return {**args, **of_model}
+
+
+def _of_hybrid(args: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """What a hybrid model's pattern says; until 0.16 it is called --hybrid-override-pattern."""
+    pattern = args.get("hybrid_layer_pattern") or args.get("hybrid_override_pattern")
+    if pattern is None:
+        if args.get("is_hybrid_model"):
+            raise UserError(
+                f"{checkpoint} is of a hybrid model without a pattern of layers "
+                "(--hybrid-attention-ratio, --hybrid-mlp-ratio): this is not supported. Save it "
+                "with --hybrid-override-pattern.")
+        return {}
+    layers = hybrid_pattern.layers(pattern)
+    return {"hybrid_layer_pattern": layers, "num_layers": len(layers)}

@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_direct import hybrid_pattern
+from megatron_direct.errors import UserError
+
 _COMMON_FILE = "common.pt"
 
 # Loggers that tell users of this package what only its authors can change: that GPTModel, and a
@@ -68,6 +71,42 @@ def latent_self_attention() -> type:
                     "kv_layernorm": submodules.kv_layernorm}
 
     return LatentSelfAttention
+
+
+def hybrid_stack() -> tuple[type, type]:
+    """The stack of a hybrid model's layers, and the dataclass of its kinds of layers.
+
+    Up to 0.17 they are in a module of Mamba's, which was one of the layers first.
+    """
+    try:
+        from megatron.core.models.hybrid import hybrid_block as block
+    except ImportError:
+        from megatron.core.ssm import mamba_block as block
+    return block.MambaStack, block.MambaStackSubmodules
+
+
+def hybrid_model(stack: Any, pattern: str, num_stages: int, vp_stage: int | None,
+                 arguments: dict[str, Any]) -> Any:
+    """A HybridModel, or up to 0.17 a MambaModel, with the layers of one stage of ``num_stages``.
+
+    The names of what it takes have changed, and 0.16 divides the layers into stages itself.
+    """
+    try:
+        from megatron.core.models.hybrid.hybrid_model import HybridModel as Model
+    except ImportError:
+        from megatron.core.models.mamba.mamba_model import MambaModel as Model
+    known = inspect.signature(Model.__init__).parameters
+    stack_name = next(name for name in ("hybrid_stack_spec", "mamba_stack_spec") if name in known)
+    if "hybrid_layer_pattern" in known:
+        layers = {"hybrid_layer_pattern": hybrid_pattern.in_stages(pattern, num_stages),
+                  "vp_stage": vp_stage}
+    elif vp_stage is None:
+        layers = {"hybrid_override_pattern": hybrid_pattern.layers(pattern)}
+    else:
+        raise UserError(
+            f"megatron-core {version()} has no interleaved pipeline for --hybrid-layer-pattern. "
+            "Leave out --num-layers-per-virtual-pipeline-stage, or install 0.17 or later.")
+    return Model(**{stack_name: stack}, **layers, **arguments)
 
 
 @contextlib.contextmanager

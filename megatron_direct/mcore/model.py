@@ -1,7 +1,7 @@
-"""Megatron-Core's GPTModel, built from our settings.
+"""Megatron-Core's GPTModel or HybridModel, built from our settings.
 
-A rank holds one or more *model chunks* (one, unless the pipeline is interleaved), each a GPTModel
-with some of the layers.
+A rank holds one or more *model chunks* (one, unless the pipeline is interleaved), each a model with
+some of the layers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import torch
 
 from megatron_direct import config
 from megatron_direct.config import Job, ModelConfig
-from megatron_direct.mcore.specs import SPECS
+from megatron_direct.mcore import compat
+from megatron_direct.mcore.specs import SPECS, LayerSpec
 from megatron_direct.runtime import host
 
 
@@ -22,7 +23,6 @@ def build(job: Job, *, seed: int = 1234, spec: str = "fused",
     "local". dtype: of weights and activations; left out: as the job says.
     """
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
@@ -31,29 +31,53 @@ def build(job: Job, *, seed: int = 1234, spec: str = "fused",
     model, num_chunks = job.model, job.num_model_chunks
     dtype = dtype or (torch.bfloat16 if job.precision.bf16 else torch.float32)
     transformer_config, layers = _transformer_config(job, dtype), SPECS[spec]
+    make = _gpt if model.hybrid_layer_pattern is None else _hybrid
     chunks = []
     for number in range(num_chunks):
         vp_stage = number if num_chunks > 1 else None
         with layers.buildable():
-            chunk = GPTModel(
-                config=transformer_config,
-                transformer_layer_spec=layers.block(transformer_config, vp_stage),
-                vocab_size=model.padded_vocab_size,
-                max_sequence_length=model.max_position_embeddings or model.seq_length,
-                pre_process=parallel_state.is_pipeline_first_stage(False, vp_stage),
-                post_process=parallel_state.is_pipeline_last_stage(False, vp_stage),
-                share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-                position_embedding_type=model.position_embedding_type,
-                rotary_base=model.rotary_base,
-                rotary_percent=model.rotary_percent,
-                rope_scaling=model.use_rope_scaling,
-                rope_scaling_factor=model.rope_scaling_factor,
-                vp_stage=vp_stage,
-            )
+            chunk = make(job, transformer_config, layers, vp_stage)
         layers.finish(chunk)
         chunk.layer_spec = layers  # which :func:`megatron_direct.mcore.specs.built_from` looks up
         chunks.append(chunk.to(device=host.device(), dtype=dtype))
     return chunks
+
+
+def _gpt(job: Job, transformer_config, layers: LayerSpec, vp_stage: int | None):
+    from megatron.core.models.gpt import GPTModel
+
+    model = job.model
+    return GPTModel(
+        transformer_layer_spec=layers.block(transformer_config, vp_stage),
+        rope_scaling=model.use_rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
+        vp_stage=vp_stage,
+        **_of_every_model(model, transformer_config, vp_stage))
+
+
+def _hybrid(job: Job, transformer_config, layers: LayerSpec, vp_stage: int | None):
+    model = job.model
+    assert model.hybrid_layer_pattern is not None
+    num_stages = job.layout.pipeline_model_parallel_size * job.num_model_chunks
+    return compat.hybrid_model(
+        layers.stack(transformer_config), model.hybrid_layer_pattern, num_stages, vp_stage,
+        _of_every_model(model, transformer_config, vp_stage))
+
+
+def _of_every_model(model: ModelConfig, transformer_config, vp_stage: int | None) -> dict:
+    from megatron.core import parallel_state
+
+    return {
+        "config": transformer_config,
+        "vocab_size": model.padded_vocab_size,
+        "max_sequence_length": model.max_position_embeddings or model.seq_length,
+        "pre_process": parallel_state.is_pipeline_first_stage(False, vp_stage),
+        "post_process": parallel_state.is_pipeline_last_stage(False, vp_stage),
+        "share_embeddings_and_output_weights": not model.untie_embeddings_and_output_weights,
+        "position_embedding_type": model.position_embedding_type,
+        "rotary_base": model.rotary_base,
+        "rotary_percent": model.rotary_percent,
+    }
 
 
 def _transformer_config(job: Job, dtype: torch.dtype):
@@ -65,6 +89,7 @@ def _transformer_config(job: Job, dtype: torch.dtype):
     return kind(
         **_of_latent_attention(model),
         **_of_experts(model),
+        **_of_hybrids(model),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size(model),
@@ -134,3 +159,10 @@ def _of_experts(model: ModelConfig) -> dict:
         "moe_aux_loss_coeff": 0.0,
         **{name: getattr(model, name) for name in names},
     }
+
+
+def _of_hybrids(model: ModelConfig) -> dict:
+    if model.hybrid_layer_pattern is None:
+        return {}
+    names = ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads")
+    return {"is_hybrid_model": True, **{name: getattr(model, name) for name in names}}

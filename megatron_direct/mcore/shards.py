@@ -75,16 +75,20 @@ def checkpoint_metadata() -> dict:
 
 
 def _parameter_shard(parameter: torch.nn.Parameter, sharded, of_heads: bool) -> ParameterShard:
-    shape = parameter.shape if parameter.dim() > 1 else (parameter.shape[0], 1)
-    rows = torch.empty(shape[0], dtype=torch.int64)
-    columns = torch.zeros(shape[1], dtype=torch.int64)
-    name = ""
-    for tile, local_rows in _tiles(sharded, shape[0]):
-        name = _global_name(tile.key, tile.global_offset[: tile.prepend_axis_num])
-        offset = tile.global_offset[tile.prepend_axis_num:]
-        rows[local_rows] = offset[0] + torch.arange(len(local_rows))
-        if parameter.dim() > 1:
-            columns = offset[1] + torch.arange(shape[1])
+    num_rows = parameter.shape[0]
+    rows = torch.empty(num_rows, dtype=torch.int64)
+    columns = torch.arange(parameter.numel() // num_rows)
+    name, first_rows, rows_before = "", {}, 0
+    for tile, local_rows in _tiles(sharded, num_rows):
+        axes = tile.prepend_axis_num
+        name = _global_name(sharded.key, tile.global_offset[:axes])
+        if tile.key not in first_rows:
+            first_rows[tile.key] = rows_before
+            rows_before += tile.global_shape[axes]
+        offset = tile.global_offset[axes:]
+        rows[local_rows] = first_rows[tile.key] + offset[0] + torch.arange(len(local_rows))
+        if parameter.dim() == 2:
+            columns = offset[1] + torch.arange(parameter.shape[1])
     is_tied_copy = getattr(parameter, "shared", False)
     is_replica = (not getattr(parameter, "tensor_model_parallel", False)
                   and grid.tensor_rank() > 0)
@@ -104,7 +108,11 @@ def _parameter_shard(parameter: torch.nn.Parameter, sharded, of_heads: bool) -> 
 
 
 def _tiles(sharded, num_rows: int):
-    """(tile, its local rows): one tile, or several where Megatron cuts a parameter (gated fc1)."""
+    """(tile, its local rows): one tile, or several where Megatron cuts a parameter.
+
+    Those of a gated fc1 are parts of one matrix in the checkpoint; those of a Mamba layer's
+    projection are matrices of their own, which are one below the other in the whole one.
+    """
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
     if not isinstance(sharded, ShardedTensorFactory):
@@ -112,11 +120,9 @@ def _tiles(sharded, num_rows: int):
         return
     # Built on row numbers in place of weights, the tiles say which rows went into each.
     row_numbers = torch.arange(num_rows)
-    if sharded.data.dim() > 1:
-        row_numbers = row_numbers[:, None].expand(sharded.data.shape)
-    tiles = sharded.build_fn(sharded.key, row_numbers, sharded.replica_id, None)
-    for tile in tiles:
-        yield tile, tile.data if tile.data.dim() == 1 else tile.data[:, 0]
+    row_numbers = row_numbers.view(-1, *[1] * (sharded.data.dim() - 1)).expand(sharded.data.shape)
+    for tile in sharded.build_fn(sharded.key, row_numbers, sharded.replica_id, None):
+        yield tile, tile.data.reshape(len(tile.data), -1)[:, 0]
 
 
 def _global_name(key: str, axes: tuple[int, ...]) -> str:

@@ -127,11 +127,15 @@ _DENSE = LAYOUTS
 _LATENT = [layout for layout in LAYOUTS if layout.tp == 1 or layout.sp]
 _EXPERTS = [*_LATENT, Layout(dp=2, ep=2), Layout(tp=2, dp=2, ep=2, sp=True), Layout(dp=4, ep=2),
             Layout(pp=2, dp=2, ep=2)]
+# Interleaved stages of hybrid models are new in 0.17.
+_HYBRID = [layout for layout in _DENSE if layout.vp is None]
+_HYBRID_EXPERTS = [layout for layout in _EXPERTS if layout.vp is None]
 _FAMILIES = {
     "gpt2-tied": _DENSE, "gpt2-untied": _DENSE, "neox": _DENSE, "llama-tied": _DENSE,
     "llama-untied": _DENSE, "starcoder": [layout for layout in LAYOUTS if layout.tp == 1],
     "qwen3": _DENSE, "minicpm3": _LATENT, "mixtral": _EXPERTS, "qwen2-moe": _EXPERTS,
     "deepseek-v2-lite": _EXPERTS, "deepseek-v3": _EXPERTS,
+    "hybrid-tied": _HYBRID, "hybrid-experts": _HYBRID_EXPERTS, "nemotron-h": _HYBRID,
 }
 # Each family on one rank, and where its layers are cut in a way that others' are not.
 _DEFAULT = {
@@ -141,6 +145,8 @@ _DEFAULT = {
     ("neox", Layout(tp=2, pp=2)), ("starcoder", Layout(pp=2)), ("qwen3", Layout(tp=2)),
     ("qwen2-moe", Layout(dp=2, ep=2)), ("qwen2-moe", Layout(tp=2, dp=2, ep=2, sp=True)),
     ("deepseek-v3", Layout(dp=2, ep=2)), ("deepseek-v3", Layout(tp=2, sp=True)),
+    ("hybrid-tied", Layout(tp=2, pp=2)), ("hybrid-experts", Layout(dp=2, ep=2)),
+    ("nemotron-h", Layout(tp=2, sp=True)), ("nemotron-h", Layout(pp=2)),
 }
 
 

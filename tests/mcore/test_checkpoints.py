@@ -181,7 +181,7 @@ def _arguments_of_megatron_lm(**given):
 
 @pytest.mark.parametrize(("given", "match"), [
     ({"use_mup": True}, "--use-mup True: this is not supported"),
-    ({"hybrid_layer_pattern": "M*-"}, "--hybrid-layer-pattern"),
+    ({"window_size": [128, 0]}, "--window-size"),
     ({"moe_mlp_glu_interleave_size": 32}, "--moe-mlp-glu-interleave-size 32"),
 ])
 def test_models_that_later_versions_can_train_and_we_cannot_build_are_refused(

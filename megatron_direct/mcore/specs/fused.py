@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from megatron_direct.mcore.specs import local
+from megatron_direct.mcore.specs import hybrid, local
 
 # The kernels for GPUs take heads of such widths; with others torch falls back to a matrix of all
 # scores, without a word. Columns of zeros change neither scores nor outputs.
@@ -24,6 +24,11 @@ _WIDTH_MULTIPLE = 8
 def block_spec(transformer_config, vp_stage: int | None):
     """The layers that this rank builds of one model chunk."""
     return local.block_spec(transformer_config, vp_stage, core_attention=_fused_attention())
+
+
+def stack_spec(transformer_config):
+    """The layers of a hybrid model."""
+    return hybrid.stack_spec(transformer_config, core_attention=_fused_attention())
 
 
 def _fused_attention() -> type:

@@ -22,6 +22,7 @@ class LayerKind(enum.Enum):
     LAYER_NORM = "a norm that takes the mean off"
     RMS_NORM = "a norm that does not"
     NORM_AND_COLUMN_PARALLEL = "a norm and the column-parallel layer after it, in one"
+    MAMBA_MIXER = "what stands between the linear layers of a Mamba layer"
     EXPERTS = "a mixture of experts: router, experts and shared experts"
 
 

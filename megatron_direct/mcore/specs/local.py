@@ -57,7 +57,20 @@ def block_spec(transformer_config, vp_stage: int | None, core_attention: type | 
     return TransformerBlockSubmodules(
         layer_specs=[_layer(spec, transformer_config, core_attention)
                      for spec in block.layer_specs],
-        layer_norm=_norm(transformer_config))
+        layer_norm=norm_class(transformer_config))
+
+
+def one_layer(transformer_config, has_experts: bool, core_attention: type | None):
+    """One layer, of attention and an MLP or experts."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    spec = get_gpt_layer_local_spec(
+        num_experts=transformer_config.num_moe_experts if has_experts else None,
+        moe_grouped_gemm=False,
+        qk_layernorm=transformer_config.qk_layernorm,
+        multi_latent_attention=transformer_config.multi_latent_attention,
+        normalization=transformer_config.normalization)
+    return _layer(spec, transformer_config, core_attention)
 
 
 def add_up_position_gradients(chunk: Any) -> None:
@@ -89,7 +102,7 @@ def _layer(spec, config, core_attention: type | None):
         attention["core_attention"] = core_attention or latent_attention()
     if config.qk_layernorm:
         if config.multi_latent_attention:
-            attention.update(q_layernorm=_norm(config), kv_layernorm=_norm(config))
+            attention.update(q_layernorm=norm_class(config), kv_layernorm=norm_class(config))
         else:  # of heads, which are spread over the ranks: never of a slice of the sequence
             attention.update(q_layernorm=_torch_norm(config), k_layernorm=_torch_norm(config))
     mlp, has_experts = parts.mlp, compat.is_mixture_of_experts(parts.mlp)
@@ -98,8 +111,8 @@ def _layer(spec, config, core_attention: type | None):
     return dataclasses.replace(spec, submodules=dataclasses.replace(
         parts,
         mlp=mlp,
-        input_layernorm=_norm(config),
-        pre_mlp_layernorm=_norm(config),
+        input_layernorm=norm_class(config),
+        pre_mlp_layernorm=norm_class(config),
         self_attention=dataclasses.replace(
             compat.with_submodules(parts.self_attention, **attention), module=attention_class),
         sharded_state_dict_keys_map=_checkpoint_names(
@@ -119,7 +132,7 @@ def _checkpoint_names(latent_attention: bool, has_experts: bool) -> dict[str, st
     return names
 
 
-def _norm(config) -> type:
+def norm_class(config) -> type:
     """Of what is spread by sequence, if anything is."""
     if not config.sequence_parallel:
         return _torch_norm(config)
@@ -132,13 +145,13 @@ def _torch_norm(config) -> type:
 
 
 class _RMSNorm(torch.nn.RMSNorm):
-    def __init__(self, config, hidden_size: int, eps: float, **_unused):
-        super().__init__(hidden_size, eps=eps)
+    def __init__(self, config, hidden_size: int, eps: float | None = None, **_unused):
+        super().__init__(hidden_size, eps=config.layernorm_epsilon if eps is None else eps)
 
 
 class _LayerNorm(torch.nn.LayerNorm):
-    def __init__(self, config, hidden_size: int, eps: float, **_unused):
-        super().__init__(hidden_size, eps=eps)
+    def __init__(self, config, hidden_size: int, eps: float | None = None, **_unused):
+        super().__init__(hidden_size, eps=config.layernorm_epsilon if eps is None else eps)
 
 
 class _SequenceParallelRMSNorm(_RMSNorm):
