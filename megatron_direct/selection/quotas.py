@@ -39,7 +39,8 @@ class Quotas:
 
 
 def state_quotas(
-    groups: Sequence | np.ndarray | None, quotas: Mapping | None, share: Share, num_select: int
+    groups: Sequence | np.ndarray | None, quotas: Mapping | None, share: Share, num_select: int,
+    max_count: int = 1,
 ) -> Quotas | None:
     """The quotas of solve_selection, or None where there are none; all ranks call this.
 
@@ -64,7 +65,7 @@ def state_quotas(
     codes = np.full(len(labels), len(quotas), dtype=np.int64)
     for code, label in enumerate(quotas):
         codes[labels == label] = code
-    codes = share.gathered(codes).astype(np.int64)
+    codes = np.tile(share.gathered(codes).astype(np.int64), max_count)
     return Quotas(codes, _bounds(codes, list(quotas), limits, num_select))
 
 

@@ -40,12 +40,14 @@ def select_by_sketches(
     all_costs = evidence.share().gathered(costs)
     budget = config.stiff_budget
     if budget is None and objective.needs_budget:
-        budget = stiff_budget(all_costs, num_select, config.stiff_budget_fraction)
+        budget = stiff_budget(np.tile(all_costs, config.max_count), num_select,
+                              config.stiff_budget_fraction)
     terms = objective.terms(config, evidence)
     selection = solve_selection(
         summed_rows(config, evidence, seed).T, costs, num_select, stiff_budget=budget,
         objective=config.objective, seed=seed, target=terms.target, curvature=terms.curvature,
-        step_size=terms.step_size, groups=groups, quotas=quotas, sample_ids=evidence.ids,
+        step_size=terms.step_size, groups=groups, quotas=quotas, max_count=config.max_count,
+        sample_ids=evidence.ids,
         all_reduce_sum=evidence.all_reduce_sum)
     return selection, all_costs
 

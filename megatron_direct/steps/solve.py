@@ -50,11 +50,13 @@ class SelectionKey(Key):
 
 
 def num_to_select(config: SelectionConfig, num_usable: int) -> int:
-    """K. Raises UserError if it does not lie between 1 and the size of the pool."""
+    """K. Raises UserError if it does not lie between 1 and what the pool can give."""
     count = config.num_select if config.num_select is not None else max(1, num_usable // 4)
-    if not 1 <= count <= num_usable:
+    if not 1 <= count <= num_usable * config.max_count:
+        times = f" times --max-count {config.max_count}" if config.max_count > 1 else ""
         raise UserError(f"--num-select {count} must be between 1 and the pool's {num_usable} "
-                        "samples. Give a smaller number, or more pools in --data-path.")
+                        f"samples{times}. Give a smaller number, more pools in --data-path, or a "
+                        "greater --max-count.")
     return count
 
 
@@ -158,7 +160,7 @@ def _solve(config: SelectionConfig, share: _Share, seed: int,
     finite = share.everywhere(part.finite) > 0
     candidates = np.flatnonzero(finite)
     count = num_to_select(config, int(has_row.sum()))
-    if count > len(candidates):
+    if count > len(candidates) * config.max_count:
         raise UserError(f"--num-select {count} is more than the {len(candidates)} samples whose "
                         "gradients are finite. Give a smaller number, or check the checkpoint.")
     here = part.samples[part.finite]
@@ -175,7 +177,8 @@ def _solve(config: SelectionConfig, share: _Share, seed: int,
     losses = share.everywhere(np.where(part.finite, part.losses, 0.0))
     not_finite = np.flatnonzero(has_row & ~finite)
     return SelectionSummary(
-        **_in_numbers(config, found, cost), num_stiff=directions.num_stiff,
+        **_in_numbers(config, found, np.tile(cost, config.max_count)),
+        num_stiff=directions.num_stiff,
         samples=SampleCounts(len(samples), samples.num_unusable, samples.num_cut,
                              samples.num_cut_tokens, len(not_finite)),
         mean_loss=MeanLoss(float(losses[candidates].mean()), float(losses[chosen].mean())),
