@@ -82,10 +82,10 @@ def _save(model, layout, case, folder):
     fill_by_hash(parameter_shards(chunks), scale=0.2)
     fill_expert_bias(chunks)
     trainer.optimizer.reload_model_params()
-    _steps(trainer, model, 0)
+    train_on(trainer, model, 0)
     checkpoint.save(folder, STEPS, chunks, trainer.optimizer, trainer.scheduler,
                     {**vars(model), "lr": 1e-3})
-    return _weights(chunks), _steps(trainer, model, STEPS)
+    return _weights(chunks), train_on(trainer, model, STEPS)
 
 
 def _resume(model, layout, case, folder):
@@ -98,7 +98,7 @@ def _resume(model, layout, case, folder):
     assert carried == model
     chunks, trainer = _trainer(carried, layout, case)
     iteration = checkpoint.load_training(found.path, chunks, trainer.optimizer, trainer.scheduler)
-    return _weights(chunks), _steps(trainer, carried, iteration)
+    return _weights(chunks), train_on(trainer, carried, iteration)
 
 
 def _trainer(model, layout, case):
@@ -119,7 +119,8 @@ def _weights(chunks):
     return pieces(shards, [shard.parameter.detach().clone() for shard in shards])
 
 
-def _steps(trainer, model, done: int) -> list[float]:
+def train_on(trainer, model, done: int) -> list[float]:
+    """STEPS steps after ``done`` of them; their losses."""
     from megatron_direct.mcore import training
 
     feed = training.Feed(_sequences(model.seq_length), BATCH, done * BATCH.global_batch_size)

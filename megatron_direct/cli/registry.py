@@ -33,6 +33,8 @@ COMMANDS = {command.name: command for command in (
             "select", "SelectRequest", "select"),
     Command("anneal", "the decay phase over a selection, or over random samples",
             "anneal", "AnnealRequest", "anneal"),
+    Command("merge", "the weights of several checkpoints, averaged into one",
+            "merge", "MergeRequest", "merge"),
     Command("evaluate", "multiple-choice questions, answered by likelihood",
             "evaluate", "EvaluateRequest", "evaluate"),
     Command("compare", "arms of selection, annealed from one checkpoint and compared over seeds",

@@ -7,6 +7,7 @@ in batches of the same order of work under the same schedule; only the masks dif
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,15 +29,17 @@ from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import blend, grid, model
-from megatron_direct.mcore.checkpoint import Checkpoint, open_checkpoint
+from megatron_direct.mcore.checkpoint import Checkpoint, latest, load_model, open_checkpoint
+from megatron_direct.mcore.merging import Average
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
 from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.selection.baselines import random_selection
 from megatron_direct.settings import Settings, flag, flag_name
 from megatron_direct.steps import selected
-from megatron_direct.steps.annealed import ArmResult, Losses, write_composition
+from megatron_direct.steps.annealed import ArmResult, Losses, average_folder, write_composition
 from megatron_direct.steps.decay import Decay, Segment, decay, set_losses
+from megatron_direct.steps.merged import find_states, make_average
 from megatron_direct.steps.onset import as_trained, dataset_digests
 from megatron_direct.steps.selected import SelectionOrigin, SelectionSummary
 
@@ -70,8 +73,19 @@ class AnnealConfig(Settings):
         "repeated data are about as good as fresh data (Muennighoff et al. 2023)", above=0)
     test_data_path: tuple = flag((), "indexed datasets whose loss is reported", nargs="+")
     save_interval: int = flag(50, "iterations between checkpoints", at_least=1)
+    average_last: int = flag(
+        0, "average the last so many saved states of the annealing, too, and report the average's "
+        "losses; 0: no average", at_least=0)
     load_optim: bool = flag(True, "start from the checkpoint's optimizer state; "
                                   "--no-load-optim: start with a fresh one")
+
+    def check(self) -> None:
+        saved = -(-self.lr_wsd_decay_iters // self.save_interval)
+        if self.average_last and not 2 <= self.average_last <= saved:
+            raise UserError(
+                f"--average-last {self.average_last}: with --save-interval {self.save_interval} an "
+                f"annealing of {self.lr_wsd_decay_iters} iterations saves {saved} states, of which "
+                "at least 2 can be averaged. Change either.")
 
     @property
     def arm(self) -> str:
@@ -165,12 +179,14 @@ def anneal(request: AnnealRequest) -> None:
     state = parallel.on_rank_zero(lambda: artefact.state(key))
     if state is State.FINISHED:
         parallel.say(f"{arm.folder} has already been annealed.")
-        return
-    if state is State.NEW:
-        parallel.on_rank_zero(lambda: _begin(arm, masks, artefact, key))
-    result = _run(arm, masks)
-    parallel.on_rank_zero(lambda: result.write(arm.folder))
-    parallel.on_rank_zero(lambda: artefact.finish(key))
+    else:
+        if state is State.NEW:
+            parallel.on_rank_zero(lambda: _begin(arm, masks, artefact, key))
+        result = _run(arm, masks)
+        parallel.on_rank_zero(lambda: result.write(arm.folder))
+        parallel.on_rank_zero(lambda: artefact.finish(key))
+    if config.average_last:
+        _average(arm)
 
 
 def _check(request: AnnealRequest, origin: SelectionOrigin) -> _Arm:
@@ -221,6 +237,28 @@ def _run(arm: _Arm, masks: Mapping[str, SampleMask]) -> ArmResult:
                      request.num_sequences * job.model.seq_length, tuple(parts))
 
 
+def _average(arm: _Arm) -> None:
+    """The average of the arm's last states, and its losses."""
+    job, annealed = arm.job, parallel.on_rank_zero(lambda: ArmResult.read(arm.folder))
+    states = find_states([str(arm.folder / "checkpoints")], arm.config.average_last, None,
+                         "--average-last")
+    folder = average_folder(arm.folder, len(states))
+    make_average(Average.uniform(states), folder)
+    if parallel.on_rank_zero((folder / "result.json").is_file):
+        return
+    with grid.model_parallel(job.layout, job.num_model_chunks):
+        chunks = model.build(job)
+        load_model(parallel.on_rank_zero(lambda: latest(folder)), chunks)
+        after = Losses(**set_losses(chunks, job.model, job.batch,
+                                    valid=arm.origin.valid_data_path, test=arm.test))
+    result = dataclasses.replace(annealed, after=after, arm=f"{annealed.arm}, last "
+                                 f"{len(states)} averaged")
+    parallel.on_rank_zero(lambda: result.write(folder))
+    parallel.say(f"{result.arm}: test loss {after.test.get('all', float('nan')):.4f}, "
+                 f"{annealed.after.test.get('all', float('nan')):.4f} without averaging"
+                 if arm.test else f"{result.arm}: {folder}")
+
+
 def _blend(config: AnnealConfig, origin: SelectionOrigin) -> tuple[Blend, list[str]]:
     """(the blend, the datasets whose loss is reported), from the one flag that gives them."""
     pools, test = list(origin.data_path), list(config.test_data_path)
@@ -260,7 +298,8 @@ def _begin(arm: _Arm, masks: Mapping[str, SampleMask], artefact: Artefact, key: 
     """Writes what a random arm drew: no other place has it (rank 0)."""
     if arm.config.selection == RANDOM:
         selected.write_masks(arm.folder, masks)
-        chosen = np.flatnonzero(np.concatenate([mask.keep for mask in masks.values()]))
+        counts = np.concatenate([mask.counts for mask in masks.values()])
+        chosen = np.repeat(np.arange(len(counts)), counts)
         write_composition(arm.folder, selected.composition(arm.pool, chosen))
     artefact.begin(key)
 

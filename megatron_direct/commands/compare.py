@@ -53,7 +53,7 @@ from megatron_direct.steps.curvature import CurvatureConfig
 from megatron_direct.steps.decay import Decay, Segment, decay, set_losses
 from megatron_direct.steps.measure import MeasureSettings
 from megatron_direct.steps.onset import OnsetConfig, dataset_digests, open_onset
-from megatron_direct.steps.pilot import PilotConfig
+from megatron_direct.steps.pilot import PilotConfig, states_to_merge
 from megatron_direct.steps.selected import composition, masks_of
 from megatron_direct.steps.sketch import SketchConfig
 
@@ -132,8 +132,11 @@ def _setting(request: CompareRequest) -> Setting:
     solve_step.parse_quotas(selection.quotas,
                             list(indexed.prefix_names(onset.pool.prefixes).values()))
     return Setting(config, Path(request.onset.run_dir), onset,
-                   MeasureSettings(request.pilot, request.sketch, request.curvature), selection,
-                   solve_step.num_to_select(selection, len(onset.pool.usable)),
+                   MeasureSettings(request.pilot.in_one_spelling(), request.sketch,
+                                   request.curvature), selection,
+                   # Most arms select no sample twice.
+                   solve_step.num_to_select(dataclasses.replace(selection, max_count=1),
+                                            len(onset.pool.usable)),
                    dataset_digests(config.test_data_path))
 
 
@@ -170,13 +173,17 @@ def _arms(setting: Setting) -> list[str]:
 
 
 def _key(setting: Setting) -> ComparisonKey:
-    onset, sketch = setting.onset, setting.measure.sketch
+    onset, sketch, pilot = setting.onset, setting.measure.sketch, setting.measure.pilot
     defaults = SketchConfig()
+    if pilot.at == "merged":  # states are known by their digests, however they were found
+        states = states_to_merge(pilot, onset.checkpoint)
+        pilot = dataclasses.replace(pilot, merge_load=tuple(state.digest for state in states),
+                                    merge_last=0)
     return ComparisonKey(
         onset.checkpoint.digest, onset.digests_of(onset.pool), onset.digests_of(onset.valid),
         tuple(setting.test_digests.values()), setting.config.lr_wsd_decay_iters, sketch.seed,
         onset.job.batch.global_batch_size, onset.job.model, onset.job.optimizer,
-        setting.measure.pilot,
+        pilot,
         dataclasses.replace(sketch, micro_batch_size=defaults.micro_batch_size,
                             seed=defaults.seed),
         setting.measure.curvature,

@@ -88,20 +88,24 @@ def _datasets(prefixes: tuple, masks: list[tuple[str, SampleMask]]) -> dict[str,
 
 
 def statistics(masks: list[tuple[str, SampleMask]], datasets: dict[str, str]) -> Table:
-    """Documents kept of all, tokens kept of all where the dataset is known, origin.
+    """Documents kept of all, tokens kept of all where the dataset is known, origin; of masks with
+    counts also how often all of them are seen per epoch, and one at most.
 
     masks: names and masks; datasets: {digest: prefix}.
     """
-    rows = []
+    rows, counted = [], any(mask.max_count > 1 for _, mask in masks)
     for path, mask in masks:
         tokens = ["-"] * 3
         if mask.dataset_digest in datasets:
             lengths = indexed.document_lengths(indexed.open_indexed(datasets[mask.dataset_digest]))
-            tokens = _counts(int(lengths.sum()), int(np.sum(lengths, where=mask.keep)))
-        rows.append([Path(path).name, *_counts(mask.num_documents, mask.num_kept), *tokens,
+            tokens = _counts(int(lengths.sum()),
+                             int(lengths.astype(np.int64) @ mask.counts.astype(np.int64)))
+        rows.append([Path(path).name, *_counts(mask.num_documents, mask.num_kept),
+                     *([str(mask.num_seen), str(mask.max_count)] if counted else []), *tokens,
                      datasets.get(mask.dataset_digest, mask.dataset_digest), mask.run or "-"])
-    return make_table(["mask", "documents", "kept", "share", "tokens", "kept", "share", "dataset",
-                       "run"], rows, left=(0, 7, 8))
+    header = ["mask", "documents", "kept", "share", *(["seen", "most"] if counted else []),
+              "tokens", "kept", "share", "dataset", "run"]
+    return make_table(header, rows, left=(0, len(header) - 2, len(header) - 1))
 
 
 def _counts(whole: int, kept: int) -> list[str]:

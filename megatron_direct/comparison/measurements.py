@@ -85,7 +85,8 @@ def _at_onset(settings: MeasureSettings) -> MeasureSettings:
     """At the checkpoint itself, with the directions that the sketches alone yield: as the authors
     of the paper compute them."""
     return MeasureSettings(
-        PilotConfig(pilot_iters=0), dataclasses.replace(settings.sketch, precondition="none"),
+        PilotConfig(at="checkpoint", pilot_iters=0),
+        dataclasses.replace(settings.sketch, precondition="none"),
         dataclasses.replace(settings.curvature, curvature=SKETCHED_FISHER))
 
 

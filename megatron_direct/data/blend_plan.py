@@ -65,7 +65,11 @@ class Demand:
 
 @dataclass(frozen=True)
 class BlendPart:
-    """One prefix of a blend: what its mask leaves, and how often the training sees it."""
+    """One prefix of a blend: what its mask leaves, and how often the training sees it.
+
+    tokens: of an epoch, in which a document is seen as often as its count says, at most max_count
+    times.
+    """
 
     prefix: str
     documents: int
@@ -73,9 +77,11 @@ class BlendPart:
     weight: float
     epochs: float
     masked: bool
+    max_count: int = 1
 
     def __str__(self) -> str:
-        return (f"{self.prefix}: {self.documents} documents, {self.tokens} tokens"
+        counts = f", each up to {self.max_count} times an epoch" if self.max_count > 1 else ""
+        return (f"{self.prefix}: {self.documents} documents{counts}, {self.tokens} tokens"
                 f"{'' if self.masked else ' (no mask)'}, weight {self.weight:.4f}, "
                 f"{self.epochs:.2f} epochs")
 
@@ -118,7 +124,8 @@ def plan_blend(blend: Blend, masks: Mapping[str, SampleMask], demand: Demand,
         weight = shares[prefix] / total
         num_tokens = weight * demand.num_sequences * demand.seq_length
         parts.append(BlendPart(prefix, documents, left, weight, num_tokens / left,
-                               prefix in masks))
+                               prefix in masks,
+                               masks[prefix].max_count if prefix in masks else 1))
     _require_few_epochs(parts, rules.max_epochs)
     return parts
 
@@ -155,7 +162,8 @@ def _sizes(prefix: str, mask: SampleMask | None, share: tuple[float, float],
     if mask is None:
         return int(inside.sum()), whole, whole
     mask.require_belongs_to(prefix)
-    left = int(lengths[kept_sequences(dataset, mask)[begin:end]].sum(dtype=np.int64))
+    counts = sequence_counts(dataset, mask)[begin:end]
+    left = int(np.dot(lengths.astype(np.int64), counts.astype(np.int64)))
     return int((inside & mask.keep).sum()), left, whole
 
 
@@ -163,18 +171,40 @@ def _sizes(prefix: str, mask: SampleMask | None, share: tuple[float, float],
 _ONE_SEQUENCE_EACH: dict[str, bool] = {}
 
 
-def kept_sequences(dataset, mask: SampleMask) -> np.ndarray:
-    """[sequences] bool. The indexed dataset counts sequences; a document has one or more."""
+def sequence_counts(dataset, mask: SampleMask) -> np.ndarray:
+    """[sequences] uint8 how often each is seen per epoch. The indexed dataset counts sequences; a
+    document has one or more."""
     num_documents = len(dataset.document_indices) - 1
     if mask.num_documents != num_documents:
         raise UserError(f"the mask has {mask.num_documents} entries, but its dataset has "
                         f"{num_documents} documents.")
+    if _has_one_sequence_each(dataset, mask):
+        return mask.counts
+    return np.repeat(mask.counts, np.diff(dataset.document_indices))
+
+
+def kept_sequences(dataset, mask: SampleMask, begin: int = 0, end: int | None = None,
+                   ) -> np.ndarray:
+    """[n] numbers of the sequences from ``begin`` to ``end`` that are kept, in their order; a
+    document with a count comes whole, so many times in a row."""
+    counts = sequence_counts(dataset, mask)[begin:end]
+    kept = begin + np.flatnonzero(counts)
+    if mask.max_count == 1:
+        return kept
+    times = counts[kept - begin]
+    if _has_one_sequence_each(dataset, mask):
+        return np.repeat(kept, times)
+    document = np.searchsorted(dataset.document_indices, kept, side="right")
+    repeated = np.repeat(np.arange(len(kept)), times)
+    copy = np.arange(len(repeated)) - np.repeat(np.cumsum(times) - times, times)
+    return kept[repeated[np.lexsort((repeated, copy, document[repeated]))]]
+
+
+def _has_one_sequence_each(dataset, mask: SampleMask) -> bool:
     if mask.dataset_digest not in _ONE_SEQUENCE_EACH:
         _ONE_SEQUENCE_EACH[mask.dataset_digest] = bool(
             (np.diff(dataset.document_indices) == 1).all())
-    if _ONE_SEQUENCE_EACH[mask.dataset_digest]:
-        return mask.keep
-    return np.repeat(mask.keep, np.diff(dataset.document_indices))
+    return _ONE_SEQUENCE_EACH[mask.dataset_digest]
 
 
 def _require_distinct(prefixes: Sequence[str]) -> None:
@@ -190,9 +220,12 @@ def _require_distinct(prefixes: Sequence[str]) -> None:
 
 
 def _require_few_epochs(parts: Sequence[BlendPart], max_epochs: float | None) -> None:
-    many = [part for part in parts if part.masked and max_epochs and part.epochs > max_epochs]
+    def times(part: BlendPart) -> float:
+        return part.epochs * part.max_count  # of the documents that are seen most often
+
+    many = [part for part in parts if part.masked and max_epochs and times(part) > max_epochs]
     if many:
-        listed = "; ".join(f"{part.prefix} {part.epochs:.2f} times" for part in many)
+        listed = "; ".join(f"{part.prefix} {times(part):.2f} times" for part in many)
         raise UserError(
             f"the training would see masked datasets more often than --max-epochs {max_epochs:g}: "
             f"{listed}. Select more samples, train on fewer tokens, lower their weights or raise "

@@ -1,7 +1,8 @@
 """The documents that a mask keeps, as an indexed dataset of their own: for tools without masks.
 
-The new dataset holds the same documents in the same order, cut into the same sequences, so that
-under one seed Megatron shuffles and packs them as it does the masked dataset.
+The new dataset holds the same documents in the same order, cut into the same sequences, and those
+with a count so many times in a row, so that under one seed Megatron shuffles and packs them as it
+does the masked dataset.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ def materialize(prefix: str, mask: SampleMask, output_prefix: str) -> Materializ
     if mask.num_kept == 0:
         raise UserError(f"the mask of {prefix} keeps no document: there is nothing to write.")
     dataset = indexed.open_indexed(prefix)
-    kept = np.flatnonzero(kept_sequences(dataset, mask))
+    kept = kept_sequences(dataset, mask)
     lengths = dataset.sequence_lengths[kept]
-    sequences_of_document = np.diff(dataset.document_indices)[mask.keep]
+    sequences_of_document = np.diff(dataset.document_indices)[documents_in_order(mask)]
     starts = np.concatenate([[0], np.cumsum(sequences_of_document)])
     item_size = dataset.dtype.itemsize
     begins = dataset.sequence_pointers[kept]
@@ -58,6 +59,11 @@ def materialize(prefix: str, mask: SampleMask, output_prefix: str) -> Materializ
         files.write_json(output_prefix + ".json", card)
     indexed.write_index(output_prefix + ".idx", dataset.dtype, lengths, starts)
     return written
+
+
+def documents_in_order(mask: SampleMask) -> np.ndarray:
+    """[K] numbers of the documents kept, each as often as its count says."""
+    return np.repeat(np.arange(mask.num_documents), mask.counts)
 
 
 def _runs(begins: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -81,10 +87,7 @@ def _card(prefix: str, mask: SampleMask, written: Materialized) -> dict:
     card = indexed.read_card(prefix)
     if not card:
         return {}
-    keep = mask.keep  # unpacked once: it takes one byte per document
-    new_number = np.cumsum(keep) - 1
-    corrupted = np.array(card.get("corrupted", []), dtype=np.int64)
-    corrupted = corrupted[keep[corrupted]]
-    return {**card, **vars(written), "corrupted": new_number[corrupted].tolist(),
+    corrupted = np.isin(documents_in_order(mask), card.get("corrupted", []))
+    return {**card, **vars(written), "corrupted": np.flatnonzero(corrupted).tolist(),
             "materialized_from": {"dataset_digest": mask.dataset_digest,
                                   "mask_digest": mask.digest, "run": mask.run}}

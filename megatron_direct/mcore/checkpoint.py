@@ -42,6 +42,24 @@ def latest(folder: str | os.PathLike) -> Path | None:
     return folder / (text if text == "release" else f"iter_{int(text):07d}")
 
 
+def saved_states(folder: str | os.PathLike, last: int = 0, upto: int | None = None) -> list[Path]:
+    """The newest whole checkpoints of a training's folder, oldest first.
+
+    ``last`` of them; for 0 those of the last quarter of its iterations. upto: the iteration that
+    counts as the newest. A folder that is itself a checkpoint stands for itself.
+    """
+    folder = Path(folder)
+    newest = latest(folder)
+    if newest is None or newest == folder or not newest.name.startswith("iter_"):
+        return [newest or folder]
+    end = int(newest.name.removeprefix("iter_")) if upto is None else upto
+    there = {int(path.parent.name.removeprefix("iter_")): path.parent
+             for path in folder.glob(f"iter_*/{FORMAT_FILE}")}
+    iterations = sorted(iteration for iteration in there if iteration <= end)
+    taken = iterations[-last:] if last else [n for n in iterations if 4 * n > 3 * end]
+    return [there[iteration] for iteration in taken]
+
+
 Group = TypeVar("Group", bound=Settings)
 
 
@@ -113,6 +131,16 @@ def _common_state(checkpoint: Path) -> dict:
 def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[Any], optimizer,
          scheduler, args: dict) -> None:
     """Every rank calls this. ``chunks`` are bare; what was saved before stays until it is done."""
+    state = _model_state(chunks)
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=checkpoint_metadata())
+        state["opt_param_scheduler"] = scheduler.state_dict()
+    state.update(args=argparse.Namespace(**args), iteration=iteration, checkpoint_version=3.0)
+    write_state(folder, iteration, state)
+
+
+def write_state(folder: str | os.PathLike, iteration: int, state: dict) -> None:
+    """A sharded state dict as the folder's newest checkpoint; every rank calls this."""
     from megatron.core import dist_checkpointing
 
     target = Path(folder) / f"iter_{iteration:07d}"
@@ -120,11 +148,6 @@ def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[Any], optim
         shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed while saving
         target.mkdir(parents=True)
     parallel.barrier()
-    state = _model_state(chunks)
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=checkpoint_metadata())
-        state["opt_param_scheduler"] = scheduler.state_dict()
-    state.update(args=argparse.Namespace(**args), iteration=iteration, checkpoint_version=3.0)
     dist_checkpointing.save(state, str(target))
     parallel.barrier()
     if parallel.is_rank_zero():

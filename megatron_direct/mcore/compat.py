@@ -171,3 +171,13 @@ def load_sharded(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
     with _without_deprecations():
         return dist_checkpointing.load(state, str(checkpoint))
+
+
+def load_sharded_objects(checkpoint: Path) -> dict[str, Any]:
+    """{name: description} of what is in a checkpoint for parts of the model and is no tensor."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+    with _without_deprecations():
+        found = load_sharded_metadata(str(checkpoint))
+    return {name: entry for name, entry in found.items() if isinstance(entry, ShardedObject)}

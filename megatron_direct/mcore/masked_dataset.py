@@ -1,4 +1,4 @@
-"""A GPTDataset that shows only the documents a mask keeps.
+"""A GPTDataset that shows only the documents a mask keeps, each as often as its count says.
 
 Megatron packs shuffled documents into training sequences, so a mask over documents holds for every
 seed and sequence length. The mask comes in at the one place where it governs all that follows: the
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from megatron_direct.data.blend_plan import kept_sequences
+from megatron_direct.data.blend_plan import kept_sequences, sequence_counts
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.errors import UserError
 
@@ -49,16 +49,16 @@ class MaskedGPTDataset(GPTDataset):
                 # --dataloader-fast-cache-load, which trusts a cache, leaves them out. Where the
                 # cache is not opened yet either, the length is computed from them.
                 if self.config.defer_npy_index_mmap:
-                    self.indices = np.flatnonzero(kept_sequences(self.dataset, mask))
+                    self.indices = kept_sequences(self.dataset, mask)
             else:
-                kept = kept_sequences(self.dataset, mask)
                 # Megatron hands in a stretch of the dataset: many times as fast to thin out.
                 if len(self.indices) and (np.diff(self.indices) == 1).all():
                     first, last = self.indices[[0, -1]]
-                    left = np.flatnonzero(kept[first: last + 1])
-                    self.indices = first + left.astype(self.indices.dtype)
+                    self.indices = kept_sequences(self.dataset, mask, int(first), int(last) + 1,
+                                                  ).astype(self.indices.dtype)
                 else:
-                    self.indices = self.indices[kept[self.indices]]
+                    counts = sequence_counts(self.dataset, mask)
+                    self.indices = np.repeat(self.indices, counts[self.indices])
                 if len(self.indices) == 0:
                     raise UserError(
                         f"the mask of {self.dataset_path} keeps no document in the "

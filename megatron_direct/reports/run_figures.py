@@ -14,7 +14,8 @@ _AVERAGED = 15  # one in so many of the iterations is averaged over, to show the
 def curves(annealings: dict[str, Annealing]):
     """Training loss by iteration, and its moving average."""
     figure, axes = drawing.figure()
-    for number, (arm, annealing) in enumerate(annealings.items()):
+    trained = {arm: annealing for arm, annealing in annealings.items() if annealing.iterations}
+    for number, (arm, annealing) in enumerate(trained.items()):
         iterations, losses = (np.array(values) for values in (annealing.iterations,
                                                               annealing.training_losses))
         axes.plot(iterations, losses, color=f"C{number}", linewidth=0.8, alpha=0.4)

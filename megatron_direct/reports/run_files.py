@@ -85,7 +85,8 @@ def read_report_files(run_dir: str | Path) -> RunReport:
     seconds = run.path / "seconds.json"
     return RunReport(
         path=str(run.path),
-        annealings={arm: _annealing(selected.arm_folder(run.path, arm)) for arm in arms},
+        annealings={annealing.result.arm: annealing for arm in arms
+                    for annealing in _annealings(selected.arm_folder(run.path, arm))},
         selections=selections,
         compositions={**{name: found.composition for name, found in selections.items()},
                       **{arm: found for arm, found in drawn.items() if found is not None}},
@@ -95,7 +96,9 @@ def read_report_files(run_dir: str | Path) -> RunReport:
                                      call["provenance"]["versions"]) for call in run.record()))
 
 
-def _annealing(folder: Path) -> Annealing:
+def _annealings(folder: Path) -> list[Annealing]:
+    """An arm, and the averages of its last states, which have no training of their own."""
     metrics = read_metrics(folder / "metrics.jsonl")
-    return Annealing(ArmResult.read(folder), tuple(line["iteration"] for line in metrics),
-                     tuple(line["loss"] for line in metrics))
+    arm = Annealing(ArmResult.read(folder), tuple(line["iteration"] for line in metrics),
+                    tuple(line["loss"] for line in metrics))
+    return [arm, *(Annealing(average, (), ()) for average in annealed.read_averages(folder))]

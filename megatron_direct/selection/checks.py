@@ -38,7 +38,7 @@ def checked_costs(stiff_cost: np.ndarray) -> np.ndarray:
 
 
 def checked_count(num_select: int, num_samples: int) -> int:
-    """K as an int in [1, N]."""
+    """K as an int in [1, N], N counting each sample as often as it may be selected."""
     is_count = isinstance(num_select, Integral) and not isinstance(num_select, bool)
     if not is_count or not 1 <= num_select <= num_samples:
         raise ValueError(
@@ -53,6 +53,14 @@ def checked_number(name: str, value: float | None) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number, found {value!r}; convert it to a float")
     return float(value)
+
+
+def checked_max_count(max_count: int) -> int:
+    """M as an int of at least 1."""
+    if not isinstance(max_count, Integral) or isinstance(max_count, bool) or max_count < 1:
+        raise ValueError(f"max_count must be an integer of at least 1, found {max_count!r}; 1 "
+                         "selects each sample once at most")
+    return int(max_count)
 
 
 def checked_budget(stiff_budget: float | None) -> float:

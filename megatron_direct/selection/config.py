@@ -15,6 +15,9 @@ class SelectionConfig(Settings):
 
     num_select: int | None = flag(
         None, "K, samples to select; default: a quarter of the pool", type=int, at_least=1)
+    max_count: int = flag(
+        1, "how often one sample may be selected; above 1 masks hold counts, and a sample with "
+        "count 2 comes twice per epoch", at_least=1, at_most=255)
     objective: str = flag(
         "descent", "what the selected samples maximise; flat-energy is the paper's",
         choices=OBJECTIVES)

@@ -9,7 +9,8 @@ Notation, used in every file of this folder:
 
     maximise J(F w)   over   W = { 0 <= w <= 1,  sum w = K,  a.w <= tau,  quotas }
 
-with w in {0, 1} for a selection, and in [0, 1] for its relaxation.
+with w in {0, 1} for a selection, and in [0, 1] for its relaxation. Where a sample may be selected
+M times, it stands among the candidates M times, with one and the same row; N then counts copies.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Problem:
 class Selection:
     """A selection, what it attains, and what no selection can exceed.
 
-    indices       int64 [K], ascending sample ids
+    indices       int64 [K], ascending sample ids, each as often as it is selected
     objective     value of the selection; larger is better for every objective
     stiff_cost    sum of the selected costs, correctly rounded
     stiff_budget  the budget it was held to, or None where there was none

@@ -48,11 +48,12 @@ class StatedQuotas:
     limits: list[tuple[int, int]]
     codes: np.ndarray | None
 
-    def of_selections(self, num_select: int) -> Quotas:
-        """The quotas of K samples; the leader calls this. Raises InfeasibleQuotas if no K samples
-        keep them."""
+    def of_selections(self, num_select: int, copies: int = 1) -> Quotas:
+        """The quotas of K samples, each of which stands among the candidates so many times; the
+        leader calls this. Raises InfeasibleQuotas if no K samples keep them."""
         assert self.codes is not None
-        return Quotas(self.codes, _bounds(self.codes, self.labels, self.limits, num_select))
+        codes = np.tile(self.codes, copies)
+        return Quotas(codes, _bounds(codes, self.labels, self.limits, num_select))
 
 
 def state_quotas(

@@ -163,3 +163,32 @@ class Rows:
     def _product(self, product: Callable, vector: np.ndarray | None, said: np.ndarray):
         self._share.announced(np.array([[_PRODUCTS.index(product)]]))
         return product(self._local, self._share, vector, self._share.announced(said))
+
+
+class RepeatedRows(Rows):
+    """Rows of candidates that come several times: candidate c N + i is copy c of sample i.
+
+    No row is copied: what has one entry per candidate is summed, or repeated, over the copies. The
+    first copies of all samples come before the second ones, so that ties go to fresh samples.
+    """
+
+    def __init__(self, local: LocalRows, share: Share, copies: int):
+        super().__init__(local, share)
+        self._copies, self._distinct = copies, share.num_samples
+        self.num_samples = copies * share.num_samples
+
+    def scores(self, directions: np.ndarray) -> np.ndarray:
+        return np.tile(super().scores(directions), (1, self._copies))
+
+    def sums(self, weights: np.ndarray) -> np.ndarray:
+        return super().sums(weights.reshape(len(weights), self._copies, self._distinct).sum(1))
+
+    def exact_sum(self, mask: np.ndarray) -> np.ndarray:
+        layers = mask.reshape(self._copies, self._distinct)
+        return np.sum([super(RepeatedRows, self).exact_sum(layer) for layer in layers], axis=0)
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        return super().take(ids % self._distinct)
+
+    def squares(self, weights: np.ndarray | None = None) -> np.ndarray:
+        return np.tile(super().squares(weights), self._copies)

@@ -6,6 +6,7 @@ and the others serve it with products of their rows (see rows.py).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,6 +18,7 @@ from megatron_direct.selection.checks import (
     checked_costs,
     checked_count,
     checked_flat,
+    checked_max_count,
 )
 from megatron_direct.selection.copies import prefer_lower_ids
 from megatron_direct.selection.feasible import FeasibleSet
@@ -26,7 +28,7 @@ from megatron_direct.selection.objectives.quadratic import LowRank
 from megatron_direct.selection.problem import Problem, Selection
 from megatron_direct.selection.quotas import state_quotas
 from megatron_direct.selection.relaxation import relax
-from megatron_direct.selection.rows import LocalRows, Rows, serve
+from megatron_direct.selection.rows import LocalRows, RepeatedRows, Rows, serve
 from megatron_direct.selection.share import AllReduceSum, Share
 from megatron_direct.selection.spectral import dominant_directions
 from megatron_direct.selection.swaps import Improved, improve
@@ -49,6 +51,7 @@ def solve_selection(
     step_size: float | None = None,
     groups: Sequence | np.ndarray | None = None,
     quotas: Mapping | None = None,
+    max_count: int = 1,
     sample_ids: np.ndarray | None = None,
     all_reduce_sum: AllReduceSum | None = None,
 ) -> Selection:
@@ -58,7 +61,7 @@ def solve_selection(
                   "descent"). Best given as the transpose of row storage [N, k], in memory or
                   memory-mapped, float32 or float64; it is read in blocks and never copied whole
     stiff_cost    [N] a_i >= 0
-    num_select    K, from 1 to N
+    num_select    K, from 1 to N times max_count
     stiff_budget  tau >= 0, in the units of stiff_cost (see ``stiff_budget``); math.inf sets none,
                   None does so for "descent", whose curvature term does the budget's work
     objective     "flat-energy" |F w|^2; "alignment" target.F w; "descent" the decrease
@@ -71,6 +74,7 @@ def solve_selection(
     step_size     eta > 0
     groups        [N] a label per sample, and
     quotas        label -> (least, greatest) number of samples to select; other labels are free
+    max_count     how often one sample may be selected. K, the cost and the quotas count every time
 
     With rows spread over ranks, each rank passes its own columns, costs, groups and
     ``sample_ids`` [n] (the ranks' ids together are 0..N-1), and ``all_reduce_sum``, which returns
@@ -94,21 +98,23 @@ def solve_selection(
         )
     budget = checked_budget(stiff_budget)
     share = Share.of_rank(flat.shape[1], sample_ids, all_reduce_sum)
+    copies = checked_max_count(max_count)
     local = LocalRows(flat)
     costs, stated = share.gathered(stiff_cost), state_quotas(groups, quotas, share)
 
     def lead() -> Selection:
         assert costs is not None
-        checked = checked_costs(costs)
-        count = checked_count(num_select, len(costs))
+        checked = np.tile(checked_costs(costs), copies)
+        count = checked_count(num_select, len(checked))
         quadratic = make_objective(
             objective, Terms(target, curvature, step_size), len(flat), count
         )
         feasible = FeasibleSet(
-            checked, count, budget, None if stated is None else stated.of_selections(count)
+            checked, count, budget, None if stated is None else stated.of_selections(count, copies)
         )
-        rows = Rows(local, share)
-        return _solve(Problem(rows, feasible, quadratic, quadratic.self_terms(rows)), seed)
+        rows = Rows(local, share) if copies == 1 else RepeatedRows(local, share, copies)
+        found = _solve(Problem(rows, feasible, quadratic, quadratic.self_terms(rows)), seed)
+        return dataclasses.replace(found, indices=np.sort(found.indices % share.num_samples))
 
     if not share.leads:
         serve(local, share)

@@ -52,16 +52,19 @@ def select_by_sketches(
     objective = find_objective(config.objective)
     costs = stiff_costs(evidence.rows, evidence.directions)
     share = evidence.share()
-    cost_range = share.from_leader(lambda whole: CostRange.of(whole, num_select), costs)
+    cost_range = share.from_leader(
+        lambda whole: CostRange.of(np.tile(whole, config.max_count), num_select), costs)
     budget = config.stiff_budget
     if budget is None and objective.needs_budget:
         budget = share.from_leader(
-            lambda whole: stiff_budget(whole, num_select, config.stiff_budget_fraction), costs)
+            lambda whole: stiff_budget(np.tile(whole, config.max_count), num_select,
+                                       config.stiff_budget_fraction), costs)
     terms = objective.terms(config, evidence)
     selection = solve_selection(
         summed_rows(config, evidence, seed).T, costs, num_select, stiff_budget=budget,
         objective=config.objective, seed=seed, target=terms.target, curvature=terms.curvature,
-        step_size=terms.step_size, groups=groups, quotas=quotas, sample_ids=evidence.ids,
+        step_size=terms.step_size, groups=groups, quotas=quotas, max_count=config.max_count,
+        sample_ids=evidence.ids,
         all_reduce_sum=evidence.all_reduce_sum)
     return selection, cost_range
 

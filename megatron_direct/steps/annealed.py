@@ -45,6 +45,18 @@ def arm_names(run_path: Path) -> list[str]:
     return sorted(names, key=lambda name: (name.startswith("random"), name != "direct", name))
 
 
+def average_folder(arm: Path, count: int) -> Path:
+    """Of the average of an arm's last states."""
+    return arm / "averages" / str(count)
+
+
+def read_averages(arm: Path) -> list[ArmResult]:
+    """Results of the averages of an arm's last states, of few states first."""
+    folders = sorted((path.parent for path in arm.glob("averages/*/result.json")),
+                     key=lambda folder: int(folder.name))
+    return [ArmResult.read(folder) for folder in folders]
+
+
 def write_composition(folder: Path, composition: Mapping[str, PoolComposition]) -> None:
     """What a random arm drew, by pool."""
     files.write_json(folder / "composition.json",

@@ -45,7 +45,7 @@ def measure(settings: MeasureSettings, onset: Onset, folder: Path) -> Measured:
     """
     curvature_step.require_precision(settings.curvature, onset.job.precision)
     clock = _Clock(folder)
-    point = gradient_point(settings.pilot, onset, folder / "pilot", settings.sketch.seed)
+    point = gradient_point(settings.pilot, onset, folder, settings.sketch.seed)
     clock.stop("pilot")
     pool = Drawn("pool", onset.pool, onset.pool.usable, onset.digests_of(onset.pool))
     valid = Drawn("valid", onset.valid, sketch_step.draw(
@@ -106,7 +106,7 @@ class _Clock:
 
     def __init__(self, folder: Path):
         self._path = folder / "seconds.json"
-        parts = (folder / "sketches", folder / "pilot")
+        parts = (folder / "sketches", folder / "pilot", folder / "merged")
         self._is_new = parallel.on_rank_zero(lambda: not any(part.exists() for part in parts))
         self._seconds: dict[str, float] = {}
         self._began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A short annealing over the whole pool, at whose end gradients and curvature are taken.
+"""The weights at which gradients and curvature are taken: a short annealing's, for instance.
 
 At the onset of annealing the learning rate is high, and the weights rattle about above the valley
 of the loss: most of the validation gradient points down its walls, which is where any data would
@@ -10,25 +10,59 @@ The pilot's weights serve the measurements alone: the annealing itself begins at
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_direct.config import ModelConfig, OptimizerConfig, Precision
+from megatron_direct.errors import UserError
 from megatron_direct.mcore import blend, checkpoint, grid, model
+from megatron_direct.mcore.checkpoint import Checkpoint
+from megatron_direct.mcore.merging import Average
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
-from megatron_direct.settings import Settings, flag
+from megatron_direct.settings import Settings, flag, flag_name
 from megatron_direct.steps.decay import Decay, Segment, decay
+from megatron_direct.steps.merged import find_states, make_average
 from megatron_direct.steps.onset import Onset
 
 
 @dataclass(frozen=True)
 class PilotConfig(Settings):
-    """Pilot annealing."""
+    """Point at which gradients are taken."""
 
+    at: str = flag(
+        "pilot", "weights at which gradients are taken: the checkpoint's, the average of the last "
+        "states of its training (merged), or those at the end of a pilot annealing",
+        choices=("checkpoint", "merged", "pilot"))
     pilot_iters: int = flag(
-        20, "iterations of a pilot annealing over the whole pool, at the end of which gradients "
-        "are taken; 0: gradients at the checkpoint itself", at_least=0)
+        20, "iterations of a pilot annealing over the whole pool; 0: gradients at the checkpoint "
+        "itself", at_least=0)
+    merge_load: tuple = flag(
+        (), "--at merged: the checkpoints that are averaged, as in `merge`; default: the states "
+        "beside --load that are no newer", nargs="+")
+    merge_last: int = flag(
+        0, "--at merged: how many states to take of a training's folder; 0: those of the last "
+        "quarter of its iterations", at_least=0)
+
+    def check(self) -> None:
+        if self.at != "merged":
+            for name in ("merge_load", "merge_last"):
+                if getattr(self, name):
+                    raise UserError(f"{flag_name(name)} has no effect without --at merged. Add "
+                                    "that flag, or leave this one out.")
+
+    @property
+    def has_pilot(self) -> bool:
+        return self.at == "pilot" and self.pilot_iters > 0
+
+    def in_one_spelling(self) -> PilotConfig:
+        """The same point, as every other config of it is spelt, too."""
+        if self.has_pilot:
+            return self
+        at = "checkpoint" if self.at == "pilot" else self.at
+        return dataclasses.replace(self, at=at, pilot_iters=0)
 
 
 @dataclass(frozen=True)
@@ -47,19 +81,37 @@ class PilotKey(Key):
 
 @dataclass(frozen=True)
 class GradientPoint:
-    """The weights at which gradients are taken. digest: of all that they depend on."""
+    """The weights at which gradients are taken. digest: of all that they depend on; moments: the
+    checkpoint with Adam's second moments, if any has them."""
 
     path: Path
     digest: str
+    moments: Path
 
 
 def gradient_point(config: PilotConfig, onset: Onset, folder: Path, seed: int) -> GradientPoint:
-    """The end of the pilot, run if it is not there, or the checkpoint; all ranks call this.
+    """The end of the pilot or the average of states, made if it is not there, or the checkpoint;
+    all ranks call this.
 
-    folder: for the pilot's checkpoint and metrics. A pilot that was killed starts again.
+    folder: of the run, for ``pilot/`` or ``merged/``. A pilot that was killed starts again.
     """
-    if config.pilot_iters == 0:
-        return GradientPoint(onset.checkpoint.path, onset.checkpoint.digest)
+    start = onset.checkpoint
+    if config.has_pilot:
+        return _end_of_pilot(config, onset, folder / "pilot", seed)
+    if config.at != "merged":
+        return GradientPoint(start.path, start.digest, start.path)
+    key = make_average(Average.uniform(states_to_merge(config, start)), folder / "merged")
+    return GradientPoint(_newest_in(folder / "merged"), key.digest(), start.path)
+
+
+def states_to_merge(config: PilotConfig, start: Checkpoint) -> list[Checkpoint]:
+    """Those that the flags name, or the last ones up to ``start``; all ranks call this."""
+    folders = [os.fspath(path) for path in config.merge_load]
+    return find_states(folders or [str(start.path.parent)], config.merge_last,
+                       None if folders else start.iteration, "--merge-load")
+
+
+def _end_of_pilot(config: PilotConfig, onset: Onset, folder: Path, seed: int) -> GradientPoint:
     key = PilotKey(onset.checkpoint.digest, onset.digests_of(onset.pool), config.pilot_iters,
                    onset.job.model, onset.job.optimizer, onset.job.batch.global_batch_size, seed,
                    onset.job.precision)
@@ -68,12 +120,12 @@ def gradient_point(config: PilotConfig, onset: Onset, folder: Path, seed: int) -
     if earlier is not None:
         parallel.say(f"pilot: {folder} was annealed over some of these pools, and is kept so "
                      "that its sketches can be reused.")
-        return GradientPoint(_checkpoint_in(folder), earlier)
+        return _pilot_in(folder, earlier)
     if parallel.on_rank_zero(lambda: artefact.state(key)) is not State.FINISHED:
         parallel.on_rank_zero(lambda: artefact.begin(key))
         _anneal(config, onset, folder, seed)
         parallel.on_rank_zero(lambda: artefact.finish(key))
-    return GradientPoint(_checkpoint_in(folder), key.digest())
+    return _pilot_in(folder, key.digest())
 
 
 def _of_fewer_pools(artefact: Artefact, key: PilotKey) -> str | None:
@@ -101,5 +153,10 @@ def _anneal(config: PilotConfig, onset: Onset, folder: Path, seed: int) -> None:
                     save_interval=config.pilot_iters), model.build(job))
 
 
-def _checkpoint_in(folder: Path) -> Path:
-    return parallel.on_rank_zero(lambda: checkpoint.latest(folder / "checkpoints"))
+def _pilot_in(folder: Path, digest: str) -> GradientPoint:
+    path = _newest_in(folder / "checkpoints")
+    return GradientPoint(path, digest, path)
+
+
+def _newest_in(folder: Path) -> Path:
+    return parallel.on_rank_zero(lambda: checkpoint.latest(folder))

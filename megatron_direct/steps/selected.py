@@ -65,7 +65,8 @@ def find_selection(run_path: Path, name: str) -> tuple[SelectionOrigin, Selectio
 
 @dataclass(frozen=True)
 class PoolComposition:
-    """Of one pool: candidates, selected, and how many of each were corrupted on purpose."""
+    """Of one pool: candidates, selected (each as often as its count says), and how many of each
+    were corrupted on purpose."""
 
     samples: int
     selected: int
@@ -135,10 +136,10 @@ class SelectionSummary:
 
 
 def masks_of(samples: Samples, digests: Sequence[str], chosen: np.ndarray) -> dict[str, SampleMask]:
-    """One mask for each dataset, from the numbers of the samples that were chosen."""
-    keep = np.zeros(len(samples), dtype=bool)
-    keep[chosen] = True
-    return {prefix: SampleMask(keep[samples.first[i]: samples.first[i + 1]], digest)
+    """One mask for each dataset, from the numbers of the samples that were chosen, each as often as
+    it shall be seen per epoch."""
+    counts = np.bincount(chosen, minlength=len(samples))
+    return {prefix: SampleMask(counts[samples.first[i]: samples.first[i + 1]], digest)
             for i, (prefix, digest) in enumerate(zip(samples.prefixes, digests, strict=True))}
 
 
@@ -179,13 +180,12 @@ def load_masks(folder: Path, prefixes: Sequence[str], digests: Mapping[str, str]
 def composition(samples: Samples, chosen: np.ndarray) -> dict[str, PoolComposition]:
     """By name of the pool."""
     names = indexed.prefix_names(samples.prefixes)
-    is_chosen = np.zeros(len(samples), dtype=bool)
-    is_chosen[chosen] = True
+    counts = np.bincount(chosen, minlength=len(samples))
     result = {}
     for i, prefix in enumerate(samples.prefixes):
         here = slice(samples.first[i], samples.first[i + 1])
-        selected, corrupted = is_chosen[here], samples.corrupted[here]
+        selected, corrupted = counts[here], samples.corrupted[here]
         result[names[prefix]] = PoolComposition(
             len(selected), int(selected.sum()), int(corrupted.sum()),
-            int((selected & corrupted).sum()))
+            int(selected[corrupted].sum()))
     return result

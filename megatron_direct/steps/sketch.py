@@ -113,7 +113,8 @@ def gradient_model(config: SketchConfig, job: Job, point: GradientPoint, spec: s
         chunks = model.build(job, spec=spec)
         checkpoint.load_model(point.path, chunks)
         shards = sketched_shards(parameter_shards(chunks), config.sketch_parameters)
-        scales = adam_scales(point.path, chunks, shards) if config.precondition == "adam" else None
+        scales = (adam_scales(point.moments, chunks, shards) if config.precondition == "adam"
+                  else None)
         yield GradientModel(chunks, shards, Sketch(shards, config.sketch_size, config.seed, scales),
                             scales, config.sample_loss, config.micro_batch_size)
 

@@ -50,11 +50,13 @@ class SelectionKey(Key):
 
 
 def num_to_select(config: SelectionConfig, num_usable: int) -> int:
-    """K. Raises UserError if it does not lie between 1 and the size of the pool."""
+    """K. Raises UserError if it does not lie between 1 and what the pool can give."""
     count = config.num_select if config.num_select is not None else max(1, num_usable // 4)
-    if not 1 <= count <= num_usable:
+    if not 1 <= count <= num_usable * config.max_count:
+        times = f" times --max-count {config.max_count}" if config.max_count > 1 else ""
         raise UserError(f"--num-select {count} must be between 1 and the pool's {num_usable} "
-                        "samples. Give a smaller number, or more pools in --data-path.")
+                        f"samples{times}. Give a smaller number, more pools in --data-path, or a "
+                        "greater --max-count.")
     return count
 
 
@@ -190,7 +192,7 @@ def _solve(config: SelectionConfig, here: _Part, seed: int,
     candidates = np.setdiff1d(here.measured.pool.numbers, not_finite, assume_unique=True) \
         if len(not_finite) else here.measured.pool.numbers
     count = num_to_select(config, here.total(len(part.samples)))
-    if count > len(candidates):
+    if count > len(candidates) * config.max_count:
         raise UserError(f"--num-select {count} is more than the {len(candidates)} samples whose "
                         "gradients are finite. Give a smaller number, or check the checkpoint.")
     rows, numbers, losses = (part.rows, part.samples, part.losses) if finite.all() else (

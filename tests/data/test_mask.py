@@ -82,7 +82,7 @@ def test_a_mask_takes_a_bit_a_document_in_memory():
 @pytest.mark.parametrize(("changed", "match"), [
     ({"num_kept": 3}, "is damaged: it keeps 8 documents in 2 bytes, where 3 of 16"),
     ({"keep": np.full(1, 255, np.uint8)}, "is damaged: it keeps 8 documents in 1 bytes"),
-    ({"format": 2}, "is not a sample mask, or is damaged .format 2, where 1"),
+    ({"format": 3}, "is not a sample mask, or is damaged .format 3, where 1 or 2"),
 ])
 def test_a_mask_that_contradicts_itself_is_refused(tmp_path, changed, match):
     SampleMask(np.arange(16) < 8, "d").save(tmp_path / "m.npz")
@@ -90,4 +90,55 @@ def test_a_mask_that_contradicts_itself_is_refused(tmp_path, changed, match):
         values = {**data, **changed}
     np.savez(tmp_path / "m.npz", **values)
     with pytest.raises(UserError, match=match):
+        SampleMask.load(tmp_path / "m.npz")
+
+
+def test_counts_come_back_as_they_were(tmp_path):
+    counts = np.random.default_rng(0).integers(0, 5, 1000)
+    mask = SampleMask(counts, "abc")
+    mask.save(tmp_path / "m.npz")
+    again = SampleMask.load(tmp_path / "m.npz")
+    np.testing.assert_array_equal(again.counts, counts)
+    np.testing.assert_array_equal(again.keep, counts > 0)
+    assert again.keep.dtype == bool and again.counts.dtype == np.uint8
+    assert (again.digest, again.num_seen, again.num_kept, again.max_count) == (
+        mask.digest, counts.sum(), np.count_nonzero(counts), 4)
+    assert mask.digest != SampleMask(counts > 0, "abc").digest
+
+
+def test_a_mask_of_yes_and_no_stays_as_it_was(tmp_path):
+    """Counts of 0 and 1 are the same mask, in the same file, as bools: older versions read it."""
+    keep = np.random.default_rng(0).random(999) < 0.3
+    masks = [SampleMask(keep, "a"), SampleMask(keep.astype(np.int64), "a")]
+    for number, mask in enumerate(masks):
+        mask.save(tmp_path / f"{number}.npz")
+    assert masks[0].digest == masks[1].digest and masks[0].max_count == 1
+    with np.load(tmp_path / "0.npz") as one, np.load(tmp_path / "1.npz") as two:
+        assert set(one) == set(two) == {"format", "num_documents", "num_kept", "keep",
+                                        "dataset_digest", "run"}
+        assert int(one["format"]) == 1
+        np.testing.assert_array_equal(one["keep"], two["keep"])
+    np.testing.assert_array_equal(masks[0].counts, keep)
+
+
+def test_set_operations_of_counts():
+    a, b = np.array([0, 1, 2, 3, 3]), np.array([2, 0, 1, 0, 3])
+    one, two = SampleMask(a, "d"), SampleMask(b, "d")
+    np.testing.assert_array_equal((one & two).counts, np.minimum(a, b))
+    np.testing.assert_array_equal((one | two).counts, np.maximum(a, b))
+    np.testing.assert_array_equal((one - two).counts, np.where(b > 0, 0, a))
+
+
+@pytest.mark.parametrize("counts", [[0, -1], [0, 256]])
+def test_counts_that_a_byte_cannot_hold_are_refused(counts):
+    with pytest.raises(ValueError, match="expected 0 to 255"):
+        SampleMask(np.array(counts), "d")
+
+
+def test_counts_of_other_documents_than_are_kept_are_refused(tmp_path):
+    SampleMask(np.array([0, 2, 1]), "d").save(tmp_path / "m.npz")
+    with np.load(tmp_path / "m.npz") as data:
+        values = {**data, "counts": np.array([1, 2, 0], np.uint8)}
+    np.savez(tmp_path / "m.npz", **values)
+    with pytest.raises(UserError, match="its counts are not of the documents it keeps"):
         SampleMask.load(tmp_path / "m.npz")
