@@ -128,12 +128,13 @@ def _setting(request: CompareRequest) -> Setting:
     if selection.sketch_rows == "spread":
         raise UserError("--sketch-rows spread is not supported by compare, which solves with all "
                         "rows on rank 0. Leave the flag out, and compare on a smaller pool.")
+    selection.require_number_where_needed()
+    solve_step.check_number(selection, len(onset.pool.usable))
     onset.job.require_runs_on(parallel.world_size(), trains=True)
     solve_step.parse_quotas(selection.quotas,
                             list(indexed.prefix_names(onset.pool.prefixes).values()))
     return Setting(config, Path(request.onset.run_dir), onset,
                    MeasureSettings(request.pilot, request.sketch, request.curvature), selection,
-                   solve_step.num_to_select(selection, len(onset.pool.usable)),
                    dataset_digests(config.test_data_path))
 
 
@@ -179,8 +180,7 @@ def _key(setting: Setting) -> ComparisonKey:
         setting.measure.pilot,
         dataclasses.replace(sketch, micro_batch_size=defaults.micro_batch_size,
                             seed=defaults.seed),
-        setting.measure.curvature,
-        dataclasses.replace(setting.selection, num_select=setting.num_select),
+        setting.measure.curvature, setting.selection,
         onset.job.precision)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_direct.selection import treatment
+from megatron_direct.selection.auto import select_number
 from megatron_direct.selection.baselines import random_selection
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, flat_rows
@@ -25,7 +26,8 @@ from megatron_direct.selection.problem import Selection
 
 @dataclass(frozen=True)
 class Case:
-    """What an arm may know. N candidates, M validation samples, k coordinates, K to select.
+    """What an arm may know. N candidates, M validation samples, k coordinates, K to select (an arm
+    that asks :meth:`select` takes as many as the flags say, which may leave that open).
 
     evidence: by measurement (see :class:`Arm`). domains: [N] the domain of each candidate, by name;
     losses: [N] mean token losses; corrupted: [N] what a trial shuffled on purpose, for the oracle
@@ -53,6 +55,11 @@ class Case:
         config = dataclasses.replace(self.config, **settings)
         return treatment.select_by_sketches(
             config, evidence, self.num_select, self.seed, **self.limits)[0]
+
+    def select(self, evidence: Evidence, **settings) -> Selection:
+        """What `select` would with these flags, some of them changed."""
+        return select_number(dataclasses.replace(self.config, **settings), evidence, self.seed,
+                             self.limits)[0]
 
     def largest(self, scores: np.ndarray) -> np.ndarray:
         """[K] of the largest scores; ties go to the lower number."""
@@ -151,18 +158,18 @@ def _gradient_dot_adam(case: Case) -> np.ndarray:
 
 @arm("direct", "what `megatron-direct select` selects with these flags", ("select",))
 def _direct(case: Case) -> Selection:
-    return case.solve(case.evidence["select"])
+    return case.select(case.evidence["select"])
 
 
 @arm("direct-onset", "the same objective with gradients and directions at the checkpoint, without "
      "a pilot", ("onset",))
 def _direct_onset(case: Case) -> Selection:
-    return case.solve(case.evidence["onset"])
+    return case.select(case.evidence["onset"])
 
 
 @arm("direct-unshrunk", "direct without shrinkage towards clusters", ("select",))
 def _direct_unshrunk(case: Case) -> Selection:
-    return case.solve(case.evidence["select"], shrinkage_clusters=0)
+    return case.select(case.evidence["select"], shrinkage_clusters=0)
 
 
 @arm("pilot-dot", "largest inner product with the mean validation gradient, after the pilot",

@@ -62,7 +62,6 @@ class Setting:
     onset: Onset
     measure: MeasureSettings
     selection: SelectionConfig
-    num_select: int
     test_digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -115,6 +114,8 @@ def measurement_folder(setting: Setting, seed: int, name: str) -> Path:
 def measured_case(setting: Setting, seed: int, needs: set[str]) -> Case | None:
     """What the arms may know at a seed, computed or read; on rank 0, None elsewhere."""
     found = {}
+    if setting.selection.is_auto:
+        needs = needs | {"select"}
     for name in MEASUREMENTS:
         if name == "onset" or name in needs:
             settings = MEASUREMENTS[name](dataclasses.replace(
@@ -129,21 +130,37 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
               for name, of in measured.items()}
     pool, valid = stored["onset"]
     chosen = _candidates(setting, seed, stored)
+    config = setting.selection
+    if config.is_auto and config.anneal_tokens is None:
+        config = dataclasses.replace(
+            config,
+            anneal_tokens=setting.num_sequences * setting.onset.job.model.seq_length)
     here, samples, valid_samples = pool.samples[chosen], setting.onset.pool, setting.onset.valid
     evidence = {name: Evidence(rows.rows[chosen], samples.num_labels[here],
                                samples.dataset_of(here), len(samples.prefixes),
-                               np.arange(len(here)), of_valid.rows, measured[name].directions)
+                               np.arange(len(here)), of_valid.rows, measured[name].directions,
+                               valid_datasets=valid_samples.dataset_of(of_valid.samples))
                 for name, (rows, of_valid) in stored.items()}
     case = Case(evidence, pool.losses[chosen], _domains(samples, here), samples.corrupted[here],
                 _domains(valid_samples, valid.samples), valid_samples.num_labels[valid.samples],
-                setting.num_select, seed, setting.selection,
-                solve_step.limits(setting.selection, samples, here))
+                0, seed, config, solve_step.limits(config, samples, here))
+    case = dataclasses.replace(case, num_select=_num_select(case))
     with files.written_whole(setting.seed_folder(seed) / "samples.npz") as file:
-        np.savez(file, candidates=here, loss=case.losses, labels=evidence["onset"].labels,
+        np.savez(file, candidates=here, num_select=case.num_select, loss=case.losses,
+                 labels=evidence["onset"].labels,
                  domain=samples.dataset_of(here), corrupted=case.corrupted,
                  stiff_cost=stiff_costs(evidence["onset"].rows,
                                                   measured["onset"].directions))
     return case
+
+
+def _num_select(case: Case) -> int:
+    """How many samples arms take: as many as the default does, and where that is left open and
+    comes to the whole pool, half of it."""
+    if not case.config.is_auto:
+        return int(case.config.num_select)
+    found = len(case.select(case.evidence["select"]).indices)
+    return found if found < len(case.losses) else max(1, found // 2)
 
 
 def _candidates(setting: Setting, seed: int, stored: Mapping[str, list]) -> np.ndarray:

@@ -30,7 +30,7 @@ def write_record(setting: Setting, reference: str, arms: Sequence[str]) -> None:
         ("test", setting.config.test_data_path))}
     tokens = setting.num_sequences * setting.onset.job.model.seq_length
     files.write_json(setting.folder / "setting.json", {
-        "name": setting.config.name or setting.folder.name, "num_select": setting.num_select,
+        "name": setting.config.name or setting.folder.name, "num_select": _num_select(setting),
         "num_candidates": len(setting.onset.pool.usable),
         "parameters": files.read_json(setting.folder / "before.json")["parameters"],
         "iterations": setting.config.lr_wsd_decay_iters, "tokens": tokens,
@@ -44,6 +44,12 @@ def write_record(setting: Setting, reference: str, arms: Sequence[str]) -> None:
     })
     if setting.config.tokenizer_model:
         files.write_json(setting.folder / "texts.json", _texts(setting))
+
+
+def _num_select(setting: Setting) -> int:
+    """Of the arms beside the default, at the first seed."""
+    with np.load(setting.seed_folder(setting.seeds[0]) / "samples.npz") as arrays:
+        return int(arrays["num_select"])
 
 
 def _seconds(setting: Setting, seed: int) -> dict[str, dict[str, float]]:

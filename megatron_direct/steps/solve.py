@@ -18,10 +18,13 @@ from megatron_direct.errors import UserError
 from megatron_direct.gradients.store import Sketches
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Key
-from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection, treatment
+from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection, auto
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
+from megatron_direct.selection.objectives import OBJECTIVES
 from megatron_direct.selection.problem import Selection
+from megatron_direct.selection.stability import Stability, halves, stability
+from megatron_direct.selection.worth import cluster_numbers
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import CurvatureConfig
 from megatron_direct.steps.measure import Measured
@@ -37,8 +40,8 @@ from megatron_direct.steps.selected import (
 
 @dataclass(frozen=True)
 class SelectionKey(Key):
-    """What a selection depends on. ``problem.num_select`` is the number it came to; where the rows
-    lie while it is solved is left at its default."""
+    """What a selection depends on. Left at their defaults: where the rows lie while it is solved,
+    and the tokens of the annealing where the number of samples is given."""
 
     pool_digests: tuple[str, ...]
     sketches_digest: str
@@ -49,20 +52,20 @@ class SelectionKey(Key):
     seed: int
 
 
-def num_to_select(config: SelectionConfig, num_usable: int) -> int:
-    """K. Raises UserError if it does not lie between 1 and the size of the pool."""
-    count = config.num_select if config.num_select is not None else max(1, num_usable // 4)
-    if not 1 <= count <= num_usable:
-        raise UserError(f"--num-select {count} must be between 1 and the pool's {num_usable} "
-                        "samples. Give a smaller number, or more pools in --data-path.")
-    return count
+def check_number(config: SelectionConfig, num_usable: int) -> None:
+    """Raises UserError if K is given and is more than the pool has."""
+    if not config.is_auto and int(config.num_select) > num_usable:
+        raise UserError(f"--num-select {config.num_select} must be between 1 and the pool's "
+                        f"{num_usable} samples. Give a smaller number, or more pools in "
+                        "--data-path.")
 
 
 def selection_key(config: SelectionConfig, curvature: CurvatureConfig, measured: Measured,
                   seed: int) -> SelectionKey:
+    defaults = SelectionConfig()
     problem = dataclasses.replace(
-        config, num_select=num_to_select(config, len(measured.pool.numbers)),
-        sketch_rows=SelectionConfig().sketch_rows)
+        config, sketch_rows=defaults.sketch_rows,
+        anneal_tokens=config.anneal_tokens if config.is_auto else defaults.anneal_tokens)
     return SelectionKey(tuple(measured.pool.digests), measured.sketches, measured.spectrum,
                         curvature.num_eigenpairs, curvature.energy_share, problem, seed)
 
@@ -157,30 +160,49 @@ def _solve(config: SelectionConfig, share: _Share, seed: int,
     has_row = share.everywhere(np.ones(len(part.samples))) > 0
     finite = share.everywhere(part.finite) > 0
     candidates = np.flatnonzero(finite)
-    count = num_to_select(config, int(has_row.sum()))
-    if count > len(candidates):
-        raise UserError(f"--num-select {count} is more than the {len(candidates)} samples whose "
-                        "gradients are finite. Give a smaller number, or check the checkpoint.")
-    here = part.samples[part.finite]
-    directions = share.measured.directions
-    evidence = Evidence(
-        part.rows[part.finite], samples.num_labels[here], samples.dataset_of(here),
-        len(samples.prefixes), np.searchsorted(candidates, here),
-        sketch_step.read_sketches(share.measured.store, share.measured.valid).rows, directions,
-        share.all_reduce_sum)
+    check_number(config, int(has_row.sum()))
+    if not config.is_auto and int(config.num_select) > len(candidates):
+        raise UserError(f"--num-select {config.num_select} is more than the {len(candidates)} "
+                        "samples whose gradients are finite. Give a smaller number, or check the "
+                        "checkpoint.")
+    evidence = _evidence(share, candidates)
     with in_terms_of_flags():
-        found, cost = treatment.select_by_sketches(config, evidence, count, seed,
-                                                   **limits(config, samples, here))
+        found, cost, how_many = auto.select_number(
+            config, evidence, seed, limits(config, samples, part.samples[part.finite]))
     chosen = candidates[found.indices]
     losses = share.everywhere(np.where(part.finite, part.losses, 0.0))
     not_finite = np.flatnonzero(has_row & ~finite)
     return SelectionSummary(
-        **_in_numbers(config, found, cost), num_stiff=directions.num_stiff,
+        **_in_numbers(config, found, cost), num_stiff=evidence.directions.num_stiff,
         samples=SampleCounts(len(samples), samples.num_unusable, samples.num_cut,
                              samples.num_cut_tokens, len(not_finite)),
         mean_loss=MeanLoss(float(losses[candidates].mean()), float(losses[chosen].mean())),
         composition=composition(samples, chosen), mask_digests={},
-        not_finite=tuple(not_finite.tolist())), chosen
+        not_finite=tuple(not_finite.tolist()), how_many=how_many,
+        stability=_stability(config, evidence, len(chosen), seed)), chosen
+
+
+def _evidence(share: _Share, candidates: np.ndarray) -> Evidence:
+    """Of this rank's part of the candidates."""
+    samples, part, valid = share.measured.pool.samples, share.part, share.measured.valid
+    here = part.samples[part.finite]
+    valid_sketches = sketch_step.read_sketches(share.measured.store, valid)
+    return Evidence(
+        part.rows[part.finite], samples.num_labels[here], samples.dataset_of(here),
+        len(samples.prefixes), np.searchsorted(candidates, here), valid_sketches.rows,
+        share.measured.directions, share.all_reduce_sum,
+        valid.samples.dataset_of(valid_sketches.samples))
+
+
+def _stability(config: SelectionConfig, evidence: Evidence, count: int, seed: int,
+               ) -> Stability | None:
+    """None where there is no choice, and where half of the evidence admits none: within a budget of
+    stiff cost, which is in units of all of it."""
+    if count == evidence.share().num_samples or config.quotas or len(evidence.valid_rows) < 2 \
+            or not OBJECTIVES[config.objective].treats_sketches or config.stiff_budget is not None:
+        return None
+    return stability(*halves(config, evidence, count, seed),
+                     cluster_numbers(config, evidence, seed))
 
 
 def _in_numbers(config: SelectionConfig, found: Selection, cost: np.ndarray) -> dict:

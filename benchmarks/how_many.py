@@ -1,0 +1,165 @@
+"""How many samples to keep: annealings on the default's choice, for a grid of lengths and sizes.
+
+    OMP_NUM_THREADS=1 python benchmarks/how_many.py                (an hour on one core; resumable)
+    OMP_NUM_THREADS=1 python benchmarks/how_many.py --report       (the table of what is there)
+
+The embedded text and the small model of benchmarks/study.py. For each setting, seed and length of
+the annealing (its tokens T as a share of the pool's, P), the default of `select` is annealed at
+several K, up to the whole pool. Each outcome is a line of ``losses.jsonl``; what is there is not
+run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from study import COMPARE, DOMAINS, GLOBAL_BATCH, ROOT, Study
+
+from megatron_direct.cli import flags as cli_flags
+from megatron_direct.cli import main as cli
+from megatron_direct.commands.compare import CompareRequest
+from megatron_direct.comparison.arms import Case
+from megatron_direct.comparison.measurements import Setting, measured_case
+from megatron_direct.comparison.run_results import mean_test_loss
+
+LENGTHS = (0.33, 1.0, 0.1, 3.0)  # T / P
+SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # K / N
+# As in benchmarks/study.py, of half the size.
+SETTINGS = {
+    "corrupted": ("corrupted", (450, 450), DOMAINS),
+    "clean": ("clean", (450, 450), DOMAINS),
+    "shifted": ("clean", (90, 900), DOMAINS[:1]),
+    "rare": ("clean", (45, 900), DOMAINS[:1]),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One annealing. choice: how the samples are chosen (see :func:`choose`)."""
+
+    seed: int
+    length: float
+    setting: str
+    choice: str
+    share: float
+
+
+def cells(num_seeds: int) -> Iterator[Cell]:
+    """In the order in which they are run: the whole grid at one length before the next one."""
+    for length in LENGTHS:
+        for seed in range(1, num_seeds + 1):
+            for setting in SETTINGS:
+                for share in SHARES:
+                    yield Cell(seed, length, setting, "direct", share)
+
+
+def choose(case: Case, cell: Cell) -> np.ndarray:
+    """Positions among the candidates."""
+    count = round(cell.share * len(case.losses))
+    if count == len(case.losses):
+        return np.arange(count)
+    case = dataclasses.replace(case, num_select=count)
+    return case.solve(case.evidence["select"]).indices
+
+
+class Calibration(Study):
+    settings = SETTINGS
+
+    def run_all(self, num_seeds: int) -> None:
+        done = {Cell(**line["cell"]) for line in self.lines()}
+        open_cases: dict[tuple[str, int], tuple[Setting, Case]] = {}
+        for cell in cells(num_seeds):
+            if cell in done:
+                continue
+            where = (cell.setting, cell.seed)
+            if where not in open_cases:
+                open_cases[where] = self._case(*where)
+            self._append(cell, *self._anneal(cell, *open_cases[where]))
+
+    def lines(self) -> list[dict]:
+        if not self._path.is_file():
+            return []
+        return [json.loads(line) for line in self._path.read_text().splitlines()]
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / "losses.jsonl"
+
+    def _append(self, cell: Cell, loss: float, tokens: int, corrupted: int) -> None:
+        with open(self._path, "a") as file:
+            file.write(json.dumps({"cell": vars(cell), "loss": loss, "tokens": tokens,
+                                   "corrupted": corrupted}) + "\n")
+        print(cell, f"{loss:.4f}", flush=True)
+
+    def setting(self, name: str) -> Setting:
+        from megatron_direct.commands import compare
+
+        data, domains = self.folder / "data", SETTINGS[name][2]
+        words = ["compare", "--load", self.folder / "theta_small",
+                 "--run-dir", self.folder / name,
+                 "--data-path", *(data / name / f"{domain}_pool" for domain in DOMAINS),
+                 "--valid-data-path", *(data / f"{domain}_valid" for domain in domains),
+                 "--test-data-path", *(data / f"{domain}_test" for domain in domains),
+                 *COMPARE, *self.batch]
+        found = cli.make_parser(["compare"]).parse_args(list(map(str, words)))
+        return compare._setting(cli_flags.request_from(CompareRequest, found))
+
+    def _case(self, name: str, seed: int) -> tuple[Setting, Case]:
+        setting = self.setting(name)
+        case = measured_case(setting, seed, {"select"})
+        assert case is not None
+        return setting, case
+
+    def _anneal(self, cell: Cell, setting: Setting, case: Case) -> tuple[float, int, int]:
+        """(mean test loss, tokens chosen, shuffled samples chosen)."""
+        from megatron_direct.data.blend_plan import Blend
+        from megatron_direct.mcore import blend, grid, model
+        from megatron_direct.steps.decay import Decay, Segment, decay, set_losses
+        from megatron_direct.steps.selected import masks_of
+
+        onset, job = setting.onset, setting.onset.job
+        positions = choose(case, cell)
+        with np.load(setting.seed_folder(cell.seed) / "samples.npz") as arrays:
+            chosen = arrays["candidates"][positions]
+        labels = onset.pool.num_labels
+        batch_tokens = GLOBAL_BATCH * job.model.seq_length
+        iterations = max(2, round(cell.length * labels.sum() / batch_tokens))
+        folder = self.folder / "annealing"
+        shutil.rmtree(folder, ignore_errors=True)
+        with grid.model_parallel(job.layout, job.num_model_chunks):
+            request = blend.BlendRequest.for_job(job, iterations, cell.seed, folder / "cache",
+                                                 onset.checkpoint.tokenizer_digest)
+            masks = masks_of(onset.pool, onset.digests_of(onset.pool), chosen)
+            dataset, _ = blend.build_blend(Blend(onset.pool.prefixes), masks, request,
+                                           blend.BlendRules("keep", 1e6))
+            chunks = model.build(job)
+            decay(Decay(job, onset.checkpoint, [Segment(0, dataset)], iterations, folder, "",
+                        load_optim=onset.checkpoint.has_optimizer), chunks)
+            losses = set_losses(chunks, job.model, job.batch, test=setting.config.test_data_path)
+        return (mean_test_loss(losses["test"]), int(labels[chosen].sum()),
+                int(onset.pool.corrupted[chosen].sum()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "how-many")
+    parser.add_argument("--num-seeds", type=int, default=2)
+    flags = parser.parse_args()
+    study = Calibration(flags.folder.resolve(), 1)
+    study.prepare()
+    if not (study.folder / "theta_small" / ".done").is_file():
+        study.pretrain("small")
+        (study.folder / "theta_small" / ".done").touch()
+    cli.quiet_imports()
+    raise SystemExit(cli.run(lambda: study.run_all(flags.num_seeds)))
+
+
+if __name__ == "__main__":
+    main()
