@@ -236,7 +236,8 @@ def _run_arm(run: _Run, case: Case | None, before: dict) -> None:
         try:
             decay(Decay(onset.job, onset.checkpoint, [Segment(0, dataset)],
                         setting.config.lr_wsd_decay_iters, folder, f"{run.arm} {run.seed}",
-                        load_optim=onset.checkpoint.has_optimizer), chunks)
+                        load_optim=onset.checkpoint.has_optimizer,
+                        recipe=REGISTRY[run.arm].recipe), chunks)
             seconds = time.perf_counter() - began
             after = _losses(setting, chunks)
             if not np.isfinite(list(after["test"].values())).all():

@@ -22,6 +22,7 @@ from megatron_direct.selection.baselines import random_selection
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, flat_rows
 from megatron_direct.selection.problem import Selection
+from megatron_direct.steps.decay import Recipe
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Case:
 
     evidence: by measurement (see :class:`Arm`). domains: [N] the domain of each candidate, by name;
     losses: [N] mean token losses; corrupted: [N] what a trial shuffled on purpose, for the oracle
-    alone; valid_domains, valid_labels: [M]. config: the flags of the selection problem.
+    alone; valid_domains, valid_labels: [M]; text_similarity: yields [N] likeness to the validation
+    set by its tokens alone. config: the flags of the selection problem.
     """
 
     evidence: Mapping[str, Evidence]
@@ -44,6 +46,7 @@ class Case:
     seed: int
     config: SelectionConfig
     limits: Mapping = field(default_factory=dict)
+    text_similarity: Callable[[], np.ndarray] | None = None
 
     @functools.cached_property
     def rng(self) -> np.random.Generator:
@@ -71,13 +74,14 @@ class Arm:
     """needs: what has to be measured over the pool first, which decides what selecting costs.
 
     losses: of the pool at the checkpoint, a forward pass; else a name in
-    :data:`megatron_direct.comparison.measurements.MEASUREMENTS`.
+    :data:`megatron_direct.comparison.measurements.MEASUREMENTS`. recipe: how it is annealed.
     """
 
     name: str
     description: str
     choose: Callable[[Case], np.ndarray | Selection]
     needs: tuple[str, ...] = ()
+    recipe: Recipe = field(default_factory=Recipe)
 
     def take(self, case: Case) -> tuple[np.ndarray, Selection | None]:
         """([K] positions, ascending; the solution, if a selection problem was solved)."""
@@ -90,9 +94,9 @@ REGISTRY: dict[str, Arm] = {}  # in the order in which arms are run
 BY_DOMAIN = ("domain", "oracle")
 
 
-def arm(name: str, description: str, needs: tuple[str, ...] = ()):
+def arm(name: str, description: str, needs: tuple[str, ...] = (), recipe: Recipe | None = None):
     def register(choose: Callable[[Case], np.ndarray | Selection]):
-        REGISTRY[name] = Arm(name, description, choose, needs)
+        REGISTRY[name] = Arm(name, description, choose, needs, recipe or Recipe())
         return choose
 
     return register

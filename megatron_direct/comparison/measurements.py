@@ -7,14 +7,19 @@ line in :data:`MEASUREMENTS`; arms name those that they need.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from megatron_direct.comparison import arms
+from megatron_direct.comparison import (
+    arms,
+    rivals,  # noqa: F401  (registers its arms)
+)
 from megatron_direct.comparison.arms import Case
+from megatron_direct.comparison.text_likeness import ngram_likeness
 from megatron_direct.data import indexed
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
@@ -143,7 +148,8 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
                 for name, (rows, of_valid) in stored.items()}
     case = Case(evidence, pool.losses[chosen], _domains(samples, here), samples.corrupted[here],
                 _domains(valid_samples, valid.samples), valid_samples.num_labels[valid.samples],
-                0, seed, config, solve_step.limits(config, samples, here))
+                0, seed, config, solve_step.limits(config, samples, here),
+                functools.partial(ngram_likeness, samples, here, valid_samples, valid.samples))
     case = dataclasses.replace(case, num_select=_num_select(case))
     with files.written_whole(setting.seed_folder(seed) / "samples.npz") as file:
         np.savez(file, candidates=here, num_select=case.num_select, loss=case.losses,
