@@ -61,9 +61,9 @@ class HowMany:
                                "than the whole pool, which is therefore the selection")
         return "\n".join([
             *lines,
-            f"  a token of the selection is worth {self.worth_of_selection:.4f}; predicted gain "
-            f"over the whole pool {_in_words(self.over_pool)}, over as many samples at random "
-            f"{_in_words(self.over_random)} (99 % intervals)"])
+            f"  a token of the selection is worth {self.worth_of_selection:.4f}; with repetition "
+            f"and variety counted, predicted gain over the whole pool {_in_words(self.over_pool)}, "
+            f"over as many samples at random {_in_words(self.over_random)} (99 % intervals)"])
 
 
 def _in_words(gain: Gain) -> str:

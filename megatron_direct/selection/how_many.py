@@ -2,11 +2,15 @@
 
 A selection S of U tokens, seen by an annealing of T tokens, is given the value
 
-    V(S) = mean worth of S, per token  *  E(U, T) / T
+    V(S) = mean worth of S, per token  *  E(U, T) / T  *  sqrt(U / P),   P the tokens of the pool,
 
 with E the fresh tokens to which T tokens of U different ones amount (Muennighoff et al. 2023):
 
     E = T  if T <= U,  else  U + U R (1 - exp(-(T / U - 1) / R))
+
+The square root is what variety is worth: the mean of U tokens' gradients is their worth along the
+validation gradient, and noise of variance 1 / U beside it, so that mean worth * sqrt(U) is its
+ratio of signal to noise. A smaller selection has to be worth more per token to make up for it.
 
 Candidates for S: the samples of the greatest worth, so many that they hold a given share of the
 tokens; all of positive worth; and the whole pool. The whole pool is the answer unless another
@@ -30,7 +34,8 @@ REPETITION_DECAY = 15.0
 # Standard errors on each side of a 99 % interval: several candidates are looked at.
 _WIDTH = 2.576
 # Shares of the pool's tokens that are looked at.
-_SHARES = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
+_SHARES = (1 / 64, 1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16,
+           *(sixteenths / 16 for sixteenths in range(4, 16)))
 
 
 def effective_tokens(unique: np.ndarray, seen: float, decay: float) -> np.ndarray:
@@ -116,7 +121,8 @@ class Values:
 
     @classmethod
     def of(cls, found: Candidates, seen: float, decay: float = REPETITION_DECAY) -> Values:
-        factors = effective_tokens(found.tokens, seen, decay) / seen
+        factors = effective_tokens(found.tokens, seen, decay) / seen * np.sqrt(
+            found.tokens / found.tokens[-1])
         return cls(found, found.by_block * factors[:, None], factors[:, None] * found.by_block[-1],
                    factors)
 

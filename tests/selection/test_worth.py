@@ -189,3 +189,19 @@ def test_a_selection_of_noise_does_not_repeat_and_one_of_substance_does():
     # Half of the pool at random shares half of it; 0.05: two standard errors of 300 draws.
     assert abs(shared["equal"].samples - shared["equal"].by_chance) < 0.08
     assert shared["harmful"].clusters > 0.9 and shared["harmful"].samples > 0.8
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ({"quotas": ("a:1:2",)}, "--quotas needs a number of samples"),
+    ({"objective": "flat-energy"}, "--num-select auto is for --objective descent"),
+])
+def test_auto_is_refused_where_a_number_is_needed(flags, words):
+    with pytest.raises(UserError, match=words):
+        SelectionConfig(**flags).require_number_where_needed()
+    SelectionConfig(num_select=3, **flags).require_number_where_needed()
+
+
+@pytest.mark.parametrize("count", [0, True, 2.5, "many"])
+def test_a_number_is_an_integer_of_at_least_one(count):
+    with pytest.raises(UserError, match="--num-select is"):
+        SelectionConfig(num_select=count)
