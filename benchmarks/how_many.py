@@ -27,10 +27,23 @@ from megatron_direct.cli import main as cli
 from megatron_direct.commands.compare import CompareRequest
 from megatron_direct.comparison.arms import Case
 from megatron_direct.comparison.measurements import Setting, measured_case
+from megatron_direct.comparison.rivals import AVERAGED, CONSTANT_AVERAGED
 from megatron_direct.comparison.run_results import mean_test_loss
+from megatron_direct.selection.auto import worth_of
+from megatron_direct.selection.baselines import random_selection
+from megatron_direct.selection.evidence import Evidence
+from megatron_direct.selection.stability import halves
+from megatron_direct.selection.worth import cluster_numbers
 
 LENGTHS = (0.33, 1.0, 0.1, 3.0)  # T / P
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # K / N
+# (choice, K / N), at the first two lengths: at random; by worth alone; what does not repeat drawn
+# anew; with gradients at the checkpoint, without a pilot; the mean of the weights of the last
+# quarter of the annealing, and of the second half at a constant rate.
+OTHERS = (("random", 0.25), ("random", 0.5), ("worth", 0.5), ("drawn", 0.5), ("drawn", 0.25),
+          ("onset", 0.5), ("averaged", 0.5), ("averaged", 1.0), ("constant", 0.5),
+          ("constant", 1.0), ("direct", 0.0625))
+RECIPES = {"averaged": AVERAGED, "constant": CONSTANT_AVERAGED}
 # As in benchmarks/study.py, of half the size.
 SETTINGS = {
     "corrupted": ("corrupted", (450, 450), DOMAINS),
@@ -53,11 +66,14 @@ class Cell:
 
 def cells(num_seeds: int) -> Iterator[Cell]:
     """In the order in which they are run: the whole grid at one length before the next one."""
-    for length in LENGTHS:
-        for seed in range(1, num_seeds + 1):
+    for seed in range(1, num_seeds + 1):
+        for length in LENGTHS:
             for setting in SETTINGS:
                 for share in SHARES:
                     yield Cell(seed, length, setting, "direct", share)
+                if length in LENGTHS[:2]:
+                    yield from (Cell(seed, length, setting, choice, share)
+                                for choice, share in OTHERS)
 
 
 def choose(case: Case, cell: Cell) -> np.ndarray:
@@ -66,7 +82,30 @@ def choose(case: Case, cell: Cell) -> np.ndarray:
     if count == len(case.losses):
         return np.arange(count)
     case = dataclasses.replace(case, num_select=count)
-    return case.solve(case.evidence["select"]).indices
+    evidence = case.evidence["onset" if cell.choice == "onset" else "select"]
+    if cell.choice == "random":
+        return random_selection(np.arange(len(case.losses)), count, case.seed)
+    if cell.choice == "worth":
+        return case.largest(worth_of(case.config, evidence, case.seed).values)
+    chosen = case.solve(evidence).indices
+    return _drawn(case, evidence, chosen) if cell.choice == "drawn" else chosen
+
+
+def _drawn(case: Case, evidence: Evidence, chosen: np.ndarray) -> np.ndarray:
+    """As many of each cluster: those that both halves of the evidence select, too, and for the
+    others samples of positive worth at random."""
+    clusters = cluster_numbers(case.config, evidence, case.seed)
+    first, second = halves(case.config, evidence, len(chosen), case.seed)
+    worth = worth_of(case.config, evidence, case.seed).values
+    taken = np.zeros(len(worth), dtype=bool)
+    taken[chosen] = True
+    kept = taken & first & second
+    result = [np.flatnonzero(kept)]
+    for cluster in np.unique(clusters):
+        here = clusters == cluster
+        free = np.flatnonzero(here & ~kept & ((worth > 0) | taken))
+        result.append(case.rng.choice(free, int((taken & here & ~kept).sum()), replace=False))
+    return np.sort(np.concatenate(result))
 
 
 class Calibration(Study):
@@ -121,7 +160,7 @@ class Calibration(Study):
         """(mean test loss, tokens chosen, shuffled samples chosen)."""
         from megatron_direct.data.blend_plan import Blend
         from megatron_direct.mcore import blend, grid, model
-        from megatron_direct.steps.decay import Decay, Segment, decay, set_losses
+        from megatron_direct.steps.decay import Decay, Recipe, Segment, decay, set_losses
         from megatron_direct.steps.selected import masks_of
 
         onset, job = setting.onset, setting.onset.job
@@ -141,7 +180,8 @@ class Calibration(Study):
                                            blend.BlendRules("keep", 1e6))
             chunks = model.build(job)
             decay(Decay(job, onset.checkpoint, [Segment(0, dataset)], iterations, folder, "",
-                        load_optim=onset.checkpoint.has_optimizer), chunks)
+                        load_optim=onset.checkpoint.has_optimizer,
+                        recipe=RECIPES.get(cell.choice, Recipe())), chunks)
             losses = set_losses(chunks, job.model, job.batch, test=setting.config.test_data_path)
         return (mean_test_loss(losses["test"]), int(labels[chosen].sum()),
                 int(onset.pool.corrupted[chosen].sum()))

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_direct.errors import UserError
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, stiff_costs
-from megatron_direct.selection.how_many import Gain, Values, best_candidate, candidates
+from megatron_direct.selection.how_many import Gain, Values, best_selection, nested_selections
 from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.treatment import select_by_sketches
 from megatron_direct.selection.worth import (
@@ -89,8 +89,8 @@ def select_auto(config: SelectionConfig, evidence: Evidence, annealing_tokens: i
     Raises UserError if the validation set is too small to be divided.
     """
     worth = worth_of(config, evidence, seed)
-    values = Values.of(candidates(worth), annealing_tokens)
-    found, best = values.found, best_candidate(values)
+    values = Values.of(nested_selections(worth), annealing_tokens)
+    found, best = values.found, best_selection(values)
     count = int(found.counts[best])
     allowed = worth.values > 0
     if count > allowed.sum():

@@ -45,10 +45,12 @@ def effective_tokens(unique: np.ndarray, seen: float, decay: float) -> np.ndarra
 
 
 @dataclass(frozen=True, eq=False)
-class Candidates:
-    """counts, tokens: [C] samples and tokens; worth, errors: [C] cross-fitted mean worth per token;
-    by_block: [C, B] the same by block of the validation set. The last one is the whole pool.
-    noise: [C] variance of the mean worth that chance alone gives to so many samples.
+class NestedSelections:
+    """The candidates; the last one is the whole pool.
+
+    counts, tokens: [C] samples and tokens; by_block: [C, B] cross-fitted mean worth per token, by
+    block of the validation set, of which there are sizes [B] samples; noise: [C] variance that
+    chance gives to the mean worth of so many samples.
     """
 
     counts: np.ndarray
@@ -62,7 +64,7 @@ class Candidates:
         return self.by_block @ self.sizes / self.sizes.sum()
 
 
-def candidates(worth: Worth) -> Candidates:
+def nested_selections(worth: Worth) -> NestedSelections:
     weights = worth.weights
     total = float(weights.sum())
     positive = float(weights[worth.values > 0].sum()) / total
@@ -84,7 +86,7 @@ def candidates(worth: Worth) -> Candidates:
     # Of a mean over so many of equally many; 1 / (effective number of samples).
     squares = float(weights @ weights) / total**2
     noise = spread * squares * (1 / shares - 1)
-    return Candidates(counts, held[counts - 1], sums / judges, sizes, noise)
+    return NestedSelections(counts, held[counts - 1], sums / judges, sizes, noise)
 
 
 def _order(worth: np.ndarray) -> np.ndarray:
@@ -114,13 +116,13 @@ class Values:
     """Of the candidates, for an annealing of ``seen`` tokens. by_block: [C, B] values; random:
     [C, B] those of as many tokens at random."""
 
-    found: Candidates
+    found: NestedSelections
     by_block: np.ndarray
     random: np.ndarray
     factors: np.ndarray
 
     @classmethod
-    def of(cls, found: Candidates, seen: float, decay: float = REPETITION_DECAY) -> Values:
+    def of(cls, found: NestedSelections, seen: float, decay: float = REPETITION_DECAY) -> Values:
         factors = effective_tokens(found.tokens, seen, decay) / seen * np.sqrt(
             found.tokens / found.tokens[-1])
         return cls(found, found.by_block * factors[:, None], factors[:, None] * found.by_block[-1],
@@ -149,7 +151,7 @@ class Values:
         return self.found.sizes / self.found.sizes.sum()
 
 
-def best_candidate(values: Values) -> int:
+def best_selection(values: Values) -> int:
     """Its number; that of the whole pool, the last one, where no gain over it is clear."""
     whole = len(values.found.counts) - 1
     clear = [number for number in range(whole) if values.over_pool(number).low > 0]

@@ -273,7 +273,8 @@ def _select_without_a_model(folder, layout, name, settings):
 
 
 @pytest.mark.parametrize("settings", [
-    {"num_select": 30}, {"num_select": "auto", "anneal_tokens": 900}, {"objective": "flat-energy"}, {"quotas": ("a:20:20",)},
+    {"num_select": 30}, {"num_select": "auto", "anneal_tokens": 900},
+    {"objective": "flat-energy"}, {"quotas": ("a:20:20",)},
     {"objective": "flat-energy", "stiff_budget_fraction": 0.5}, {"energy_share": 0.5},
     {"num_eigenpairs": 3}, {"micro_batch_size": 3, "sketch_rows": "gathered"}], ids=str)
 def test_another_problem_in_the_same_run_only_solves(folder, run, settings):

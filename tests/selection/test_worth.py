@@ -15,9 +15,9 @@ from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.how_many import (
     Values,
-    best_candidate,
-    candidates,
+    best_selection,
     effective_tokens,
+    nested_selections,
 )
 from megatron_direct.selection.stability import halves, stability
 from megatron_direct.selection.worth import (
@@ -60,9 +60,9 @@ def made_up(seed: int, kind: str = "equal") -> tuple[Evidence, np.ndarray]:
 
 
 def _is_whole_pool(seed: int, kind: str) -> bool:
-    found = candidates(worth_of(CONFIG, made_up(seed, kind)[0], seed))
+    found = nested_selections(worth_of(CONFIG, made_up(seed, kind)[0], seed))
     # A short annealing: repetition costs nothing, so that only the worth decides.
-    return best_candidate(Values.of(found, N * TOKENS / 32)) == len(found.counts) - 1
+    return best_selection(Values.of(found, N * TOKENS / 32)) == len(found.counts) - 1
 
 
 @pytest.mark.parametrize("kind", ["equal", "no-target"])
