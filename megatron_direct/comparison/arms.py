@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_direct.selection import treatment
-from megatron_direct.selection.auto import select_number
 from megatron_direct.selection.baselines import random_selection
+from megatron_direct.selection.choice import choose
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, flat_rows
 from megatron_direct.selection.problem import Selection
@@ -61,8 +61,8 @@ class Case:
 
     def select(self, evidence: Evidence, **settings) -> Selection:
         """What `select` would with these flags, some of them changed."""
-        return select_number(dataclasses.replace(self.config, **settings), evidence, self.seed,
-                             self.limits)[0]
+        return choose(dataclasses.replace(self.config, **settings), evidence, self.seed,
+                      self.limits).selection
 
     def largest(self, scores: np.ndarray) -> np.ndarray:
         """[K] of the largest scores; ties go to the lower number."""

@@ -7,7 +7,6 @@ where nothing is clearly better than the whole pool, the selection is the whole 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +25,7 @@ from megatron_direct.selection.worth import (
 )
 
 # Two halves, and a scatter within each.
-_FEWEST_VALID = 8
+FEWEST_VALID = 8
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,10 @@ def _in_words(gain: Gain) -> str:
 
 def worth_of(config: SelectionConfig, evidence: Evidence, seed: int) -> Worth:
     """Of all candidates, the same on every rank; all ranks call this."""
-    if len(evidence.valid_rows) < _FEWEST_VALID:
+    if len(evidence.valid_rows) < FEWEST_VALID:
         raise UserError(
             f"--num-select auto judges scores from one half of the validation set by the other: "
-            f"{len(evidence.valid_rows)} samples are too few for that, it takes {_FEWEST_VALID}. "
+            f"{len(evidence.valid_rows)} samples are too few for that, it takes {FEWEST_VALID}. "
             "Give more validation data, or a number of samples to select.")
     return estimate_worth(measure_alignments(evidence, seed),
                           cluster_numbers(config, evidence, seed),
@@ -106,16 +105,3 @@ def select_auto(config: SelectionConfig, evidence: Evidence, annealing_tokens: i
             worth_of_selection=float(found.worth[best]), over_pool=values.over_pool(best),
             over_random=values.over_random(best), repeats_between=worth.reliability.between,
             repeats_within=worth.reliability.within)
-
-
-def select_number(config: SelectionConfig, evidence: Evidence, seed: int, limits: Mapping,
-                  ) -> tuple[Selection, np.ndarray, HowMany | None]:
-    """(selection, [N] stiff costs, why so many if that was left open), by the flags; all ranks call
-    this. limits: groups and quotas, as solve_selection has them."""
-    if config.is_auto:
-        tokens = config.anneal_tokens
-        if tokens is None:
-            tokens = int(evidence.share().summed(np.array([evidence.labels.sum(dtype=float)]))[0])
-        return select_auto(config, evidence, tokens, seed)
-    return (*select_by_sketches(config, evidence, int(config.num_select), seed,
-                                          **limits), None)

@@ -53,6 +53,9 @@ class SelectionConfig(Settings):
     kept_deviation: float = flag(
         0.5, "share of a gradient's deviation from its cluster's mean that remains", at_least=0,
         at_most=1)
+    draw_unstable: bool = flag(
+        True, "--objective descent: what half of the evidence does not select again is drawn at "
+        "random within its cluster; not under quotas or --stiff-budget")
     quotas: tuple = flag(
         (), "smallest and largest number of samples from a pool, as NAME:LEAST:GREATEST; either "
         "may be empty; NAME is the last part of its prefix", nargs="+")

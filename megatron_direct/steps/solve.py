@@ -18,13 +18,11 @@ from megatron_direct.errors import UserError
 from megatron_direct.gradients.store import Sketches
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Key
-from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection, auto
+from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
+from megatron_direct.selection.choice import choose
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.objectives import OBJECTIVES
 from megatron_direct.selection.problem import Selection
-from megatron_direct.selection.stability import Stability, halves, stability
-from megatron_direct.selection.worth import cluster_numbers
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import CurvatureConfig
 from megatron_direct.steps.measure import Measured
@@ -167,19 +165,20 @@ def _solve(config: SelectionConfig, share: _Share, seed: int,
                         "checkpoint.")
     evidence = _evidence(share, candidates)
     with in_terms_of_flags():
-        found, cost, how_many = auto.select_number(
-            config, evidence, seed, limits(config, samples, part.samples[part.finite]))
-    chosen = candidates[found.indices]
+        found = choose(config, evidence, seed,
+                       limits(config, samples, part.samples[part.finite]))
+    chosen = candidates[found.selection.indices]
     losses = share.everywhere(np.where(part.finite, part.losses, 0.0))
     not_finite = np.flatnonzero(has_row & ~finite)
     return SelectionSummary(
-        **_in_numbers(config, found, cost), num_stiff=evidence.directions.num_stiff,
+        **_in_numbers(config, found.selection, found.costs),
+        num_stiff=evidence.directions.num_stiff,
         samples=SampleCounts(len(samples), samples.num_unusable, samples.num_cut,
                              samples.num_cut_tokens, len(not_finite)),
         mean_loss=MeanLoss(float(losses[candidates].mean()), float(losses[chosen].mean())),
         composition=composition(samples, chosen), mask_digests={},
-        not_finite=tuple(not_finite.tolist()), how_many=how_many,
-        stability=_stability(config, evidence, len(chosen), seed)), chosen
+        not_finite=tuple(not_finite.tolist()), how_many=found.how_many,
+        stability=found.stability), chosen
 
 
 def _evidence(share: _Share, candidates: np.ndarray) -> Evidence:
@@ -192,17 +191,6 @@ def _evidence(share: _Share, candidates: np.ndarray) -> Evidence:
         len(samples.prefixes), np.searchsorted(candidates, here), valid_sketches.rows,
         share.measured.directions, share.all_reduce_sum,
         valid.samples.dataset_of(valid_sketches.samples))
-
-
-def _stability(config: SelectionConfig, evidence: Evidence, count: int, seed: int,
-               ) -> Stability | None:
-    """None where there is no choice, and where half of the evidence admits none: within a budget of
-    stiff cost, which is in units of all of it."""
-    if count == evidence.share().num_samples or config.quotas or len(evidence.valid_rows) < 2 \
-            or not OBJECTIVES[config.objective].treats_sketches or config.stiff_budget is not None:
-        return None
-    return stability(*halves(config, evidence, count, seed),
-                     cluster_numbers(config, evidence, seed))
 
 
 def _in_numbers(config: SelectionConfig, found: Selection, cost: np.ndarray) -> dict:

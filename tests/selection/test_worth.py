@@ -10,7 +10,8 @@ from selection.test_spread_selection import ThreadRanks, uneven_shares
 
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.errors import UserError
-from megatron_direct.selection.auto import select_auto, select_number, worth_of
+from megatron_direct.selection.auto import select_auto, worth_of
+from megatron_direct.selection.choice import choose, drawn_within
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.how_many import (
@@ -98,13 +99,13 @@ def test_nothing_to_gain_is_said():
 def test_a_number_that_is_given_is_the_number():
     evidence, _ = made_up(0, "harmful")
     config = dataclasses.replace(CONFIG, num_select=50)
-    selection, _, how_many = select_number(config, evidence, 0, {})
-    assert len(selection.indices) == 50 and how_many is None
+    found = choose(config, evidence, 0, {})
+    assert len(found.selection.indices) == 50 and found.how_many is None
 
 
 def test_the_pool_once_is_the_length_where_none_is_given():
     evidence, _ = made_up(1, "harmful")
-    assert select_number(CONFIG, evidence, 1, {})[2].annealing_tokens == N * TOKENS
+    assert choose(CONFIG, evidence, 1, {}).how_many.annealing_tokens == N * TOKENS
 
 
 def test_alignments_written_out():
@@ -205,3 +206,42 @@ def test_auto_is_refused_where_a_number_is_needed(flags, words):
 def test_a_number_is_an_integer_of_at_least_one(count):
     with pytest.raises(UserError, match="--num-select is"):
         SelectionConfig(num_select=count)
+
+
+def test_the_draw_keeps_what_repeats_and_the_share_of_each_cluster():
+    rng = np.random.default_rng(6)
+    clusters, chosen = rng.integers(0, 4, 400), rng.random(400) < 0.4
+    kept, allowed = chosen & (rng.random(400) < 0.5), chosen | (rng.random(400) < 0.5)
+    drawn = drawn_within(chosen, kept, allowed, clusters, seed=1)
+    assert (drawn >= kept).all() and (drawn <= allowed).all() and not (drawn == chosen).all()
+    np.testing.assert_array_equal(np.bincount(clusters[drawn]), np.bincount(clusters[chosen]))
+    # One sample that is no longer kept, but may be drawn, displaces one other at most.
+    fewer = kept.copy()
+    fewer[np.flatnonzero(kept)[0]] = False
+    assert (drawn_within(chosen, fewer, allowed, clusters, seed=1) != drawn).sum() <= 2
+    assert (drawn_within(chosen, kept, allowed, clusters, seed=2) != drawn).sum() > 20
+
+
+def test_a_choice_draws_only_what_does_not_repeat():
+    evidence, harms = made_up(5, "harmful")
+    config = dataclasses.replace(CONFIG, num_select=300)
+    drawn = choose(config, evidence, 5, {})
+    solved = choose(dataclasses.replace(config, draw_unstable=False), evidence, 5, {})
+    shared = np.intersect1d(drawn.selection.indices, solved.selection.indices)
+    first, second = halves(config, evidence, 300, 5)
+    repeats = np.intersect1d(solved.selection.indices, np.flatnonzero(first & second))
+    assert set(repeats) <= set(drawn.selection.indices) and len(drawn.selection.indices) == 300
+    assert len(repeats) < len(shared) < 300 and harms[drawn.selection.indices].mean() < 0.02
+    assert drawn.stability == solved.stability and drawn.stability.samples > 0.3
+    assert drawn.selection.stiff_cost == pytest.approx(drawn.costs[drawn.selection.indices].sum())
+    clusters = cluster_numbers(config, evidence, 5)
+    np.testing.assert_array_equal(*(np.bincount(clusters[c.selection.indices], minlength=8)
+                                    for c in (drawn, solved)))
+
+
+def test_quotas_and_budgets_leave_the_selection_as_it_was_solved():
+    evidence, _ = made_up(5)
+    config = dataclasses.replace(CONFIG, num_select=30)
+    quotas = {"groups": np.arange(N) % 2, "quotas": {0: (10, 12)}}
+    assert choose(config, evidence, 0, quotas).stability is None
+    assert choose(dataclasses.replace(config, stiff_budget=1e9), evidence, 0, {}).stability is None

@@ -1,0 +1,89 @@
+"""What ``select`` selects: how many, which, and which of them at random.
+
+The objective has its say first. Then the selection is made again from each half of the evidence
+(stability.py). What all three select is kept; of the others, as many as there were are drawn at
+random within their clusters from samples of positive worth, since another validation set of the
+same kind, or another seed, would have selected others. Where a budget or quotas limit the
+selection, it stays as it was solved.
+
+Shapes: N candidates, K selected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_direct.selection.auto import FEWEST_VALID, HowMany, select_auto, worth_of
+from megatron_direct.selection.config import SelectionConfig
+from megatron_direct.selection.evidence import Evidence
+from megatron_direct.selection.objectives import OBJECTIVES
+from megatron_direct.selection.problem import Selection
+from megatron_direct.selection.stability import Stability, halves, stability
+from megatron_direct.selection.treatment import select_by_sketches
+from megatron_direct.selection.worth import cluster_numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """selection: what is selected; its objective, upper bound and status are of the selection that
+    was solved for, before what does not repeat was drawn. costs: [N] stiff costs; how_many: None if
+    K was given; stability: None where there was nothing to draw."""
+
+    selection: Selection
+    costs: np.ndarray
+    how_many: HowMany | None
+    stability: Stability | None
+
+
+def choose(config: SelectionConfig, evidence: Evidence, seed: int, limits: Mapping) -> Choice:
+    """By the flags; all ranks call this. limits: groups and quotas, as solve_selection has them."""
+    num_samples = evidence.share().num_samples
+    if config.is_auto:
+        tokens = config.anneal_tokens
+        if tokens is None:
+            tokens = int(evidence.share().summed(np.array([evidence.labels.sum(dtype=float)]))[0])
+        solved, costs, how_many = select_auto(config, evidence, tokens, seed)
+    else:
+        solved, costs = select_by_sketches(config, evidence, int(config.num_select), seed, **limits)
+        how_many = None
+    if len(solved.indices) == num_samples or not _may_draw(config, evidence, limits):
+        return Choice(solved, costs, how_many, None)
+    first, second = halves(config, evidence, len(solved.indices), seed)
+    clusters = cluster_numbers(config, evidence, seed)
+    chosen = np.zeros(num_samples, dtype=bool)
+    chosen[solved.indices] = True
+    if config.draw_unstable:
+        allowed = chosen | (worth_of(config, evidence, seed).values > 0)
+        indices = np.flatnonzero(
+            drawn_within(chosen, chosen & first & second, allowed, clusters, seed))
+        solved = dataclasses.replace(solved, indices=indices,
+                                     stiff_cost=math.fsum(costs[indices].tolist()))
+    return Choice(solved, costs, how_many, stability(first, second, clusters))
+
+
+def _may_draw(config: SelectionConfig, evidence: Evidence, limits: Mapping) -> bool:
+    return (OBJECTIVES[config.objective].treats_sketches and not limits
+            and config.stiff_budget is None and len(evidence.valid_rows) >= FEWEST_VALID)
+
+
+def drawn_within(chosen: np.ndarray, kept: np.ndarray, allowed: np.ndarray, clusters: np.ndarray,
+                 seed: int) -> np.ndarray:
+    """[N] bool: ``kept``, and as many more of each cluster as were chosen of it, at random among
+    those that are allowed ([N] bool each; clusters: [N]).
+
+    Each sample has a number of its own that decides, so that a sample that changes sides changes
+    one other at most.
+    """
+    keys = np.random.default_rng(seed).random(len(chosen))
+    found = kept.copy()
+    for cluster in np.unique(clusters[chosen & ~kept]):
+        here = clusters == cluster
+        free = np.flatnonzero(here & allowed & ~kept)
+        count = int((chosen & ~kept & here).sum())
+        found[free[np.argsort(keys[free], kind="stable")[:count]]] = True
+    return found
