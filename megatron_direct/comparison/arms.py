@@ -74,7 +74,8 @@ class Arm:
     """needs: what has to be measured over the pool first, which decides what selecting costs.
 
     losses: of the pool at the checkpoint, a forward pass; else a name in
-    :data:`megatron_direct.comparison.measurements.MEASUREMENTS`. recipe: how it is annealed.
+    :data:`megatron_direct.comparison.measurements.MEASUREMENTS`. recipe: how it is annealed;
+    dataset: name of the pool that makes up half of its training data, "" for none.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Arm:
     choose: Callable[[Case], np.ndarray | Selection]
     needs: tuple[str, ...] = ()
     recipe: Recipe = field(default_factory=Recipe)
+    dataset: str = ""
 
     def take(self, case: Case) -> tuple[np.ndarray, Selection | None]:
         """([K] positions, ascending; the solution, if a selection problem was solved)."""
@@ -100,6 +102,18 @@ def arm(name: str, description: str, needs: tuple[str, ...] = (), recipe: Recipe
         return choose
 
     return register
+
+
+# Of an arm that is a dataset: dataset:NAME.
+DATASET = "dataset:"
+
+
+def find_arm(name: str) -> Arm:
+    """Of the registry, or ``dataset:NAME``. Raises KeyError for any other name."""
+    if name.startswith(DATASET):
+        dataset = name.removeprefix(DATASET)
+        return Arm(name, f"half {dataset}, half the whole pool", _whole_pool, dataset=dataset)
+    return REGISTRY[name]
 
 
 @arm("random", "K samples at random")

@@ -42,8 +42,9 @@ class CompareConfig(Settings):
     test_data_path: tuple = flag(
         (), "indexed datasets whose losses are compared; no selection sees them", nargs="+",
         required=True)
-    arms: tuple = flag((), f"arms to compare; default: all ({', '.join(arms.REGISTRY)})",
-                       nargs="+")
+    arms: tuple = flag((), f"arms to compare; default: all ({', '.join(arms.REGISTRY)}); "
+                       "dataset:NAME, a pool by the last part of its prefix, which makes up half "
+                       "of the training data beside the whole pool", nargs="+")
     num_seeds: int = flag(5, "replicates of each arm", at_least=1)
     lr_wsd_decay_iters: int = flag(100, "iterations of each annealing", at_least=1)
     name: str = flag("", "name of this comparison in the report; default: the name of the "
@@ -52,7 +53,8 @@ class CompareConfig(Settings):
                                     "default: no samples are shown")
 
     def check(self) -> None:
-        unknown = [name for name in self.arms if name not in arms.REGISTRY]
+        unknown = [name for name in self.arms if name not in arms.REGISTRY
+                   and not name.startswith(arms.DATASET)]
         if unknown:
             raise UserError(f"--arms {' '.join(unknown)}: unknown arm; the arms are "
                             f"{', '.join(arms.REGISTRY)}.")

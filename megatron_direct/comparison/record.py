@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_direct.comparison.arms import REGISTRY
+from megatron_direct.comparison.arms import find_arm
 from megatron_direct.comparison.measurements import MEASUREMENTS, Setting, measurement_folder
 from megatron_direct.data import indexed
 from megatron_direct.evaluation.tokenizers import tokenizer_of
@@ -35,11 +35,11 @@ def write_record(setting: Setting, reference: str, arms: Sequence[str]) -> None:
         "parameters": files.read_json(setting.folder / "before.json")["parameters"],
         "iterations": setting.config.lr_wsd_decay_iters, "tokens": tokens,
         "seeds": setting.seeds, **names, "reference": reference, "default_arm": DEFAULT_ARM,
-        "arms": {name: REGISTRY[name].description for name in arms},
+        "arms": {name: find_arm(name).description for name in arms},
         "tokenizer_model": setting.config.tokenizer_model,
         "shared_seconds": seconds, "annealing_seconds": annealing,
         "passes_of_selection": {
-            name: _passes(setting, REGISTRY[name].needs, seconds, annealing / tokens)
+            name: _passes(setting, find_arm(name).needs, seconds, annealing / tokens)
             for name in arms},
     })
     if setting.config.tokenizer_model:
