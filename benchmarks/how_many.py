@@ -32,12 +32,13 @@ from megatron_direct.comparison.run_results import mean_test_loss
 from megatron_direct.selection.auto import worth_of
 from megatron_direct.selection.baselines import random_selection
 from megatron_direct.selection.evidence import Evidence
+from megatron_direct.selection.how_many import Values, best_selection, nested_selections
 from megatron_direct.selection.stability import halves
 from megatron_direct.selection.worth import cluster_numbers
 
 LENGTHS = (0.33, 1.0, 0.1, 3.0)  # T / P
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # K / N
-# (choice, K / N), at the first two lengths: at random; by worth alone; what does not repeat drawn
+# (choice, K / N), at the first length: at random; by worth alone; what does not repeat drawn
 # anew; with gradients at the checkpoint, without a pilot; the mean of the weights of the last
 # quarter of the annealing, and of the second half at a constant rate.
 OTHERS = (("random", 0.25), ("random", 0.5), ("worth", 0.5), ("drawn", 0.5), ("drawn", 0.25),
@@ -71,7 +72,7 @@ def cells(num_seeds: int) -> Iterator[Cell]:
             for setting in SETTINGS:
                 for share in SHARES:
                     yield Cell(seed, length, setting, "direct", share)
-                if length in LENGTHS[:2]:
+                if length == LENGTHS[0]:
                     yield from (Cell(seed, length, setting, choice, share)
                                 for choice, share in OTHERS)
 
@@ -121,6 +122,33 @@ class Calibration(Study):
             if where not in open_cases:
                 open_cases[where] = self._case(*where)
             self._append(cell, *self._anneal(cell, *open_cases[where]))
+
+    def report(self) -> None:
+        """The table of what is there, and what ``--num-select auto`` makes of it.
+
+        Losses are differences from the whole pool's; the rule's is interpolated in log K.
+        """
+        losses: dict[tuple[str, float, int], dict[float, float]] = {}
+        for line in self.lines():
+            cell = Cell(**line["cell"])
+            if cell.choice == "direct":
+                losses.setdefault((cell.setting, cell.length, cell.seed), {})[cell.share] = \
+                    line["loss"]
+        shares = sorted({share for found in losses.values() for share in found})
+        print("| setting | T / P | seed |", *(f"{share:g} |" for share in shares),
+              "auto: K / N | loss | regret |")
+        for (name, length, seed), found in sorted(losses.items()):
+            if not set(SHARES) <= set(found):
+                continue
+            case = self._case(name, seed)[1]
+            nested = nested_selections(worth_of(case.config, case.evidence["select"], seed))
+            number = best_selection(Values.of(nested, length * nested.tokens[-1]))
+            share, known = nested.counts[number] / nested.counts[-1], sorted(found)
+            auto = float(np.interp(np.log(share), np.log(known), [found[s] for s in known]))
+            whole = found[1.0]
+            print(f"| {name} | {length:g} | {seed} |", *(
+                f"{found[s] - whole:+.4f} |" if s in found else "- |" for s in shares),
+                f"{share:.2f} | {auto - whole:+.4f} | {auto - min(found.values()):.4f} |")
 
     def lines(self) -> list[dict]:
         if not self._path.is_file():
@@ -191,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "how-many")
     parser.add_argument("--num-seeds", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="only the table of what is there")
     flags = parser.parse_args()
     study = Calibration(flags.folder.resolve(), 1)
     study.prepare()
@@ -198,7 +227,8 @@ def main() -> None:
         study.pretrain("small")
         (study.folder / "theta_small" / ".done").touch()
     cli.quiet_imports()
-    raise SystemExit(cli.run(lambda: study.run_all(flags.num_seeds)))
+    raise SystemExit(cli.run(
+        study.report if flags.report else lambda: study.run_all(flags.num_seeds)))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ import numpy as np
 
 from megatron_direct.selection.worth import Fold, Worth
 
-# R of Muennighoff et al. (2023, arXiv 2305.16264), who fitted it for up to 44 epochs.
-REPETITION_DECAY = 15.0
+# R. Muennighoff et al. (2023, arXiv 2305.16264) fitted 15 to training from scratch. In annealings
+# variety is worth more: 3 had the least regret of 15, 5, 3, 2 and 1 (docs/selection.md).
+REPETITION_DECAY = 3.0
 # Standard errors on each side of a 99 % interval: several candidates are looked at.
 _WIDTH = 2.576
 # Shares of the pool's tokens that are looked at.
