@@ -22,6 +22,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,9 @@ ARMS = ("random", "whole-pool", "domain", "oracle", "perplexity-middle", "ngrams
         "gradient-cosine", "redundancy-draw", "influence", "influence-select", "direct",
         "direct-onset", "flat-energy", "random-averaged", "whole-pool-averaged", "direct-averaged",
         "direct-constant-averaged", "random-constant-averaged", "direct-moderate-averaged")
+# Where time is short: the default, its nearest rivals, and averages.
+FEW = ("random", "whole-pool", "perplexity-middle", "ngrams", "gradient-cosine", "direct",
+       "direct-onset", "whole-pool-averaged", "direct-averaged")
 
 
 @dataclass(frozen=True)
@@ -70,22 +74,28 @@ class Scale:
 
     model: tuple[str, ...]
     vocab_size: int
-    characters: int  # of a passage: about one sequence
     pool: int
     held_out: int
     stable: int
     global_batch: int
     micro_batch: int
     num_seeds: int
-    extra: tuple[str, ...] = ()
+    precision: tuple[str, ...] = ()
+    arms: tuple[str, ...] = ARMS
 
 
 SCALES = {
-    "cpu": Scale(("--num-layers", "4", "--hidden-size", "192"), 4096, 900, 4000, 300, 2000, 16, 8,
-                 3),
-    "gpu": Scale(("--num-layers", "12", "--hidden-size", "512", "--num-attention-heads", "8",
-                  "--seq-length", "512"), 16384, 1900, 6000, 256, 1500, 64, 32, 3, ("--bf16",)),
-    "tiny": Scale(("--num-layers", "1", "--hidden-size", "32"), 512, 300, 120, 24, 20, 8, 4, 2),
+    "cpu": Scale(
+        ("--num-layers", "4", "--hidden-size", "192"), vocab_size=4096, pool=4000,
+        held_out=300, stable=2000, global_batch=16, micro_batch=8, num_seeds=3),
+    "gpu": Scale(
+        ("--num-layers", "12", "--hidden-size", "512", "--num-attention-heads", "8",
+         "--seq-length", "512"), vocab_size=16384, pool=6000, held_out=256,
+        stable=1500, global_batch=64, micro_batch=32, num_seeds=3, precision=("--bf16",),
+        arms=FEW),
+    "tiny": Scale(
+        ("--num-layers", "1", "--hidden-size", "32"), vocab_size=512, pool=120,
+        held_out=24, stable=20, global_batch=8, micro_batch=4, num_seeds=2, arms=FEW),
 }
 
 
@@ -147,10 +157,10 @@ class Study:
         self.run("-m", "megatron_direct", "pretrain", "--data-path",
                  *(self.data / f"pretrain_{domain}_pool" for domain in (*MAIN, *OTHERS)),
                  "--save", theta, *self.scale.model, "--train-iters", str(self.scale.stable),
-                 "--lr", "2e-3", *self.batch, *self.scale.extra, ranks=self.ranks)
+                 "--lr", "2e-3", *self.batch, *self.scale.precision, ranks=self.ranks)
         return theta
 
-    def compare(self, name: str, theta: Path, flags: list[str]) -> Path:
+    def compare(self, name: str, theta: Path, num_seeds: int, flags: list[str]) -> None:
         setting, run = SETTINGS[name], self.folder / name
         pools = [str(self.data / name / f"{domain}_pool") for domain in setting.shares]
         tokens = sum(int(indexed.document_lengths(indexed.open_indexed(pool)).sum())
@@ -164,8 +174,7 @@ class Study:
                  "--valid-data-path", *(self.data / f"{d}_valid" for d in setting.target),
                  "--test-data-path", *(self.data / f"{d}_test" for d in setting.target),
                  "--lr-wsd-decay-iters", str(iterations), "--seed", "1", "--num-seeds",
-                 str(self.scale.num_seeds), *quarter, *self.batch, *flags, ranks=self.ranks)
-        return run
+                 str(num_seeds), *quarter, *self.batch, *flags, ranks=self.ranks)
 
 
 def _about() -> str:
@@ -182,26 +191,43 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="default: runs/packages-SCALE")
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", help="default: those of the scale")
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks")
     parser.add_argument("--seconds", type=float, default=float("inf"),
-                        help="no setting is begun after so long; the same command carries on")
+                        help="no further seed of a setting is begun after so long; the same "
+                        "command carries on")
     parser.add_argument("--results", type=Path, help="file for the results")
     flags, others = parser.parse_known_args()  # others: flags of megatron-direct compare
     began = time.monotonic()
-    folder = flags.folder or ROOT / "runs" / f"packages-{flags.scale}"
-    study = Study(folder.resolve(), SCALES[flags.scale], flags.ranks)
+    scale = SCALES[flags.scale]
+    folder = (flags.folder or ROOT / "runs" / f"packages-{flags.scale}").resolve()
+    study = Study(folder, scale, flags.ranks)
     study.prepare(flags.text.resolve())
-    theta, summaries = study.pretrain(), []
-    for name in flags.settings:
-        if time.monotonic() - began > flags.seconds:
-            print(f"{name}: not begun, the time is over", flush=True)
-            continue
-        run = study.compare(name, theta, ["--arms", *flags.arms, *others])
-        summaries.append(read_summary(run / "comparison.json"))
-        if flags.results is not None:  # after each, so that a kill loses none
-            flags.results.write_text(markdown.results(summaries, again=shlex.join(
-                ["python", "benchmarks/package_study.py", *sys.argv[1:]]), about=_about()))
+    theta, failed = study.pretrain(), []
+    arms = ["--arms", *(flags.arms or scale.arms)]
+    # One seed of every setting before the next seed; after each the results are written anew.
+    for num_seeds in range(1, scale.num_seeds + 1):
+        for name in flags.settings:
+            if time.monotonic() - began > flags.seconds:
+                print(f"{name}, seed {num_seeds}: not begun, the time is over", flush=True)
+                continue
+            try:
+                study.compare(name, theta, num_seeds, [*arms, *others])
+            except subprocess.CalledProcessError as error:  # the others go on
+                failed.append(f"{name}, seed {num_seeds}: {error}")
+            if flags.results is not None:
+                write_results(folder, flags.settings, flags.results)
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
+def write_results(folder: Path, settings: Sequence[str], path: Path) -> None:
+    """Of the settings that have any."""
+    there = [folder / name / "comparison.json" for name in settings]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(markdown.results(
+        [read_summary(file) for file in there if file.is_file()], about=_about(),
+        again=shlex.join(["python", "benchmarks/package_study.py", *sys.argv[1:]])))
 
 
 if __name__ == "__main__":
