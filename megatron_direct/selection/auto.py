@@ -70,7 +70,10 @@ def _in_words(gain: Gain) -> str:
 
 
 def worth_of(config: SelectionConfig, evidence: Evidence, seed: int) -> Worth:
-    """Of all candidates, the same on every rank; all ranks call this."""
+    """Of all candidates, the same on every rank; all ranks call this.
+
+    Raises UserError if the validation set is too small to be divided.
+    """
     if len(evidence.valid_rows) < FEWEST_VALID:
         raise UserError(
             f"--num-select auto judges scores from one half of the validation set by the other: "
@@ -81,13 +84,11 @@ def worth_of(config: SelectionConfig, evidence: Evidence, seed: int) -> Worth:
                           evidence.share().gathered(evidence.labels))
 
 
-def select_auto(config: SelectionConfig, evidence: Evidence, annealing_tokens: int, seed: int,
+def select_auto(config: SelectionConfig, evidence: Evidence, worth: Worth, seed: int,
                 ) -> tuple[Selection, np.ndarray, HowMany]:
-    """(selection, [N] stiff costs, why so many); all ranks call this.
-
-    Raises UserError if the validation set is too small to be divided.
-    """
-    worth = worth_of(config, evidence, seed)
+    """(selection, [N] stiff costs, why so many); all ranks call this."""
+    pool_tokens = int(worth.weights.sum())
+    annealing_tokens = config.anneal_tokens or pool_tokens
     values = Values.of(nested_selections(worth), annealing_tokens)
     found, best = values.found, best_selection(values)
     count = int(found.counts[best])
@@ -99,7 +100,7 @@ def select_auto(config: SelectionConfig, evidence: Evidence, annealing_tokens: i
                                     indices=np.flatnonzero(allowed)[selection.indices])
     return selection, evidence.share().gathered(
         stiff_costs(evidence.rows, evidence.directions)), HowMany(
-            annealing_tokens=annealing_tokens, pool_tokens=int(worth.weights.sum()),
+            annealing_tokens=annealing_tokens, pool_tokens=pool_tokens,
             num_candidates=len(allowed), num_harmful=int((worth.values < 0).sum()),
             num_select=count, worth_of_pool=float(found.worth[-1]),
             worth_of_selection=float(found.worth[best]), over_pool=values.over_pool(best),

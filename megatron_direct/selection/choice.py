@@ -25,7 +25,6 @@ from megatron_direct.selection.objectives import OBJECTIVES
 from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.stability import Stability, halves, stability
 from megatron_direct.selection.treatment import select_by_sketches
-from megatron_direct.selection.worth import cluster_numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,27 +42,26 @@ class Choice:
 def choose(config: SelectionConfig, evidence: Evidence, seed: int, limits: Mapping) -> Choice:
     """By the flags; all ranks call this. limits: groups and quotas, as solve_selection has them."""
     num_samples = evidence.share().num_samples
+    may_draw = _may_draw(config, evidence, limits)
+    worth = worth_of(config, evidence, seed) if config.is_auto or may_draw else None
+    how_many: HowMany | None
     if config.is_auto:
-        tokens = config.anneal_tokens
-        if tokens is None:
-            tokens = int(evidence.share().summed(np.array([evidence.labels.sum(dtype=float)]))[0])
-        solved, costs, how_many = select_auto(config, evidence, tokens, seed)
+        assert worth is not None
+        solved, costs, how_many = select_auto(config, evidence, worth, seed)
     else:
         solved, costs = select_by_sketches(config, evidence, int(config.num_select), seed, **limits)
         how_many = None
-    if len(solved.indices) == num_samples or not _may_draw(config, evidence, limits):
+    if len(solved.indices) == num_samples or worth is None or not may_draw:
         return Choice(solved, costs, how_many, None)
     first, second = halves(config, evidence, len(solved.indices), seed)
-    clusters = cluster_numbers(config, evidence, seed)
     chosen = np.zeros(num_samples, dtype=bool)
     chosen[solved.indices] = True
     if config.draw_unstable:
-        allowed = chosen | (worth_of(config, evidence, seed).values > 0)
-        indices = np.flatnonzero(
-            drawn_within(chosen, chosen & first & second, allowed, clusters, seed))
+        indices = np.flatnonzero(drawn_within(
+            chosen, chosen & first & second, chosen | (worth.values > 0), worth.clusters, seed))
         solved = dataclasses.replace(solved, indices=indices,
                                      stiff_cost=math.fsum(costs[indices].tolist()))
-    return Choice(solved, costs, how_many, stability(first, second, clusters))
+    return Choice(solved, costs, how_many, stability(first, second, worth.clusters))
 
 
 def _may_draw(config: SelectionConfig, evidence: Evidence, limits: Mapping) -> bool:

@@ -139,12 +139,14 @@ class Fold:
 
 @dataclass(frozen=True, eq=False)
 class Worth:
-    """values: [N] from all evidence, shrunk; folds: what judges it; weights: [N] tokens."""
+    """values: [N] from all evidence, shrunk; folds: what judges it; weights: [N] tokens; clusters:
+    [N] numbers."""
 
     values: np.ndarray
     folds: tuple[Fold, ...]
     reliability: Reliability
     weights: np.ndarray
+    clusters: np.ndarray
 
 
 def estimate_worth(alignments: Alignments, clusters: np.ndarray, weights: np.ndarray) -> Worth:
@@ -161,7 +163,7 @@ def estimate_worth(alignments: Alignments, clusters: np.ndarray, weights: np.nda
              alignments.sizes[~blocks], np.flatnonzero(~blocks))
         for x, (part, blocks) in zip(scores, pairs, strict=True))
     return Worth(_shrunk(np.mean(scores, axis=0), clusters, weights, reliability.of_both_halves()),
-                 folds, reliability, weights)
+                 folds, reliability, weights, clusters)
 
 
 def _parts(x: np.ndarray, clusters: np.ndarray, weights: np.ndarray,

@@ -60,6 +60,10 @@ def made_up(seed: int, kind: str = "equal") -> tuple[Evidence, np.ndarray]:
                     np.arange(N), valid.astype(np.float32), directions), harms
 
 
+def _auto(evidence: Evidence, seed: int):
+    return select_auto(CONFIG, evidence, worth_of(CONFIG, evidence, seed), seed)
+
+
 def _is_whole_pool(seed: int, kind: str) -> bool:
     found = nested_selections(worth_of(CONFIG, made_up(seed, kind)[0], seed))
     # A short annealing: repetition costs nothing, so that only the worth decides.
@@ -81,7 +85,7 @@ def test_the_whole_pool_is_selected_in_at_least_95_of_100_seeds(kind):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_harmful_quarter_is_left_out(seed):
     evidence, harms = made_up(seed, "harmful")
-    selection, costs, how_many = select_auto(CONFIG, evidence, N * TOKENS, seed)
+    selection, costs, how_many = _auto(evidence, seed)
     assert len(costs) == N and len(selection.indices) == how_many.num_select < N
     assert harms[selection.indices].mean() < 0.02
     assert how_many.over_pool.low > 0 and how_many.over_random.low > 0
@@ -91,7 +95,7 @@ def test_a_harmful_quarter_is_left_out(seed):
 
 def test_nothing_to_gain_is_said():
     evidence, _ = made_up(0, "equal")
-    selection, _, how_many = select_auto(CONFIG, evidence, N * TOKENS, 0)
+    selection, _, how_many = _auto(evidence, 0)
     np.testing.assert_array_equal(selection.indices, np.arange(N))
     assert how_many.is_whole_pool and "nothing to gain" in str(how_many)
 
@@ -105,6 +109,8 @@ def test_a_number_that_is_given_is_the_number():
 
 def test_the_pool_once_is_the_length_where_none_is_given():
     evidence, _ = made_up(1, "harmful")
+    given = dataclasses.replace(CONFIG, anneal_tokens=77)
+    assert choose(given, evidence, 1, {}).how_many.annealing_tokens == 77
     assert choose(CONFIG, evidence, 1, {}).how_many.annealing_tokens == N * TOKENS
 
 
@@ -146,7 +152,7 @@ def test_effective_tokens_at_the_ends():
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_spread_rows_give_the_same_worth(ranks):
     evidence, _ = made_up(4, "harmful")
-    whole = select_auto(CONFIG, evidence, N * TOKENS, 4)
+    whole = _auto(evidence, 4)
     meeting, shares = ThreadRanks(ranks), uneven_shares(N, ranks, np.random.default_rng(ranks))
 
     def work(rank):
@@ -155,7 +161,7 @@ def test_spread_rows_give_the_same_worth(ranks):
             evidence, rows=evidence.rows[here], labels=evidence.labels[here],
             datasets=evidence.datasets[here], ids=here,
             all_reduce_sum=lambda array: meeting.all_reduce_sum(rank, array))
-        return select_auto(CONFIG, part, N * TOKENS, 4)
+        return _auto(part, 4)
 
     for found, costs, how_many in meeting.run(work):
         np.testing.assert_array_equal(found.indices, whole[0].indices)
