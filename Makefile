@@ -50,7 +50,7 @@ COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random 
 	gradient-dot gradient-cosine flat-energy direct
 
 .PHONY: compare study anneal evaluate test test-slow test-gpu test-megatron test-checkpoints \
-	lint data theta clean bench-solver bench-curvature bench-sketch bench-data bench-select \
+	study-packages study-gpu how-many lint data theta clean bench-solver bench-curvature bench-sketch bench-data bench-select \
 	bench-gpu
 
 anneal: $(READY) data theta
@@ -96,6 +96,17 @@ compare: $(READY)
 study: $(READY)
 	$(BIN)/python benchmarks/study.py --results docs/results.md $(FLAGS)
 
+# Text of Python packages, which are downloaded, and the comparison on it. STUDY_TEXT names a folder
+# in which tools/pypi_text.py has been, where there is no network.
+STUDY_TEXT ?= $(BUILD)/packages
+
+study-packages: $(READY) $(STUDY_TEXT)/corpus.json
+	$(BIN)/python benchmarks/package_study.py --text $(STUDY_TEXT) --ranks $(GPUS_PER_NODE) \
+		--results $(BUILD)/results-packages.md $(FLAGS)
+
+how-many: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/how_many.py $(FLAGS)
+
 # Style and types.
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -139,6 +150,11 @@ test-gpu: $(PACKAGES)/.done
 bench-gpu: $(PACKAGES)/.done
 	$(WITH_PACKAGES) $(GPU_PYTHON) benchmarks/gpu.py --output $(BUILD)/gpu.json $(FLAGS)
 
+# On one GPU; it begins no setting after eight minutes, and the same command carries on.
+study-gpu: $(PACKAGES)/.done
+	$(WITH_PACKAGES) $(GPU_PYTHON) benchmarks/package_study.py --scale gpu --text $(STUDY_TEXT) \
+		--seconds 480 --results $(BUILD)/results-gpu.md $(FLAGS)
+
 # Without dependencies: those that are missing are in the folder, and torch must stay as it is.
 $(PACKAGES)/.done: $(if $(WHEELS),$(wildcard $(WHEELS)/*.whl))
 	mkdir -p $(@D)
@@ -154,6 +170,9 @@ $(PACKAGES)/.done: $(if $(WHEELS),$(wildcard $(WHEELS)/*.whl))
 	$*/bin/pip install --quiet --disable-pip-version-check -c $*/constraints.txt \
 		megatron-core==$(CORE) -e ".[dev]"
 	touch $@
+
+$(BUILD)/packages/corpus.json: $(READY) tools/pypi_text.py tools/pypi_packages.txt
+	$(BIN)/python tools/pypi_text.py --output-dir $(@D)
 
 $(TEXT): $(READY) tools/embedded_text.py
 	$(BIN)/python tools/embedded_text.py --output-dir $(@D) $(TEXT_FLAGS)

@@ -63,6 +63,8 @@ COMPARE = ["--num-select", str(NUM_SELECT), "--lr-wsd-decay-iters", "30", "--ske
 class Study:
     """Everything lies under ``folder``; what is there is not made again."""
 
+    settings = SETTINGS
+
     def __init__(self, folder: Path, ranks: int):
         self.folder, self.ranks = folder, ranks
         self.tokenizer = folder / "data" / "tokenizer.model"
@@ -88,7 +90,7 @@ class Study:
                          "--vocab-size", "2048")
         for name, fraction in (("clean", "0"), ("corrupted", "0.25")):
             self._preprocess("2", name, "--split", "70,15,15", "--corrupt-fraction", fraction)
-        for setting, (source, counts, _) in SETTINGS.items():
+        for setting, (source, counts, _) in self.settings.items():
             for domain, count in zip(DOMAINS, counts, strict=True):
                 self._draw(f"{source}_{domain}_pool", f"{setting}/{domain}_pool", count)
         for split, count in HELD_OUT.items():
@@ -123,7 +125,7 @@ class Study:
 
     def compare(self, setting: str, size: str, flags: list[str]) -> Path:
         data, run = self.folder / "data", self.folder / f"{setting}-{size}"
-        domains = SETTINGS[setting][2]
+        domains = self.settings[setting][2]
         self.run("-m", "megatron_direct", "compare", "--load", self.folder / f"theta_{size}",
                  "--run-dir", run, "--name", f"{setting} ({size} model)", "--tokenizer-model",
                  self.tokenizer,

@@ -48,7 +48,15 @@ def write_annealed_run(folder: Path, *, arms=("direct", "random"), domains=DOMAI
         "samples": {"in_pools": 1300, "too_short": 1, "cut": 1250, "cut_tokens": 65_489,
                     "not_finite": 2},
         "mean_loss": {"pool": 4.18, "selected": 3.99}, "composition": compositions["direct"],
-        "mask_digests": {}})
+        "mask_digests": {},
+        "stability": {"samples": 0.62, "by_chance": 0.41, "clusters": 0.97},
+        "how_many": {
+            "annealing_tokens": 65_000, "pool_tokens": 130_000, "num_candidates": 1298,
+            "num_harmful": 311, "num_select": 33, "worth_of_pool": 0.0123,
+            "worth_of_selection": 0.0389,
+            "over_pool": {"mean": 0.021, "low": 0.017, "high": 0.026},
+            "over_random": {"mean": 0.027, "low": 0.02, "high": 0.034},
+            "repeats_between": 0.96, "repeats_within": 0.6}})
     values = 10 / np.arange(1, 13)
     files.write_json(folder / "curvature" / "spectrum.json", {
         "operator": "gauss-newton", "num_valid_samples": 32, "dimension": 1_000_000,

@@ -33,25 +33,32 @@ def python_files(root: Path) -> list[Path]:
 def docstrings(path: Path, length: int) -> Iterator[str]:
     """Passages of a file's docstrings, joined: most docstrings are far shorter than a passage."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        yield from passages(docstrings_of(path.read_text(encoding="utf-8")), length)
     except (SyntaxError, UnicodeDecodeError):
         return
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(
+
+
+def docstrings_of(code: str) -> str:
+    found = [ast.get_docstring(node) for node in ast.walk(ast.parse(code)) if isinstance(
         node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
-    yield from passages("\n\n".join(text for text in found if text), length)
+    return "\n\n".join(text for text in found if text)
 
 
 def source(path: Path, length: int) -> Iterator[str]:
     """Code without its docstrings and comments, so that the domains do not share text."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        yield from passages(code_of(path.read_text(encoding="utf-8")), length)
     except (SyntaxError, UnicodeDecodeError):
         return
+
+
+def code_of(code: str) -> str:
+    tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) \
                 and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    yield from passages(ast.unparse(tree), length)
+    return ast.unparse(tree)
 
 
 def passages(text: str, length: int) -> Iterator[str]:

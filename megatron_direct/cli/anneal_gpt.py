@@ -63,7 +63,8 @@ def _run(found: argparse.Namespace) -> None:
     arms = os.environ.get(_ARMS, f"{request.name.selection_name} {RANDOM}").split()
     _require_arms(arms, request.name.selection_name)
     select(SelectRequest(**{f.name: getattr(request, f.name)
-                            for f in dataclasses.fields(SelectRequest)}))
+                            for f in dataclasses.fields(SelectRequest)}),
+           request.anneal.lr_wsd_decay_iters)
     for arm in arms:
         anneal(AnnealRequest(
             dataclasses.replace(request.anneal, selection=arm,

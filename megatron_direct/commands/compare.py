@@ -13,6 +13,7 @@ that count are of test sets that no selection saw.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_direct.comparison import record
-from megatron_direct.comparison.arms import BY_DOMAIN, REGISTRY, Case
+from megatron_direct.comparison.arms import BY_DOMAIN, DATASET, REGISTRY, Case, find_arm
 from megatron_direct.comparison.measurements import (
     CompareConfig,
     Setting,
@@ -111,7 +112,7 @@ def compare(request: CompareRequest) -> None:
                 for file in ("result.json", "failed.json"))])
         if missing:
             case = measured_case(setting, seed, {need for name in missing
-                                                 for need in REGISTRY[name].needs})
+                                                 for need in find_arm(name).needs})
             for name in missing:
                 _run_arm(_Run(setting, name, seed), case,
                          {key: before[key] for key in ("valid", "test")})
@@ -128,15 +129,15 @@ def _setting(request: CompareRequest) -> Setting:
     if selection.sketch_rows == "spread":
         raise UserError("--sketch-rows spread is not supported by compare, which solves with all "
                         "rows on rank 0. Leave the flag out, and compare on a smaller pool.")
+    selection.require_number_where_needed()
+    # Most arms select no sample twice.
+    solve_step.check_number(dataclasses.replace(selection, max_count=1), len(onset.pool.usable))
     onset.job.require_runs_on(parallel.world_size(), trains=True)
     solve_step.parse_quotas(selection.quotas,
                             list(indexed.prefix_names(onset.pool.prefixes).values()))
     return Setting(config, Path(request.onset.run_dir), onset,
                    MeasureSettings(request.pilot.in_one_spelling(), request.sketch,
                                    request.curvature), selection,
-                   # Most arms select no sample twice.
-                   solve_step.num_to_select(dataclasses.replace(selection, max_count=1),
-                                            len(onset.pool.usable)),
                    dataset_digests(config.test_data_path))
 
 
@@ -157,7 +158,7 @@ def _arms(setting: Setting) -> list[str]:
             "out."))
     if not setting.onset.checkpoint.has_optimizer:
         obstacles.append((
-            [name for name in chosen if "adam-sketches" in REGISTRY[name].needs],
+            [name for name in chosen if "adam-sketches" in find_arm(name).needs],
             f"{setting.onset.checkpoint.path} holds no second moments of Adam",
             "Save it with its optimizer, or leave these arms out."))
     for names, why, remedy in obstacles:
@@ -166,6 +167,11 @@ def _arms(setting: Setting) -> list[str]:
         if names:
             parallel.say(f"{', '.join(names)}: left out, since {why}.")
         chosen = [name for name in chosen if name not in names]
+    names = list(indexed.prefix_names(setting.onset.pool.prefixes).values())
+    for name in chosen:
+        if name.startswith(DATASET) and name.removeprefix(DATASET) not in names:
+            raise UserError(f"--arms {name}: no pool has this name. The pools are "
+                            f"{', '.join(names)}.")
     if REFERENCE not in chosen:
         parallel.say(f"{REFERENCE} is added: the others are compared with it.")
         chosen.insert(0, REFERENCE)
@@ -186,8 +192,7 @@ def _key(setting: Setting) -> ComparisonKey:
         pilot,
         dataclasses.replace(sketch, micro_batch_size=defaults.micro_batch_size,
                             seed=defaults.seed),
-        setting.measure.curvature,
-        dataclasses.replace(setting.selection, num_select=setting.num_select),
+        setting.measure.curvature, setting.selection,
         onset.job.precision)
 
 
@@ -238,12 +243,13 @@ def _run_arm(run: _Run, case: Case | None, before: dict) -> None:
         request = blend.BlendRequest.for_job(
             onset.job, setting.config.lr_wsd_decay_iters, run.seed, folder / "cache",
             onset.checkpoint.tokenizer_digest)
-        dataset, _ = blend.build_blend(Blend(onset.pool.prefixes), masks, request)
+        dataset, _ = blend.build_blend(_blend(run), masks, request)
         chunks = model.build(onset.job)
         try:
             decay(Decay(onset.job, onset.checkpoint, [Segment(0, dataset)],
                         setting.config.lr_wsd_decay_iters, folder, f"{run.arm} {run.seed}",
-                        load_optim=onset.checkpoint.has_optimizer), chunks)
+                        load_optim=onset.checkpoint.has_optimizer,
+                        recipe=find_arm(run.arm).recipe), chunks)
             seconds = time.perf_counter() - began
             after = _losses(setting, chunks)
             if not np.isfinite(list(after["test"].values())).all():
@@ -258,13 +264,24 @@ def _run_arm(run: _Run, case: Case | None, before: dict) -> None:
               "seconds": seconds, "problem": problem}, chosen))
 
 
+def _blend(run: _Run) -> Blend:
+    """The pools, each by its tokens, or one of them as half of what is seen."""
+    pool, dataset = run.setting.onset.pool, find_arm(run.arm).dataset
+    if not dataset:
+        return Blend(pool.prefixes)
+    tokens = np.array([pool.num_labels[first:end].sum() for first, end in itertools.pairwise(
+        pool.first)], dtype=float)
+    is_it = np.array(list(indexed.prefix_names(pool.prefixes).values())) == dataset
+    return Blend(pool.prefixes, (tokens / tokens.sum() / 2 + is_it / 2).tolist())
+
+
 def _choose(run: _Run, case: Case | None) -> tuple[np.ndarray, dict, dict | None]:
     """(sample numbers, masks, what the solver said) of what the arm takes (rank 0)."""
     assert case is not None  # on rank 0
     setting = run.setting
     shutil.rmtree(run.folder, ignore_errors=True)  # of an annealing that was killed
     with solve_step.in_terms_of_flags():
-        positions, found = REGISTRY[run.arm].take(case)
+        positions, found = find_arm(run.arm).take(case)
     with np.load(setting.seed_folder(case.seed) / "samples.npz") as arrays:
         chosen = arrays["candidates"][positions]
     problem = None if found is None else {
@@ -287,8 +304,10 @@ def _write_result(run: _Run, result: dict, chosen: np.ndarray) -> None:
 
 def _report(setting: Setting, chosen: list[str]) -> None:
     """Everything that is made of the results (rank 0)."""
-    record.write_record(setting, REFERENCE, [name for name in REGISTRY if name in chosen
-                                      or (setting.folder / "arms" / name).is_dir()])
+    there = {path.name for path in (setting.folder / "arms").glob("*")} | set(chosen)
+    record.write_record(setting, REFERENCE, [
+        *(name for name in REGISTRY if name in there),
+        *sorted(name for name in there if name.startswith(DATASET))])
     found = summarise(setting.folder)
     write_summary(found, setting.folder / "comparison.json")
     comparison_page.write_page(found, setting.folder / "report.html")

@@ -60,11 +60,20 @@ class SelectRequest:
     given: Given = field(default_factory=Given)
 
 
-def select(request: SelectRequest) -> None:
-    """All ranks call this."""
+def select(request: SelectRequest, annealing_iters: int | None = None) -> None:
+    """All ranks call this.
+
+    annealing_iters: iterations of the annealing to come, where they are known, for --num-select
+    auto without --anneal-tokens.
+    """
+    request.selection.require_number_where_needed()
     onset = open_onset(request.onset, request.layout, request.given)
     onset.job.require_runs_on(parallel.world_size(), trains=request.pilot.has_pilot)
-    solve_step.num_to_select(request.selection, len(onset.pool.usable))
+    solve_step.check_number(request.selection, len(onset.pool.usable))
+    if annealing_iters is not None and request.selection.anneal_tokens is None:
+        tokens = annealing_iters * onset.job.batch.global_batch_size * onset.job.model.seq_length
+        request = dataclasses.replace(request, selection=dataclasses.replace(
+            request.selection, anneal_tokens=tokens))
     run = RunDirectory(request.onset.run_dir)
     parallel.on_rank_zero(lambda: run.enter("select", request))
 

@@ -18,18 +18,22 @@ import numpy as np
 
 from megatron_direct.selection import treatment
 from megatron_direct.selection.baselines import random_selection
+from megatron_direct.selection.choice import choose
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, flat_rows
 from megatron_direct.selection.problem import Selection
+from megatron_direct.steps.decay import Recipe
 
 
 @dataclass(frozen=True)
 class Case:
-    """What an arm may know. N candidates, M validation samples, k coordinates, K to select.
+    """What an arm may know. N candidates, M validation samples, k coordinates, K to select (an arm
+    that asks :meth:`select` takes as many as the flags say, which may leave that open).
 
     evidence: by measurement (see :class:`Arm`). domains: [N] the domain of each candidate, by name;
     losses: [N] mean token losses; corrupted: [N] what a trial shuffled on purpose, for the oracle
-    alone; valid_domains, valid_labels: [M]. config: the flags of the selection problem.
+    alone; valid_domains, valid_labels: [M]; text_similarity: yields [N] likeness to the validation
+    set by its tokens alone. config: the flags of the selection problem.
     """
 
     evidence: Mapping[str, Evidence]
@@ -42,6 +46,7 @@ class Case:
     seed: int
     config: SelectionConfig
     limits: Mapping = field(default_factory=dict)
+    text_similarity: Callable[[], np.ndarray] | None = None
 
     @functools.cached_property
     def rng(self) -> np.random.Generator:
@@ -54,6 +59,11 @@ class Case:
         return treatment.select_by_sketches(
             config, evidence, self.num_select, self.seed, **self.limits)[0]
 
+    def select(self, evidence: Evidence, **settings) -> Selection:
+        """What `select` would with these flags, some of them changed."""
+        return choose(dataclasses.replace(self.config, **settings), evidence, self.seed,
+                      self.limits).selection
+
     def largest(self, scores: np.ndarray) -> np.ndarray:
         """[K] of the largest scores; ties go to the lower number."""
         return np.sort(np.lexsort((np.arange(len(scores)), -scores))[: self.num_select])
@@ -64,13 +74,16 @@ class Arm:
     """needs: what has to be measured over the pool first, which decides what selecting costs.
 
     losses: of the pool at the checkpoint, a forward pass; else a name in
-    :data:`megatron_direct.comparison.measurements.MEASUREMENTS`.
+    :data:`megatron_direct.comparison.measurements.MEASUREMENTS`. recipe: how it is annealed;
+    dataset: name of the pool that makes up half of its training data, "" for none.
     """
 
     name: str
     description: str
     choose: Callable[[Case], np.ndarray | Selection]
     needs: tuple[str, ...] = ()
+    recipe: Recipe = field(default_factory=Recipe)
+    dataset: str = ""
 
     def take(self, case: Case) -> tuple[np.ndarray, Selection | None]:
         """([K] positions, ascending; the solution, if a selection problem was solved)."""
@@ -83,12 +96,24 @@ REGISTRY: dict[str, Arm] = {}  # in the order in which arms are run
 BY_DOMAIN = ("domain", "oracle")
 
 
-def arm(name: str, description: str, needs: tuple[str, ...] = ()):
+def arm(name: str, description: str, needs: tuple[str, ...] = (), recipe: Recipe | None = None):
     def register(choose: Callable[[Case], np.ndarray | Selection]):
-        REGISTRY[name] = Arm(name, description, choose, needs)
+        REGISTRY[name] = Arm(name, description, choose, needs, recipe or Recipe())
         return choose
 
     return register
+
+
+# Of an arm that is a dataset: dataset:NAME.
+DATASET = "dataset:"
+
+
+def find_arm(name: str) -> Arm:
+    """Of the registry, or ``dataset:NAME``. Raises KeyError for any other name."""
+    if name.startswith(DATASET):
+        dataset = name.removeprefix(DATASET)
+        return Arm(name, f"half {dataset}, half the whole pool", _whole_pool, dataset=dataset)
+    return REGISTRY[name]
 
 
 @arm("random", "K samples at random")
@@ -151,18 +176,18 @@ def _gradient_dot_adam(case: Case) -> np.ndarray:
 
 @arm("direct", "what `megatron-direct select` selects with these flags", ("select",))
 def _direct(case: Case) -> Selection:
-    return case.solve(case.evidence["select"])
+    return case.select(case.evidence["select"])
 
 
 @arm("direct-onset", "the same objective with gradients and directions at the checkpoint, without "
      "a pilot", ("onset",))
 def _direct_onset(case: Case) -> Selection:
-    return case.solve(case.evidence["onset"])
+    return case.select(case.evidence["onset"])
 
 
 @arm("direct-unshrunk", "direct without shrinkage towards clusters", ("select",))
 def _direct_unshrunk(case: Case) -> Selection:
-    return case.solve(case.evidence["select"], shrinkage_clusters=0)
+    return case.select(case.evidence["select"], shrinkage_clusters=0)
 
 
 @arm("pilot-dot", "largest inner product with the mean validation gradient, after the pilot",

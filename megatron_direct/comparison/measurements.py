@@ -7,14 +7,19 @@ line in :data:`MEASUREMENTS`; arms name those that they need.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from megatron_direct.comparison import arms
+from megatron_direct.comparison import (
+    arms,
+    rivals,  # noqa: F401  (registers its arms)
+)
 from megatron_direct.comparison.arms import Case
+from megatron_direct.comparison.text_likeness import ngram_likeness
 from megatron_direct.data import indexed
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
@@ -37,8 +42,9 @@ class CompareConfig(Settings):
     test_data_path: tuple = flag(
         (), "indexed datasets whose losses are compared; no selection sees them", nargs="+",
         required=True)
-    arms: tuple = flag((), f"arms to compare; default: all ({', '.join(arms.REGISTRY)})",
-                       nargs="+")
+    arms: tuple = flag((), f"arms to compare; default: all ({', '.join(arms.REGISTRY)}); "
+                       "dataset:NAME, a pool by the last part of its prefix, which makes up half "
+                       "of the training data beside the whole pool", nargs="+")
     num_seeds: int = flag(5, "replicates of each arm", at_least=1)
     lr_wsd_decay_iters: int = flag(100, "iterations of each annealing", at_least=1)
     name: str = flag("", "name of this comparison in the report; default: the name of the "
@@ -47,7 +53,8 @@ class CompareConfig(Settings):
                                     "default: no samples are shown")
 
     def check(self) -> None:
-        unknown = [name for name in self.arms if name not in arms.REGISTRY]
+        unknown = [name for name in self.arms if name not in arms.REGISTRY
+                   and not name.startswith(arms.DATASET)]
         if unknown:
             raise UserError(f"--arms {' '.join(unknown)}: unknown arm; the arms are "
                             f"{', '.join(arms.REGISTRY)}.")
@@ -62,7 +69,6 @@ class Setting:
     onset: Onset
     measure: MeasureSettings
     selection: SelectionConfig
-    num_select: int
     test_digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -116,6 +122,8 @@ def measurement_folder(setting: Setting, seed: int, name: str) -> Path:
 def measured_case(setting: Setting, seed: int, needs: set[str]) -> Case | None:
     """What the arms may know at a seed, computed or read; on rank 0, None elsewhere."""
     found = {}
+    if setting.selection.is_auto:
+        needs = needs | {"select"}
     for name in MEASUREMENTS:
         if name == "onset" or name in needs:
             settings = MEASUREMENTS[name](dataclasses.replace(
@@ -130,21 +138,38 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
               for name, of in measured.items()}
     pool, valid = stored["onset"]
     chosen = _candidates(setting, seed, stored)
+    config = setting.selection
+    if config.is_auto and config.anneal_tokens is None:
+        config = dataclasses.replace(
+            config,
+            anneal_tokens=setting.num_sequences * setting.onset.job.model.seq_length)
     here, samples, valid_samples = pool.samples[chosen], setting.onset.pool, setting.onset.valid
     evidence = {name: Evidence(rows.rows[chosen], samples.num_labels[here],
                                samples.dataset_of(here), len(samples.prefixes),
-                               np.arange(len(here)), of_valid.rows, measured[name].directions)
+                               np.arange(len(here)), of_valid.rows, measured[name].directions,
+                               valid_datasets=valid_samples.dataset_of(of_valid.samples))
                 for name, (rows, of_valid) in stored.items()}
     case = Case(evidence, pool.losses[chosen], _domains(samples, here), samples.corrupted[here],
                 _domains(valid_samples, valid.samples), valid_samples.num_labels[valid.samples],
-                setting.num_select, seed, setting.selection,
-                solve_step.limits(setting.selection, samples, here))
+                0, seed, config, solve_step.limits(config, samples, here),
+                functools.partial(ngram_likeness, samples, here, valid_samples, valid.samples))
+    case = dataclasses.replace(case, num_select=_num_select(case))
     with files.written_whole(setting.seed_folder(seed) / "samples.npz") as file:
-        np.savez(file, candidates=here, loss=case.losses, labels=evidence["onset"].labels,
+        np.savez(file, candidates=here, num_select=case.num_select, loss=case.losses,
+                 labels=evidence["onset"].labels,
                  domain=samples.dataset_of(here), corrupted=case.corrupted,
                  stiff_cost=stiff_costs(evidence["onset"].rows,
                                                   measured["onset"].directions))
     return case
+
+
+def _num_select(case: Case) -> int:
+    """How many samples arms take: as many as the default does, and where that is left open and
+    comes to the whole pool, half of it."""
+    if not case.config.is_auto:
+        return int(case.config.num_select)
+    found = len(case.select(case.evidence["select"]).indices)
+    return found if found < len(case.losses) else max(1, found // 2)
 
 
 def _candidates(setting: Setting, seed: int, stored: Mapping[str, list]) -> np.ndarray:

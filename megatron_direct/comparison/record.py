@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_direct.comparison.arms import REGISTRY
+from megatron_direct.comparison.arms import find_arm
 from megatron_direct.comparison.measurements import MEASUREMENTS, Setting, measurement_folder
 from megatron_direct.data import indexed
 from megatron_direct.evaluation.tokenizers import tokenizer_of
@@ -30,20 +30,26 @@ def write_record(setting: Setting, reference: str, arms: Sequence[str]) -> None:
         ("test", setting.config.test_data_path))}
     tokens = setting.num_sequences * setting.onset.job.model.seq_length
     files.write_json(setting.folder / "setting.json", {
-        "name": setting.config.name or setting.folder.name, "num_select": setting.num_select,
+        "name": setting.config.name or setting.folder.name, "num_select": _num_select(setting),
         "num_candidates": len(setting.onset.pool.usable),
         "parameters": files.read_json(setting.folder / "before.json")["parameters"],
         "iterations": setting.config.lr_wsd_decay_iters, "tokens": tokens,
         "seeds": setting.seeds, **names, "reference": reference, "default_arm": DEFAULT_ARM,
-        "arms": {name: REGISTRY[name].description for name in arms},
+        "arms": {name: find_arm(name).description for name in arms},
         "tokenizer_model": setting.config.tokenizer_model,
         "shared_seconds": seconds, "annealing_seconds": annealing,
         "passes_of_selection": {
-            name: _passes(setting, REGISTRY[name].needs, seconds, annealing / tokens)
+            name: _passes(setting, find_arm(name).needs, seconds, annealing / tokens)
             for name in arms},
     })
     if setting.config.tokenizer_model:
         files.write_json(setting.folder / "texts.json", _texts(setting))
+
+
+def _num_select(setting: Setting) -> int:
+    """Of the arms beside the default, at the first seed."""
+    with np.load(setting.seed_folder(setting.seeds[0]) / "samples.npz") as arrays:
+        return int(arrays["num_select"])
 
 
 def _seconds(setting: Setting, seed: int) -> dict[str, dict[str, float]]:

@@ -1,14 +1,17 @@
 """The Gram operator of sketched validation gradients: (1/M) sum_i S g_i (S g_i)^T.
 
 What the authors' reference code takes for the Hessian. It acts on sketch coordinates [k], not on
-parameters, so that a product costs next to nothing; its rank is at most M, the number of
-validation samples. With M below k most "flat" directions are merely ones that no sample showed.
+parameters; its rank is at most M, the number of validation samples. So its whole spectrum is a
+singular value decomposition of the rows, and its elbow is found among all pairs: among the leading
+ones alone, all of them would count as stiff where they hold too little. With M below k most "flat"
+directions are merely ones that no sample showed.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from megatron_direct.curvature.lanczos import Spectrum
 from megatron_direct.curvature.vector_space import VectorSpace
 from megatron_direct.errors import UserError
 from megatron_direct.gradients import hashing
@@ -45,6 +48,19 @@ class SketchedFisherOperator:
         self._rows = rows.astype(np.float64)
         self.num_samples, sketch_size = rows.shape
         self.space = SketchSpace(sketch_size)
+
+    def spectrum(self) -> Spectrum:
+        """All pairs, min(M, k) of them."""
+        _, singular, directions = np.linalg.svd(self._rows / np.sqrt(self.num_samples),
+                                                full_matrices=False)
+        values = singular**2
+        return Spectrum(
+            eigenvalues=values, eigenvectors=list(directions),
+            residuals=np.array([np.linalg.norm(self.matvec(direction) - value * direction)
+                                for value, direction in zip(values, directions, strict=True)]),
+            num_matvecs=len(values), converged=True, status="converged",
+            smallest_ritz=0.0 if len(values) < self.space.dimension else float(values[-1]),
+            num_invariant=0, asymmetry=0.0)
 
     def matvec(self, vector: np.ndarray) -> np.ndarray:
         return self._rows.T @ (self._rows @ vector) / self.num_samples

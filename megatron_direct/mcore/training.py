@@ -83,6 +83,9 @@ class DecaySteps:
 def anneal_over(trainer: Trainer, optimizer: OptimizerConfig, batch: BatchConfig,
                 steps: DecaySteps) -> None:
     """Lets the learning rate decay from here on."""
+    # A checkpoint's optimizer brings the rates that it was saved with, which the schedule prefers.
+    for group in trainer.optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = optimizer.lr, optimizer.min_lr
     decay = steps.iterations * batch.global_batch_size
     trainer.scheduler = _scheduler(trainer.optimizer, optimizer, 0,
                                    decay_ends=steps.onset + decay, decay_steps=decay)

@@ -148,7 +148,14 @@ def _selected(name: str, found: SelectionSummary) -> str:
             f"were cut at the sequence length ({counts.cut_tokens:,} tokens), "
             f"{counts.too_short:,} were too short, and {counts.not_finite:,} had no finite "
             f"gradient. Mean loss before annealing: {found.mean_loss.selected:.3f} for the "
-            f"selected samples, {found.mean_loss.pool:.3f} for the pool.")
+            f"selected samples, {found.mean_loss.pool:.3f} for the pool."
+            + "".join(f" {_sentence(str(part))}" for part in (found.how_many, found.stability)
+                      if part is not None))
+
+
+def _sentence(text: str) -> str:
+    words = " ".join(text.split())
+    return words[0].upper() + words[1:] + "."
 
 
 def _composition(run: RunReport) -> Table:

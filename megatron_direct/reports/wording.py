@@ -149,7 +149,11 @@ def chance_sentence(summary: ComparisonSummary) -> str:
 
 def setting_sentence(summary: ComparisonSummary) -> str:
     setting = summary.setting
-    return (f"{setting.num_select:,} of {setting.num_candidates:,} samples are selected; the model "
+    left_open = (f" (seed {setting.seeds[0]}; the default of select takes as many as are worth it, "
+                 "the others as many, or half of the pool where it takes all of it)"
+                 if summary.identity.get("num_select") == "auto" else "")
+    return (f"{setting.num_select:,} of {setting.num_candidates:,} samples are selected"
+            f"{left_open}; the model "
             f"has {setting.parameters / 1e6:.3g} M parameters; each annealing runs for "
             f"{counted(setting.iterations, 'iteration')} on {setting.tokens / 1e3:,.0f} thousand "
             f"tokens; {seeds_in_words(setting.seeds)}.")

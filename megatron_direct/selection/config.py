@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
+from megatron_direct.errors import UserError
 from megatron_direct.selection.objectives import OBJECTIVES
 from megatron_direct.settings import Settings, flag
+
+AUTO = "auto"
+
+
+def number_or_auto(text: str) -> int | str:
+    return text if text == AUTO else int(text)
 
 
 @dataclass(frozen=True)
 class SelectionConfig(Settings):
     """Selection problem."""
 
-    num_select: int | None = flag(
-        None, "K, samples to select; default: a quarter of the pool", type=int, at_least=1)
+    num_select: int | str = flag(
+        AUTO, "K, samples to select, or auto: as many as are worth it (docs/selection.md); the "
+        "whole pool, where nothing smaller is clearly worth more", type=number_or_auto)
+    anneal_tokens: int | None = flag(
+        None, "--num-select auto: tokens that the annealing will see; default: as many as the "
+        "pools have", type=int, at_least=1)
     max_count: int = flag(
         1, "how often one sample may be selected; above 1 masks hold counts, and a sample with "
         "count 2 comes twice per epoch", at_least=1, at_most=255)
@@ -44,6 +56,9 @@ class SelectionConfig(Settings):
     kept_deviation: float = flag(
         0.5, "share of a gradient's deviation from its cluster's mean that remains", at_least=0,
         at_most=1)
+    draw_unstable: bool = flag(
+        True, "--objective descent: what half of the evidence does not select again is drawn at "
+        "random within its cluster; not under quotas or --stiff-budget")
     quotas: tuple = flag(
         (), "smallest and largest number of samples from a pool, as NAME:LEAST:GREATEST; either "
         "may be empty; NAME is the last part of its prefix", nargs="+")
@@ -52,3 +67,27 @@ class SelectionConfig(Settings):
         "over the ranks; auto: spread if they take more than a quarter of rank 0's free "
         "memory",
         choices=("auto", "gathered", "spread"))
+
+    @property
+    def is_auto(self) -> bool:
+        return self.num_select == AUTO
+
+    def check(self) -> None:
+        if not self.is_auto:
+            if isinstance(self.num_select, bool) or not isinstance(self.num_select, Integral):
+                raise UserError(f"--num-select is {self.num_select!r}: expected a number of "
+                                f"samples, or {AUTO}.")
+            if self.num_select < 1:
+                raise UserError(f"--num-select is {self.num_select}: it must be at least 1.")
+
+    def require_number_where_needed(self) -> None:
+        """Raises UserError for auto beside flags that need a number; --objective as it will be."""
+        if not self.is_auto:
+            return
+        if self.quotas:
+            raise UserError(f"--quotas needs a number of samples: --num-select {AUTO} may select "
+                            "any number of each pool. Give --num-select a number.")
+        if not OBJECTIVES[self.objective].treats_sketches:
+            raise UserError(f"--num-select {AUTO} is for --objective descent: it judges samples by "
+                            f"what they are worth, which --objective {self.objective} does not "
+                            "ask. Give --num-select a number.")

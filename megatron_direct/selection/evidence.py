@@ -10,6 +10,7 @@ rank, M validation samples, k sketch coordinates, p eigenpairs). With g_i sample
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,7 +29,8 @@ class Evidence:
     rows: [n, k] sketches; labels: [n] tokens that a sample is trained on; datasets: [n] number of
     the pool, below num_datasets; ids: [n] numbers of the candidates, 0..N-1 over all ranks;
     all_reduce_sum: as solve_selection takes it; valid_rows: [M, k] sketches of the validation
-    samples, the same on each rank.
+    samples, the same on each rank; valid_datasets: [M] ascending numbers of the datasets that they
+    are from, None for a single one.
     """
 
     rows: np.ndarray
@@ -39,10 +41,29 @@ class Evidence:
     valid_rows: np.ndarray
     directions: Directions
     all_reduce_sum: AllReduceSum = lambda array: array
+    valid_datasets: np.ndarray | None = None
 
     def share(self) -> Share:
         """This rank's share of the candidates; all ranks call this."""
         return Share.of_rank(len(self.rows), self.ids, self.all_reduce_sum)
+
+    def of(self, kept: np.ndarray) -> Evidence:
+        """Of some of all candidates, by a mask [N], numbered anew; all ranks hold the same mask."""
+        here = kept[self.ids]
+        return dataclasses.replace(
+            self, rows=self.rows[here], labels=self.labels[here], datasets=self.datasets[here],
+            ids=(np.cumsum(kept) - 1)[self.ids[here]])
+
+    def half(self, coordinates: np.ndarray, valid: np.ndarray) -> Evidence:
+        """What some coordinates [k] bool, and some of the validation samples [M] bool, tell of the
+        same candidates: inner products over so many coordinates, scaled to those over all."""
+        scale = np.float32(np.sqrt(len(coordinates) / coordinates.sum()))
+        directions = dataclasses.replace(
+            self.directions, sketches=self.directions.sketches[:, coordinates] * scale)
+        return dataclasses.replace(
+            self, rows=self.rows[:, coordinates] * scale, directions=directions,
+            valid_rows=self.valid_rows[valid][:, coordinates] * scale,
+            valid_datasets=None if self.valid_datasets is None else self.valid_datasets[valid])
 
 
 def stiff_costs(rows: np.ndarray, directions: Directions) -> np.ndarray:

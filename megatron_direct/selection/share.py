@@ -95,6 +95,17 @@ class Share:
                 whole[..., part] = found
         return whole
 
+    def known_to_all(self, values: np.ndarray) -> np.ndarray:
+        """[..., N] float64 on every rank, from each rank's [..., n]: for what all of them have to
+        know, at the price of N entries on each."""
+        values = np.asarray(values, dtype=np.float64)
+        if self.all_reduce_sum is None:
+            return values
+        whole = np.empty((*values.shape[:-1], self.num_samples))
+        for part, here in self._stretches():
+            whole[..., part] = self.summed(self._in_stretch(values, part, here))
+        return whole
+
     def scattered(self, values: np.ndarray | None, count: int) -> np.ndarray:
         """[count, n] float64, the entries of this rank's samples, of the leader's [count, N]; the
         other ranks give None."""

@@ -59,7 +59,8 @@ class CurvatureConfig(Settings):
         "is computed from the validation set's sketches and needs no further pass",
         choices=(*OPERATORS, SKETCHED_FISHER))
     num_eigenpairs: int = flag(
-        64, "leading eigenpairs to compute; those up to the elbow are stiff", at_least=1)
+        64, "leading eigenpairs to compute; those up to the elbow are stiff; sketched-fisher "
+        "has all of its pairs, and uses so many, or all up to the elbow", at_least=1)
     energy_share: float = flag(
         PAPER_ENERGY_SHARE, "share of the energy that the stiff directions hold", above=0,
         at_most=1)
@@ -118,19 +119,23 @@ class Eigenpairs:
 
     def serve(self, config: CurvatureConfig) -> bool:
         """Whether they are all that the flags ask for."""
+        if config.curvature == SKETCHED_FISHER:  # earlier versions wrote the leading ones only
+            return len(self.eigenvalues) == self.rank
         if self.converged:
             return len(self.eigenvalues) >= min(config.num_eigenpairs, self.rank)
         return self.max_matvecs >= config.max_matvecs
 
     def elbow(self, config: CurvatureConfig) -> Elbow:
-        """Among the leading pairs that the flags ask for."""
-        return find_elbow(self.eigenvalues[: config.num_eigenpairs], config.energy_share,
+        """Among all pairs that the operator has, or the leading ones that the flags ask for."""
+        count = self.rank if len(self.eigenvalues) == self.rank else config.num_eigenpairs
+        return find_elbow(self.eigenvalues[:count], config.energy_share,
                           total_energy=self.total_energy)
 
     def directions(self, config: CurvatureConfig) -> Directions:
-        """The leading pairs that the flags ask for, those up to the elbow stiff."""
-        values = self.eigenvalues[: config.num_eigenpairs]
-        return Directions(values, self.sketches[: len(values)], self.elbow(config).num_stiff)
+        """The leading pairs that the flags ask for, and all up to the elbow, which are stiff."""
+        num_stiff = self.elbow(config).num_stiff
+        values = self.eigenvalues[: max(config.num_eigenpairs, num_stiff)]
+        return Directions(values, self.sketches[: len(values)], num_stiff)
 
 
 def layer_spec(config: CurvatureConfig) -> str:
@@ -238,6 +243,8 @@ class _Lanczos:
     def run(self) -> tuple[Spectrum, SpectralDensity | None]:
         """Leading eigenpairs, and the density if it is asked for."""
         config, space, log = self.config, self.space, self.log
+        if isinstance(self.operator, SketchedFisherOperator):
+            return parallel.on_rank_zero(self.operator.spectrum), None
         with tqdm(desc=f"lanczos ({config.curvature})", unit="product",
                   disable=None if parallel.is_rank_zero() else True) as progress:
             operator = SymmetricOperator(_counted(self.operator.matvec, progress), space,

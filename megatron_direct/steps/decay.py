@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,19 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How the weights come to rest.
+
+    final: learning rate at the end, as a share of the one at the beginning: 1 keeps it constant;
+    None: as --min-lr says. average: the weights at the end are the mean of those after each of the
+    last iterations, this share of them; 0: they are the last ones.
+    """
+
+    final: float | None = None
+    average: float = 0.0
+
+
+@dataclass(frozen=True)
 class Decay:
     """One annealing.
 
@@ -40,6 +54,7 @@ class Decay:
     description: str
     load_optim: bool = True
     save_interval: int | None = None
+    recipe: Recipe = field(default_factory=Recipe)
 
     def stretches(self, done: int) -> list[tuple[Segment, range]]:
         """(segment, its iterations counted from 1) of what is left after ``done`` iterations."""
@@ -56,7 +71,10 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
     A run that was killed carries on from its newest checkpoint. when_loaded: called once the
     weights of ``plan.start`` are in the chunks.
     """
-    optimizer, batch = plan.job.optimizer, plan.job.batch
+    optimizer, batch, recipe = plan.job.optimizer, plan.job.batch, plan.recipe
+    assert not (recipe.average and plan.save_interval), "a mean of states is not saved"
+    if recipe.final is not None:
+        optimizer = dataclasses.replace(optimizer, min_lr=recipe.final * optimizer.lr)
     trainer = training.make_trainer(chunks, optimizer, batch)
     if plan.load_optim:
         checkpoint.load_training(plan.start.path, chunks, trainer.optimizer, trainer.scheduler)
@@ -71,12 +89,15 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
         resumed, chunks, trainer.optimizer, trainer.scheduler)
     training.anneal_over(trainer, optimizer, batch, training.DecaySteps(onset, done,
                                                                        plan.iterations))
+    average = _Average(chunks) if recipe.average else None
     log = training.MetricsLog(plan.folder / "metrics.jsonl", done)
     arguments = {**plan.start.arguments, **vars(optimizer), **vars(batch),
                  **vars(plan.job.precision)}
 
     def after_step(step: training.Step) -> None:
         log.write(step)
+        if average is not None and step.iteration > (1 - recipe.average) * plan.iterations:
+            average.add()
         if plan.save_interval and (step.iteration % plan.save_interval == 0
                                    or step.iteration == plan.iterations):
             checkpoint.save(folder, step.iteration, chunks, trainer.optimizer, trainer.scheduler,
@@ -88,6 +109,29 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
             first_sequence=(iterations.start - 1 - segment.first_iteration)
             * batch.global_batch_size), iterations, plan.description, after_step)
     log.close()
+    if average is not None:
+        average.write()
+
+
+class _Average:
+    """The mean of the weights of this rank's chunks, of all times that they were added."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]):
+        self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        self._sums = [torch.zeros_like(parameter, dtype=torch.float32)
+                      for parameter in self._parameters]
+        self._count = 0
+
+    def add(self) -> None:
+        self._count += 1
+        for total, parameter in zip(self._sums, self._parameters, strict=True):
+            total.add_(parameter.detach())
+
+    def write(self) -> None:
+        """Into the weights, if any were added."""
+        for total, parameter in zip(self._sums, self._parameters, strict=True):
+            if self._count:
+                parameter.data.copy_(total / self._count)
 
 
 def set_losses(chunks: Sequence[torch.nn.Module], model: ModelConfig, batch: BatchConfig,

@@ -15,6 +15,8 @@ from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import files, parallel, typed_json
 from megatron_direct.runtime.manifest import Artefact
+from megatron_direct.selection.auto import HowMany
+from megatron_direct.selection.stability import Stability
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class MeanLoss:
 @dataclass(frozen=True)
 class SelectionSummary:
     """``selection.json``. composition, mask_digests: by pool; not_finite: numbers of the samples
-    that can never be selected; history: the solver's steps."""
+    that can never be selected; history: the solver's steps; how_many: why so many, None if the
+    number was given; stability: None where there was nothing to choose."""
 
     objective: str
     num_select: int
@@ -115,6 +118,8 @@ class SelectionSummary:
     mask_digests: dict[str, str]
     not_finite: tuple[int, ...] = ()
     history: tuple[Any, ...] = ()
+    how_many: HowMany | None = None
+    stability: Stability | None = None
 
     @classmethod
     def read(cls, folder: Path) -> SelectionSummary:
@@ -132,6 +137,7 @@ class SelectionSummary:
             corrupted = (f" (corrupted: {part.selected_corrupted} of {part.corrupted})"
                          if part.corrupted else "")
             lines.append(f"  {name}: {part.selected} of {part.samples}{corrupted}")
+        lines += [str(part) for part in (self.how_many, self.stability) if part is not None]
         return "\n".join(lines)
 
 

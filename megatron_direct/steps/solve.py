@@ -18,10 +18,12 @@ from megatron_direct.errors import UserError
 from megatron_direct.gradients.store import Sketches
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Key
-from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection, treatment
+from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
+from megatron_direct.selection.choice import choose
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.problem import Selection
+from megatron_direct.selection.treatment import CostRange
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import CurvatureConfig
 from megatron_direct.steps.measure import Measured
@@ -37,8 +39,8 @@ from megatron_direct.steps.selected import (
 
 @dataclass(frozen=True)
 class SelectionKey(Key):
-    """What a selection depends on. ``problem.num_select`` is the number it came to; where the rows
-    lie while it is solved is left at its default."""
+    """What a selection depends on. Left at their defaults: where the rows lie while it is solved,
+    and the tokens of the annealing where the number of samples is given."""
 
     pool_digests: tuple[str, ...]
     sketches_digest: str
@@ -49,22 +51,21 @@ class SelectionKey(Key):
     seed: int
 
 
-def num_to_select(config: SelectionConfig, num_usable: int) -> int:
-    """K. Raises UserError if it does not lie between 1 and what the pool can give."""
-    count = config.num_select if config.num_select is not None else max(1, num_usable // 4)
-    if not 1 <= count <= num_usable * config.max_count:
+def check_number(config: SelectionConfig, num_usable: int) -> None:
+    """Raises UserError if K is given and is more than the pool can give."""
+    if not config.is_auto and int(config.num_select) > num_usable * config.max_count:
         times = f" times --max-count {config.max_count}" if config.max_count > 1 else ""
-        raise UserError(f"--num-select {count} must be between 1 and the pool's {num_usable} "
-                        f"samples{times}. Give a smaller number, more pools in --data-path, or a "
-                        "greater --max-count.")
-    return count
+        raise UserError(f"--num-select {config.num_select} must be between 1 and the pool's "
+                        f"{num_usable} samples{times}. Give a smaller number, more pools in "
+                        "--data-path, or a greater --max-count.")
 
 
 def selection_key(config: SelectionConfig, curvature: CurvatureConfig, measured: Measured,
                   seed: int) -> SelectionKey:
+    defaults = SelectionConfig()
     problem = dataclasses.replace(
-        config, num_select=num_to_select(config, len(measured.pool.numbers)),
-        sketch_rows=SelectionConfig().sketch_rows)
+        config, sketch_rows=defaults.sketch_rows,
+        anneal_tokens=config.anneal_tokens if config.is_auto else defaults.anneal_tokens)
     return SelectionKey(tuple(measured.pool.digests), measured.sketches, measured.spectrum,
                         curvature.num_eigenpairs, curvature.energy_share, problem, seed)
 
@@ -191,37 +192,45 @@ def _solve(config: SelectionConfig, here: _Part, seed: int,
     not_finite = here.joined(part.samples[~finite]).astype(np.int64)
     candidates = np.setdiff1d(here.measured.pool.numbers, not_finite, assume_unique=True) \
         if len(not_finite) else here.measured.pool.numbers
-    count = num_to_select(config, here.total(len(part.samples)))
-    if count > len(candidates) * config.max_count:
-        raise UserError(f"--num-select {count} is more than the {len(candidates)} samples whose "
-                        "gradients are finite. Give a smaller number, or check the checkpoint.")
-    rows, numbers, losses = (part.rows, part.samples, part.losses) if finite.all() else (
-        part.rows[finite], part.samples[finite], part.losses[finite])
-    directions = here.measured.directions
-    evidence = Evidence(
-        rows, samples.num_labels[numbers], samples.dataset_of(numbers), len(samples.prefixes),
-        here.begins_at(len(numbers)) + np.arange(len(numbers)),
-        sketch_step.read_sketches(here.measured.store, here.measured.valid).rows, directions,
-        here.all_reduce_sum)
+    check_number(config, here.total(len(part.samples)))
+    if not config.is_auto and int(config.num_select) > len(candidates) * config.max_count:
+        raise UserError(f"--num-select {config.num_select} is more than the {len(candidates)} "
+                        "samples whose gradients are finite. Give a smaller number, or check the "
+                        "checkpoint.")
+    numbers = part.samples[finite]
+    evidence = _evidence(here, numbers)
     with in_terms_of_flags():
-        found, cost = treatment.select_by_sketches(config, evidence, count, seed,
-                                                   **limits(config, samples, numbers))
-    chosen = candidates[found.indices]
+        found = choose(config, evidence, seed, limits(config, samples, numbers))
+    chosen = candidates[found.selection.indices]
     return SelectionSummary(
-        **_in_numbers(config, found, cost), num_stiff=directions.num_stiff,
+        **_in_numbers(config, found.selection, found.costs),
+        num_stiff=evidence.directions.num_stiff,
         samples=SampleCounts(len(samples), samples.num_unusable, samples.cut.samples,
                              samples.cut.tokens, len(not_finite)),
         mean_loss=evidence.share().from_leader(
-            lambda of_all: _mean_loss(of_all, found), losses),
+            lambda of_all: _mean_loss(of_all, found.selection), part.losses[finite]),
         composition=composition(samples, chosen), mask_digests={},
-        not_finite=tuple(not_finite.tolist())), chosen
+        not_finite=tuple(not_finite.tolist()), how_many=found.how_many,
+        stability=found.stability), chosen
+
+
+def _evidence(here: _Part, numbers: np.ndarray) -> Evidence:
+    """Of this rank's part of the candidates, whose gradients are finite."""
+    samples, part, valid = here.measured.pool.samples, here.part, here.measured.valid
+    valid_sketches = sketch_step.read_sketches(here.measured.store, valid)
+    return Evidence(
+        part.rows if part.finite.all() else part.rows[part.finite], samples.num_labels[numbers],
+        samples.dataset_of(numbers), len(samples.prefixes),
+        here.begins_at(len(numbers)) + np.arange(len(numbers)), valid_sketches.rows,
+        here.measured.directions, here.all_reduce_sum,
+        valid.samples.dataset_of(valid_sketches.samples))
 
 
 def _mean_loss(losses: np.ndarray, found: Selection) -> MeanLoss:
     return MeanLoss(float(losses.mean()), float(losses[found.indices].mean()))
 
 
-def _in_numbers(config: SelectionConfig, found: Selection, cost: treatment.CostRange) -> dict:
+def _in_numbers(config: SelectionConfig, found: Selection, cost: CostRange) -> dict:
     """What the solver said, beside the least and the average that K samples cost."""
     return {"objective": config.objective, "num_select": len(found.indices),
             "objective_value": found.objective, "upper_bound": found.upper_bound,

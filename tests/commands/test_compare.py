@@ -23,6 +23,7 @@ from megatron_direct.commands.pretrain import PretrainConfig, PretrainRequest, p
 from megatron_direct.commands.select import SelectRequest, select
 from megatron_direct.config import BatchConfig, Given, OptimizerConfig
 from megatron_direct.data.mask import SampleMask
+from megatron_direct.data.samples import Samples
 from megatron_direct.mcore import checkpoint
 from megatron_direct.steps import selected
 
@@ -253,3 +254,32 @@ def test_the_reference_is_added_where_it_is_not_asked_for(folder, run):
 
 def test_the_checkpoint_is_left_as_it_was(folder, digest_of_theta, run):
     assert checkpoint.read_checkpoint(folder / "theta").digest == digest_of_theta
+
+
+def _noted_blends(folder, name):
+    """Weights of the blends of a comparison of a dataset and of a mean of weights."""
+    noted, build = [], compare_command.blend.build_blend
+
+    def noting(blend, *arguments):
+        noted.append(blend.weights)
+        return build(blend, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_command.blend, "build_blend", noting)
+        _compare(folder, Layout(), name, ("dataset:a", "random-constant-averaged"), 1, ("test",))
+    return noted
+
+
+def test_a_dataset_is_half_of_what_its_arm_sees(folder):
+    noted = run_on_ranks(1, _noted_blends, folder, "datasets")[0]
+    labels = [Samples([str(folder / name)], MODEL.seq_length).num_labels.sum() for name in "ab"]
+    share = labels[0] / sum(labels)
+    # In the order of the registry's arms, random the reference, then what was asked for.
+    (weights,) = [weights for weights in noted if weights is not None]
+    assert len(noted) == 3 and weights == pytest.approx([0.5 + share / 2, (1 - share) / 2])
+    found = json.loads((folder / "datasets" / "comparison.json").read_text())
+    names = [arm["name"] for arm in found["arms"]]
+    assert names == ["random", "random-constant-averaged", "dataset:a"]
+    assert len({arm["mean_loss"] for arm in found["arms"]}) == 3
+    with pytest.raises(RankError, match="--arms dataset:c: no pool has this name. The pools are a"):
+        run_on_ranks(1, _compare, folder, Layout(), "datasets", ("dataset:c",), 1, ("test",))

@@ -274,7 +274,8 @@ def _select_without_a_model(folder, layout, name, settings):
 
 
 @pytest.mark.parametrize("settings", [
-    {"num_select": 30}, {"objective": "flat-energy"}, {"quotas": ("a:20:20",)},
+    {"num_select": 30}, {"num_select": "auto", "anneal_tokens": 900},
+    {"objective": "flat-energy"}, {"quotas": ("a:20:20",)},
     {"objective": "flat-energy", "stiff_budget_fraction": 0.5}, {"energy_share": 0.5},
     {"num_eigenpairs": 3}, {"micro_batch_size": 3, "sketch_rows": "gathered"}], ids=str)
 def test_another_problem_in_the_same_run_only_solves(folder, run, settings):
@@ -289,6 +290,12 @@ def test_another_problem_in_the_same_run_only_solves(folder, run, settings):
     run_on_ranks(1, _select_with, folder, Layout(), alone, settings)
     other, expected = _selection(folder / name, "other"), _selection(folder / alone)
     assert other["mask_digests"] == expected["mask_digests"]
+    assert other["how_many"] == expected["how_many"]
+    if "anneal_tokens" in settings:
+        assert other["how_many"]["annealing_tokens"] == 900
+        assert other["how_many"]["num_select"] == other["num_select"]
+    else:
+        assert other["how_many"] is None
     assert _selection(folder / name)["num_select"] == 40  # the first one stays as it was
 
 

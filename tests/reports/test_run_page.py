@@ -56,6 +56,10 @@ def test_the_rest_of_the_page(page):
                                  "Run record"]
     assert page.tags.count("img") == 2
     assert "33 of 1,300 samples. 1,250 samples were cut at the sequence length" in page.text
+    assert "How many: 311 of 1298 samples have a worth below 0" in page.text
+    assert "over the whole pool +0.0210 [+0.0170, +0.0260]" in page.text
+    assert "two selections share 62% of their samples (drawn at random within the same clusters, " \
+        "41%) and 97% of their clusters." in page.text
     composition = page.tables[2]
     assert composition[0] == ["pool", "samples", "corrupted", "direct: selected",
                               "direct: corrupted", "random: selected", "random: corrupted"]

@@ -70,7 +70,11 @@ def test_operators_give_one_spectrum_in_two_layouts(folder, kind):
             "valid", samples, samples.usable, [dataset_digest(str(folder / "valid"))]),
             ).rows.astype(np.float64)
         np.testing.assert_allclose(one["eigenvalues"],
-                                   np.linalg.eigvalsh(rows @ rows.T / 12)[:-5:-1], rtol=1e-6)
+                                   np.linalg.eigvalsh(rows @ rows.T / 12)[::-1], rtol=1e-6)
+        assert one["elbow"]["reached"] and one["elbow"]["num_computed"] == 12
+        energy = np.array(one["eigenvalues"]) / np.sum(one["eigenvalues"])
+        held = np.cumsum(energy)
+        assert one["elbow"]["num_stiff"] == 1 + np.flatnonzero(held >= 0.945)[0] > 4
     else:
         assert not one["elbow"]["whole_operator"]  # said, since no density was asked for
     if kind == "gauss-newton":

@@ -1,0 +1,234 @@
+"""The comparison on text out of Python packages (tools/pypi_text.py).
+
+    make study-packages          (2.6 M parameters; hours on two cores; carried on if killed)
+    make study-gpu               (46 M parameters in bfloat16, on one GPU)
+    python benchmarks/package_study.py --scale tiny --settings clean     (minutes: does it run?)
+
+No package is in two of pretrain, pool, valid and test. The stable phase sees all domains of the
+pretrain packages, then each setting's arms are annealed from there. Settings:
+
+    clean    prose and Python, as many documents of each; validation and test alike
+    noisy    the same, of which a tenth is shuffled token by token, and stubs, catalogues and markup
+    other    stubs mixed 1 to 20 into prose and Python; validation and test sets are stubs
+    shifted  ten times as much Python as prose; validation and test sets are prose
+    long     clean, with an annealing of the length of the pool: a quarter is seen four times
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_direct.comparison.summary import read_summary
+from megatron_direct.data import indexed
+from megatron_direct.data.mask import SampleMask
+from megatron_direct.data.materialize import materialize
+from megatron_direct.reports import markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+MAIN = ("prose", "python")
+OTHERS = ("stubs", "po", "markup")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """shares: of the pool's documents, by domain; corrupted: whether a tenth of it is shuffled;
+    target: domains of validation and test sets; length: tokens of the annealing, of the pool's."""
+
+    shares: dict[str, float]
+    target: tuple[str, ...] = MAIN
+    corrupted: bool = False
+    length: float = 0.5
+
+
+SETTINGS = {
+    "clean": Setting({"prose": 0.5, "python": 0.5}),
+    "noisy": Setting({"prose": 0.3, "python": 0.3, "stubs": 0.1, "po": 0.1, "markup": 0.2},
+                     corrupted=True),
+    "other": Setting({"prose": 0.475, "python": 0.475, "stubs": 0.05}, target=("stubs",)),
+    "shifted": Setting({"prose": 0.09, "python": 0.91}, target=("prose",)),
+    "long": Setting({"prose": 0.5, "python": 0.5}, length=1.0),
+}
+# Of these arms each answers a question of docs/comparison.md; "direct" is the default of select.
+ARMS = ("random", "whole-pool", "domain", "oracle", "perplexity-middle", "ngrams",
+        "gradient-cosine", "redundancy-draw", "influence", "influence-select", "direct",
+        "direct-onset", "flat-energy", "random-averaged", "whole-pool-averaged", "direct-averaged",
+        "direct-constant-averaged", "random-constant-averaged", "direct-moderate-averaged")
+# Where time is short: the default, its nearest rivals, and averages.
+FEW = ("random", "whole-pool", "perplexity-middle", "ngrams", "gradient-cosine", "direct",
+       "direct-onset", "whole-pool-averaged", "direct-averaged")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One size of everything. pool: documents; held_out: of each domain; stable: iterations."""
+
+    model: tuple[str, ...]
+    vocab_size: int
+    pool: int
+    held_out: int
+    stable: int
+    global_batch: int
+    micro_batch: int
+    num_seeds: int
+    precision: tuple[str, ...] = ()
+    arms: tuple[str, ...] = ARMS
+
+
+SCALES = {
+    "cpu": Scale(
+        ("--num-layers", "4", "--hidden-size", "192"), vocab_size=4096, pool=4000,
+        held_out=300, stable=2000, global_batch=16, micro_batch=8, num_seeds=3),
+    "gpu": Scale(
+        ("--num-layers", "12", "--hidden-size", "512", "--num-attention-heads", "8",
+         "--seq-length", "512"), vocab_size=16384, pool=6000, held_out=256,
+        stable=1500, global_batch=64, micro_batch=32, num_seeds=3, precision=("--bf16",),
+        arms=FEW),
+    "tiny": Scale(
+        ("--num-layers", "1", "--hidden-size", "32"), vocab_size=512, pool=120,
+        held_out=24, stable=20, global_batch=8, micro_batch=4, num_seeds=2, arms=FEW),
+}
+
+
+class Study:
+    """Everything lies under ``folder``; what is there is not made again."""
+
+    def __init__(self, folder: Path, scale: Scale, ranks: int):
+        self.folder, self.scale, self.ranks = folder, scale, ranks
+        self.data = folder / "data"
+        self.tokenizer = self.data / "tokenizer.model"
+        self.batch = ["--global-batch-size", str(scale.global_batch),
+                      "--micro-batch-size", str(scale.micro_batch)]
+
+    def run(self, *command: str | Path, ranks: int = 1) -> None:
+        launcher = [sys.executable] if ranks == 1 else [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(ranks)]
+        subprocess.run([*launcher, *map(str, command)], check=True, cwd=ROOT,
+                       env={"OMP_NUM_THREADS": "1", **os.environ})
+
+    def prepare(self, text: Path) -> None:
+        """Datasets out of ``text``, the folder that tools/pypi_text.py wrote."""
+        done = self.data / ".done"
+        if done.is_file():
+            return
+        domains = (*MAIN, *OTHERS)
+        for number, part in enumerate(("pretrain", "pool", "valid", "test")):
+            training = ("--train-tokenizer", "--vocab-size", str(self.scale.vocab_size))
+            for name, fraction in ((part, "0"), *(((f"{part}-corrupted", "0.1"),)
+                                                  if part == "pool" else ())):
+                self.run("tools/preprocess_selection.py", "--input",
+                         *(text / part / f"{domain}.jsonl" for domain in domains),
+                         "--tokenizer-model", self.tokenizer, "--append-eod", "--split", "100,0,0",
+                         "--corrupt-fraction", fraction, "--output-prefix", self.data / name,
+                         *(training if number == 0 else ()))
+        for name, setting in SETTINGS.items():
+            source = "pool-corrupted" if setting.corrupted else "pool"
+            for domain, share in setting.shares.items():
+                self._draw(f"{source}_{domain}_pool", f"{name}/{domain}_pool",
+                           round(share * self.scale.pool))
+        for split in ("valid", "test"):
+            for domain in (*MAIN, "stubs"):
+                self._draw(f"{split}_{domain}_pool", f"{domain}_{split}", self.scale.held_out)
+        done.touch()
+
+    def _draw(self, source: str, target: str, count: int) -> None:
+        """A dataset of ``count`` documents drawn from another, or of all if it has fewer."""
+        prefix, output = (str(self.data / name) for name in (source, target))
+        total = indexed.num_documents(indexed.open_indexed(prefix))
+        keep = np.zeros(total, dtype=bool)
+        keep[np.random.default_rng(0).choice(total, min(count, total), replace=False)] = True
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".idx", ".bin"):
+            Path(output + suffix).unlink(missing_ok=True)
+        materialize(prefix, SampleMask(keep, indexed.dataset_digest(prefix)), output)
+
+    def pretrain(self) -> Path:
+        theta = self.folder / "theta"
+        self.run("-m", "megatron_direct", "pretrain", "--data-path",
+                 *(self.data / f"pretrain_{domain}_pool" for domain in (*MAIN, *OTHERS)),
+                 "--save", theta, *self.scale.model, "--train-iters", str(self.scale.stable),
+                 "--lr", "2e-3", *self.batch, *self.scale.precision, ranks=self.ranks)
+        return theta
+
+    def compare(self, name: str, theta: Path, num_seeds: int, flags: list[str]) -> None:
+        setting, run = SETTINGS[name], self.folder / name
+        pools = [str(self.data / name / f"{domain}_pool") for domain in setting.shares]
+        tokens = sum(int(indexed.document_lengths(indexed.open_indexed(pool)).sum())
+                     for pool in pools)
+        length = dict(zip(self.scale.model[::2], self.scale.model[1::2], strict=True)).get(
+            "--seq-length", "256")
+        iterations = max(2, round(setting.length * tokens / self.scale.global_batch / int(length)))
+        quarter = ["--num-select", str(round(self.scale.pool / 4))] if name == "long" else []
+        self.run("-m", "megatron_direct", "compare", "--load", theta, "--run-dir", run, "--name",
+                 name, "--tokenizer-model", self.tokenizer, "--data-path", *pools,
+                 "--valid-data-path", *(self.data / f"{d}_valid" for d in setting.target),
+                 "--test-data-path", *(self.data / f"{d}_test" for d in setting.target),
+                 "--lr-wsd-decay-iters", str(iterations), "--seed", "1", "--num-seeds",
+                 str(num_seeds), *quarter, *self.batch, *flags, ranks=self.ranks)
+
+
+def _about() -> str:
+    text = __doc__[__doc__.index("No package is"):].strip()
+    prose, table = text.split("\n\n", 1)
+    return f"{prose}\n\n" + "\n".join(
+        "- {}: {}".format(*line.split(maxsplit=1)) for line in table.splitlines())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--text", type=Path, default=ROOT / "build" / "packages",
+                        help="folder that tools/pypi_text.py wrote (default %(default)s)")
+    parser.add_argument("--folder", type=Path, help="default: runs/packages-SCALE")
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--arms", nargs="+", help="default: those of the scale")
+    parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks")
+    parser.add_argument("--seconds", type=float, default=float("inf"),
+                        help="no further seed of a setting is begun after so long; the same "
+                        "command carries on")
+    parser.add_argument("--results", type=Path, help="file for the results")
+    flags, others = parser.parse_known_args()  # others: flags of megatron-direct compare
+    began = time.monotonic()
+    scale = SCALES[flags.scale]
+    folder = (flags.folder or ROOT / "runs" / f"packages-{flags.scale}").resolve()
+    study = Study(folder, scale, flags.ranks)
+    study.prepare(flags.text.resolve())
+    theta, failed = study.pretrain(), []
+    arms = ["--arms", *(flags.arms or scale.arms)]
+    # One seed of every setting before the next seed; after each the results are written anew.
+    for num_seeds in range(1, scale.num_seeds + 1):
+        for name in flags.settings:
+            if time.monotonic() - began > flags.seconds:
+                print(f"{name}, seed {num_seeds}: not begun, the time is over", flush=True)
+                continue
+            try:
+                study.compare(name, theta, num_seeds, [*arms, *others])
+            except subprocess.CalledProcessError as error:  # the others go on
+                failed.append(f"{name}, seed {num_seeds}: {error}")
+            if flags.results is not None:
+                write_results(folder, flags.settings, flags.results)
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
+def write_results(folder: Path, settings: Sequence[str], path: Path) -> None:
+    """Of the settings that have any."""
+    there = [folder / name / "comparison.json" for name in settings]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(markdown.results(
+        [read_summary(file) for file in there if file.is_file()], about=_about(),
+        again=shlex.join(["python", "benchmarks/package_study.py", *sys.argv[1:]])))
+
+
+if __name__ == "__main__":
+    main()

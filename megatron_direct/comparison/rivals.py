@@ -1,0 +1,113 @@
+"""What else a team would do: arms that select by text, by influence and redundancy, and arms that
+average weights, with or without a selection."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_direct.comparison.arms import REGISTRY, Case, arm
+from megatron_direct.selection.evidence import Evidence
+from megatron_direct.selection.problem import Selection
+from megatron_direct.selection.rows import row_blocks
+from megatron_direct.steps.decay import Recipe
+
+# Of the draw: batches in which it goes, so that each knows what the ones before it took.
+_ROUNDS = 64
+# Damping of the inverse curvature, as a share of the mean eigenvalue of the pairs known.
+_DAMPING = 0.1
+
+AVERAGED = Recipe(average=0.25)
+# Weight averaging in the place of a decay (WSM: Tian et al. 2025, arXiv 2507.17634).
+CONSTANT_AVERAGED = Recipe(final=1.0, average=0.5)
+MODERATE_AVERAGED = Recipe(final=0.3, average=0.5)
+
+
+@arm("ngrams", "text most like the validation set's, by hashed unigrams and bigrams (DSIR)")
+def _ngrams(case: Case) -> np.ndarray:
+    assert case.text_similarity is not None
+    return case.largest(case.text_similarity())
+
+
+@arm("redundancy-draw", "drawn by cosine less likeness to what was drawn before, as OPUS does",
+     ("onset",))
+def _redundancy_draw(case: Case) -> np.ndarray:
+    return drawn_apart(case.evidence["onset"], case.num_select, case.rng)
+
+
+@arm("influence", "largest inner product with the validation gradient under the inverse of the "
+     "sketched Fisher", ("onset",))
+def _influence(case: Case) -> np.ndarray:
+    return case.largest(influence(case.evidence["onset"]))
+
+
+@arm("influence-select", "the same with the eigenpairs of --curvature, at the point where select "
+     "takes gradients", ("select",))
+def _influence_select(case: Case) -> np.ndarray:
+    return case.largest(influence(case.evidence["select"]))
+
+
+def _averaged(name: str, of: str, recipe: Recipe, words: str) -> None:
+    """The arm ``of``, brought to rest in another way."""
+    @arm(name, f"{of}, {words}", REGISTRY[of].needs, recipe)
+    def _choose(case: Case) -> np.ndarray | Selection:
+        return REGISTRY[of].choose(case)
+
+
+for _name in ("random", "whole-pool", "direct"):
+    _averaged(f"{_name}-averaged", _name, AVERAGED,
+              "and the mean of the weights of the last quarter of the annealing")
+    _averaged(f"{_name}-constant-averaged", _name, CONSTANT_AVERAGED,
+              "at a constant rate, and the mean of the weights of the second half (as in WSM)")
+_averaged("direct-moderate-averaged", "direct", MODERATE_AVERAGED,
+          "down to 0.3 of the rate, and the mean of the weights of the second half")
+
+
+def influence(evidence: Evidence) -> np.ndarray:
+    """[N] <unit gradient, (H + lambda I)^-1 g_val>, H from the eigenpairs known and zero elsewhere.
+
+    By Woodbury with V [p, k] their sketches, orthonormal but for the noise of the hash:
+    (V^T D V + lambda I)^-1 g = (g - V^T (lambda D^-1 + V V^T)^-1 V g) / lambda.
+    """
+    directions = evidence.directions
+    positive = directions.eigenvalues > 1e-9 * directions.eigenvalues[0]
+    values = directions.eigenvalues[positive]
+    vectors = directions.sketches[positive].astype(np.float64)
+    damping = _DAMPING * float(values.mean())
+    target = evidence.valid_rows.astype(np.float64).mean(0)
+    inner = np.diag(damping / values) + vectors @ vectors.T
+    solved = target - vectors.T @ np.linalg.solve(inner, vectors @ target)
+    return _cosines(evidence.rows, solved)
+
+
+def _cosines(rows: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """[N] of each row with a vector; 0 for a row of zeros."""
+    found = np.zeros(len(rows))
+    direction = direction / np.linalg.norm(direction)
+    for block in row_blocks(len(rows)):
+        some = rows[block].astype(np.float64)
+        lengths = np.linalg.norm(some, axis=1)
+        found[block] = some @ direction / np.where(lengths > 0, lengths, 1.0)
+    return found
+
+
+def drawn_apart(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
+    """[count] positions, drawn in rounds without replacement.
+
+    The utility of a sample is the cosine u.m of its gradient with the validation set's, less its
+    cosine u.r with the mean r of what was drawn before (OPUS, arXiv 2602.05400: a projected utility
+    with a penalty on redundancy and a Boltzmann draw). Its temperature is the spread of the
+    utilities; a draw is the largest of utility / temperature + Gumbel noise.
+    """
+    rows = evidence.rows
+    utility = _cosines(rows, evidence.valid_rows.astype(np.float64).mean(0))
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+    free, total = np.ones(len(rows), dtype=bool), np.zeros(rows.shape[1])
+    for part in np.array_split(np.arange(count), min(_ROUNDS, count)):
+        likeness = _cosines(rows, total) if total.any() else np.zeros(len(rows))
+        scores = utility - likeness
+        noise = rng.gumbel(size=len(rows))
+        keys = np.where(free, scores / max(float(scores.std()), 1e-12) + noise, -np.inf)
+        taken = np.argsort(-keys, kind="stable")[: len(part)]
+        free[taken] = False
+        total += unit[taken].sum(0, dtype=np.float64)
+    return np.flatnonzero(~free)

@@ -1,0 +1,109 @@
+"""``--num-select auto``: as many samples as their worth and the annealing's length ask for.
+
+Which samples: those of positive worth are the candidates, and the objective chooses among them;
+where nothing is clearly better than the whole pool, the selection is the whole pool.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_direct.errors import UserError
+from megatron_direct.selection.config import SelectionConfig
+from megatron_direct.selection.evidence import Evidence, stiff_costs
+from megatron_direct.selection.how_many import Gain, Values, best_selection, nested_selections
+from megatron_direct.selection.problem import Selection
+from megatron_direct.selection.treatment import CostRange, select_by_sketches
+from megatron_direct.selection.worth import (
+    Worth,
+    cluster_numbers,
+    estimate_worth,
+    measure_alignments,
+)
+
+# Two halves, and a scatter within each.
+FEWEST_VALID = 8
+
+
+@dataclass(frozen=True)
+class HowMany:
+    """Why so many. Worth is the cosine of a sample's gradient with the validation set's, cross-
+    fitted and averaged over tokens; gains are of the value of what the annealing sees
+    (how_many.py). repeats_between, repeats_within: reliability of half of the evidence."""
+
+    annealing_tokens: int
+    pool_tokens: int
+    num_candidates: int
+    num_harmful: int
+    num_select: int
+    worth_of_pool: float
+    worth_of_selection: float
+    over_pool: Gain
+    over_random: Gain
+    repeats_between: float
+    repeats_within: float
+
+    @property
+    def is_whole_pool(self) -> bool:
+        return self.num_select == self.num_candidates
+
+    def __str__(self) -> str:
+        lines = [
+            f"how many: {self.num_harmful} of {self.num_candidates} samples have a worth below 0; "
+            f"a token of the pool is worth {self.worth_of_pool:.4f} on average, and the annealing "
+            f"sees {self.annealing_tokens / self.pool_tokens:.2f} times the pool's tokens"]
+        if self.is_whole_pool:
+            return lines[0] + ("\n  nothing to gain: no smaller selection is clearly worth more "
+                               "than the whole pool, which is therefore the selection")
+        return "\n".join([
+            *lines,
+            f"  a token of the selection is worth {self.worth_of_selection:.4f}; with repetition "
+            f"and variety counted, predicted gain over the whole pool {_in_words(self.over_pool)}, "
+            f"over as many samples at random {_in_words(self.over_random)} (99 % intervals)"])
+
+
+def _in_words(gain: Gain) -> str:
+    return f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+
+
+def worth_of(config: SelectionConfig, evidence: Evidence, seed: int) -> Worth:
+    """Of all candidates, the same on every rank; all ranks call this.
+
+    Raises UserError if the validation set is too small to be divided.
+    """
+    if len(evidence.valid_rows) < FEWEST_VALID:
+        raise UserError(
+            f"--num-select auto judges scores from one half of the validation set by the other: "
+            f"{len(evidence.valid_rows)} samples are too few for that, it takes {FEWEST_VALID}. "
+            "Give more validation data, or a number of samples to select.")
+    return estimate_worth(measure_alignments(evidence, seed),
+                          cluster_numbers(config, evidence, seed),
+                          evidence.share().known_to_all(evidence.labels))
+
+
+def select_auto(config: SelectionConfig, evidence: Evidence, worth: Worth, seed: int,
+                ) -> tuple[Selection, CostRange, HowMany]:
+    """(selection, what so many of all samples cost, why so many); all ranks call this."""
+    pool_tokens = int(worth.weights.sum())
+    annealing_tokens = config.anneal_tokens or pool_tokens
+    values = Values.of(nested_selections(worth), annealing_tokens)
+    found, best = values.found, best_selection(values)
+    count = int(found.counts[best])
+    allowed = worth.values > 0
+    if count > allowed.sum():
+        allowed = np.ones(len(allowed), dtype=bool)
+    selection, _ = select_by_sketches(config, evidence.of(allowed), count, seed)
+    selection = dataclasses.replace(selection,
+                                    indices=np.flatnonzero(allowed)[selection.indices])
+    costs = evidence.share().from_leader(lambda whole: CostRange.of(whole, count),
+                                         stiff_costs(evidence.rows, evidence.directions))
+    return selection, costs, HowMany(
+        annealing_tokens=annealing_tokens, pool_tokens=pool_tokens,
+        num_candidates=len(allowed), num_harmful=int((worth.values < 0).sum()),
+        num_select=count, worth_of_pool=float(found.worth[-1]),
+        worth_of_selection=float(found.worth[best]), over_pool=values.over_pool(best),
+        over_random=values.over_random(best), repeats_between=worth.reliability.between,
+        repeats_within=worth.reliability.within)

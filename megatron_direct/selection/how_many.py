@@ -1,0 +1,159 @@
+"""How many samples to select, from what they are worth (worth.py) and what the annealing sees.
+
+A selection S of U tokens, seen by an annealing of T tokens, is given the value
+
+    V(S) = mean worth of S, per token  *  E(U, T) / T  *  sqrt(U / P),   P the tokens of the pool,
+
+with E the fresh tokens to which T tokens of U different ones amount (Muennighoff et al. 2023):
+
+    E = T  if T <= U,  else  U + U R (1 - exp(-(T / U - 1) / R))
+
+The square root is what variety is worth: the mean of U tokens' gradients is their worth along the
+validation gradient, and noise of variance 1 / U beside it, so that mean worth * sqrt(U) is its
+ratio of signal to noise. A smaller selection has to be worth more per token to make up for it.
+
+Candidates for S: the samples of the greatest worth, so many that they hold a given share of the
+tokens; all of positive worth; and the whole pool. The whole pool is the answer unless another
+one's value is greater by more than chance explains: the worth is cross-fitted, and the error of a
+difference has two parts, the scatter of the mean over blocks of the validation set and what chance
+does to a mean over so many samples.
+
+Shapes: N samples, C candidates, B blocks of the validation set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_direct.selection.worth import Fold, Worth
+
+# R. Muennighoff et al. (2023, arXiv 2305.16264) fitted 15 to training from scratch. In annealings
+# variety is worth more: 3 had the least regret of 15, 5, 3, 2 and 1 (docs/selection.md).
+REPETITION_DECAY = 3.0
+# Standard errors on each side of a 99 % interval: several candidates are looked at.
+_WIDTH = 2.576
+# Shares of the pool's tokens that are looked at.
+_SHARES = (1 / 64, 1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16,
+           *(sixteenths / 16 for sixteenths in range(4, 16)))
+
+
+def effective_tokens(unique: np.ndarray, seen: float, decay: float) -> np.ndarray:
+    """E(U, T): fresh tokens that ``seen`` tokens of ``unique`` ones are worth."""
+    more = np.maximum(seen / unique, 1.0) - 1
+    return np.minimum(unique, seen) * (1 + decay * (1 - np.exp(-more / decay)))
+
+
+@dataclass(frozen=True, eq=False)
+class NestedSelections:
+    """The candidates; the last one is the whole pool.
+
+    counts, tokens: [C] samples and tokens; by_block: [C, B] cross-fitted mean worth per token, by
+    block of the validation set, of which there are sizes [B] samples; noise: [C] variance that
+    chance gives to the mean worth of so many samples.
+    """
+
+    counts: np.ndarray
+    tokens: np.ndarray
+    by_block: np.ndarray
+    sizes: np.ndarray
+    noise: np.ndarray
+
+    @property
+    def worth(self) -> np.ndarray:
+        return self.by_block @ self.sizes / self.sizes.sum()
+
+
+def nested_selections(worth: Worth) -> NestedSelections:
+    weights = worth.weights
+    total = float(weights.sum())
+    positive = float(weights[worth.values > 0].sum()) / total
+    shares = np.array(sorted({*_SHARES, positive} - {0.0, 1.0}) + [1.0])
+    num_blocks = 1 + max(int(fold.blocks.max()) for fold in worth.folds)
+    sums, judges, sizes = (np.zeros((len(shares), num_blocks)), np.zeros(num_blocks),
+                           np.zeros(num_blocks))
+    spread = 0.0
+    for fold in worth.folds:
+        sums[:, fold.blocks] += _best_means(fold, weights, shares)
+        judges[fold.blocks] += 1
+        sizes[fold.blocks] = fold.sizes
+        judged = fold.sizes @ fold.judged / fold.sizes.sum()
+        mean = weights @ judged / total
+        spread += float(weights @ (judged - mean) ** 2 / total) / len(worth.folds)
+    order = _order(worth.values)
+    held = np.cumsum(weights[order])
+    counts = np.minimum(np.searchsorted(held, shares * total * (1 - 1e-12)) + 1, len(order))
+    # Of a mean over so many of equally many; 1 / (effective number of samples).
+    squares = float(weights @ weights) / total**2
+    noise = spread * squares * (1 / shares - 1)
+    return NestedSelections(counts, held[counts - 1], sums / judges, sizes, noise)
+
+
+def _order(worth: np.ndarray) -> np.ndarray:
+    return np.lexsort((np.arange(len(worth)), -worth))
+
+
+def _best_means(fold: Fold, weights: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """[C, B'] mean alignment, per token, of the samples of greatest worth with each block."""
+    order = _order(fold.worth)
+    held = np.cumsum(weights[order])
+    sums = np.cumsum(fold.judged[:, order] * weights[order], axis=1)
+    last = np.minimum(np.searchsorted(held, shares * held[-1] * (1 - 1e-12)), len(order) - 1)
+    return (sums[:, last] / held[last]).T
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A difference of values, and an interval that chance leaves with 99 % if there is none."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """Of the candidates, for an annealing of ``seen`` tokens. by_block: [C, B] values; random:
+    [C, B] those of as many tokens at random."""
+
+    found: NestedSelections
+    by_block: np.ndarray
+    random: np.ndarray
+    factors: np.ndarray
+
+    @classmethod
+    def of(cls, found: NestedSelections, seen: float, decay: float = REPETITION_DECAY) -> Values:
+        factors = effective_tokens(found.tokens, seen, decay) / seen * np.sqrt(
+            found.tokens / found.tokens[-1])
+        return cls(found, found.by_block * factors[:, None], factors[:, None] * found.by_block[-1],
+                   factors)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """[C] V."""
+        return self.by_block @ self._shares
+
+    def over_pool(self, number: int) -> Gain:
+        return self._gain(number, self.by_block[number] - self.by_block[-1])
+
+    def over_random(self, number: int) -> Gain:
+        return self._gain(number, self.by_block[number] - self.random[number])
+
+    def _gain(self, number: int, differences: np.ndarray) -> Gain:
+        shares = self._shares
+        mean = float(differences @ shares)
+        scatter = float((differences - mean) ** 2 @ shares) / max(len(shares) - 1, 1)
+        error = _WIDTH * np.sqrt(scatter + self.factors[number] ** 2 * self.found.noise[number])
+        return Gain(mean, mean - error, mean + error)
+
+    @property
+    def _shares(self) -> np.ndarray:
+        return self.found.sizes / self.found.sizes.sum()
+
+
+def best_selection(values: Values) -> int:
+    """Its number; that of the whole pool, the last one, where no gain over it is clear."""
+    whole = len(values.found.counts) - 1
+    clear = [number for number in range(whole) if values.over_pool(number).low > 0]
+    return max(clear, key=lambda number: values.mean[number], default=whole)

@@ -1,0 +1,192 @@
+"""What samples are worth to the validation loss, each score judged by what it has not seen.
+
+The alignment of sample i with the validation set is the inner product of its unit gradient with the
+mean of the validation set's unit gradients. A score found from such alignments flatters itself: it
+fits the noise of the validation samples, of the sketch's hash, and of the sample's own gradient.
+So it is cross-fitted. The validation set is divided by source into halves A and B, and the
+coordinates of the sketch into halves 1 and 2, which hold the gradient's entries in different parts
+of the model, hashed apart. A score from (A, 1) is judged by the alignment in (B, 2), and so on for
+the four pairs that share neither. What repeats in the other half is worth something; noise does not
+repeat, wherever it comes from.
+
+A score is shrunk before it is used (empirical Bayes): with x_i the alignment in one half, x_c the
+mean of its cluster c and x the mean of all,
+
+    worth_i = x + between (x_c - x) + within (x_i - x_c),
+
+between and within being the slopes of the regression of the other half's alignments on x, among
+clusters and within them: the shares of the spread that repeat. Two halves together are more
+reliable than one (Spearman and Brown): 2 r / (1 + r) in the place of r.
+
+Shapes: N samples, B blocks of the validation set, k coordinates; "weights" [N] are tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_direct.selection.config import SelectionConfig
+from megatron_direct.selection.evidence import Evidence
+from megatron_direct.selection.rows import row_blocks
+from megatron_direct.selection.shrinkage import Partition, find_clusters
+
+# Blocks of consecutive validation samples, each on one side of the split. More are a finer sample
+# for the error of the mean; fewer keep documents of one source together.
+_BLOCKS = 32
+
+
+def source_blocks(evidence: Evidence) -> np.ndarray:
+    """[M] a block for each validation sample: consecutive samples of one dataset, since documents
+    of one source stand next to each other in an indexed dataset. Even blocks are one half.
+
+    About _BLOCKS in all, an even number of each dataset that has two samples, so that each dataset
+    is in both halves.
+    """
+    datasets = evidence.valid_datasets
+    if datasets is None:
+        datasets = np.zeros(len(evidence.valid_rows), dtype=np.int64)
+    blocks, first = np.zeros(len(datasets), dtype=np.int64), 0
+    for number in np.unique(datasets):
+        here = np.flatnonzero(datasets == number)
+        pairs = max(1, round(_BLOCKS * len(here) / len(datasets) / 2))
+        count = min(len(here), 2 * pairs)
+        blocks[here] = first + np.arange(len(here)) * count // len(here)
+        first += count
+    return blocks
+
+
+@dataclass(frozen=True, eq=False)
+class Alignments:
+    """values: [2, B, N] twice the inner product, over one half of the coordinates, of each sample's
+    unit sketch with the mean unit sketch of a block; sizes: [B] validation samples of each block.
+    """
+
+    values: np.ndarray
+    sizes: np.ndarray
+
+    @property
+    def in_first_half(self) -> np.ndarray:
+        """[B] whether a block is in half A: every other one."""
+        return np.arange(len(self.sizes)) % 2 == 0
+
+    def mean(self, part: int, blocks: np.ndarray) -> np.ndarray:
+        """[N] over some blocks [B] bool, in one half of the coordinates."""
+        sizes = self.sizes * blocks
+        return sizes @ self.values[part] / sizes.sum()
+
+
+def first_coordinates(size: int, seed: int) -> np.ndarray:
+    """[k] bool: half of the coordinates of a sketch, at random."""
+    found = np.zeros(size, dtype=bool)
+    found[np.random.default_rng(seed).permutation(size)[: size // 2]] = True
+    return found
+
+
+def cluster_numbers(config: SelectionConfig, evidence: Evidence, seed: int) -> np.ndarray:
+    """[N] the cluster of each candidate, the same on every rank; all ranks call this."""
+    share = evidence.share()
+    found = find_clusters(np.array(evidence.rows, dtype=np.float32),
+                          Partition(evidence.datasets, evidence.num_datasets),
+                          max(1, config.shrinkage_clusters), share, seed)
+    return share.known_to_all(found.numbers).astype(np.int64)
+
+
+def measure_alignments(evidence: Evidence, seed: int) -> Alignments:
+    """Of the rows of all ranks, the same on every rank; all ranks call this."""
+    rows, valid_rows, blocks = evidence.rows, evidence.valid_rows, source_blocks(evidence)
+    in_first = first_coordinates(rows.shape[1], seed)
+    valid = _unit(valid_rows)
+    means = np.stack([valid[blocks == block].mean(0) for block in range(blocks.max() + 1)])
+    local = np.empty((2, len(means), len(rows)))
+    for block in row_blocks(len(rows)):
+        unit = _unit(rows[block])
+        for part, coordinates in enumerate((in_first, ~in_first)):
+            local[part, :, block] = 2 * means[:, coordinates] @ unit[:, coordinates].T
+    return Alignments(evidence.share().known_to_all(local), np.bincount(blocks).astype(np.float64))
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """float64 rows of length 1; a row of zeros stays one."""
+    rows = rows.astype(np.float64)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(lengths > 0, lengths, 1.0)
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Of half of the evidence: the share of the spread of alignments that repeats in the other,
+    among clusters and within them."""
+
+    between: float
+    within: float
+
+    def of_both_halves(self) -> Reliability:
+        return Reliability(*(2 * r / (1 + r) for r in (self.between, self.within)))
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """worth: [N] from one half of the evidence, shrunk; judged: [B', N] alignments with each block
+    of the other half; sizes: [B'] of these blocks; blocks: [B'] their numbers."""
+
+    worth: np.ndarray
+    judged: np.ndarray
+    sizes: np.ndarray
+    blocks: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Worth:
+    """values: [N] from all evidence, shrunk; folds: what judges it; weights: [N] tokens; clusters:
+    [N] numbers."""
+
+    values: np.ndarray
+    folds: tuple[Fold, ...]
+    reliability: Reliability
+    weights: np.ndarray
+    clusters: np.ndarray
+
+
+def estimate_worth(alignments: Alignments, clusters: np.ndarray, weights: np.ndarray) -> Worth:
+    """clusters: [N] numbers; weights: [N] tokens."""
+    half = alignments.in_first_half
+    pairs = [(part, blocks) for part in (0, 1) for blocks in (half, ~half)]
+    scores = [alignments.mean(part, blocks) for part, blocks in pairs]
+    others = [alignments.mean(1 - part, ~blocks) for part, blocks in pairs]
+    found = [_reliability(x, y, clusters, weights) for x, y in zip(scores, others, strict=True)]
+    reliability = Reliability(float(np.mean([r.between for r in found])),
+                              float(np.mean([r.within for r in found])))
+    folds = tuple(
+        Fold(_shrunk(x, clusters, weights, reliability), alignments.values[1 - part][~blocks],
+             alignments.sizes[~blocks], np.flatnonzero(~blocks))
+        for x, (part, blocks) in zip(scores, pairs, strict=True))
+    return Worth(_shrunk(np.mean(scores, axis=0), clusters, weights, reliability.of_both_halves()),
+                 folds, reliability, weights, clusters)
+
+
+def _parts(x: np.ndarray, clusters: np.ndarray, weights: np.ndarray,
+           ) -> tuple[float, np.ndarray, np.ndarray]:
+    """(mean of all, [N] cluster's deviation from it, [N] sample's deviation from its cluster)."""
+    totals = np.bincount(clusters, weights)
+    means = np.bincount(clusters, weights * x) / np.where(totals > 0, totals, 1.0)
+    mean = float(weights @ x / weights.sum())
+    return mean, means[clusters] - mean, x - means[clusters]
+
+
+def _reliability(x: np.ndarray, y: np.ndarray, clusters: np.ndarray, weights: np.ndarray,
+                 ) -> Reliability:
+    """Slopes of y on x; one that is below 0 by chance counts as 0, one above 1 as 1."""
+    slopes = []
+    for ours, theirs in zip(_parts(x, clusters, weights)[1:], _parts(y, clusters, weights)[1:],
+                            strict=True):
+        spread = weights @ ours**2
+        slopes.append(float(np.clip(weights @ (ours * theirs) / spread, 0, 1)) if spread else 0.0)
+    return Reliability(*slopes)
+
+
+def _shrunk(x: np.ndarray, clusters: np.ndarray, weights: np.ndarray, kept: Reliability,
+            ) -> np.ndarray:
+    mean, of_cluster, of_sample = _parts(x, clusters, weights)
+    return mean + kept.between * of_cluster + kept.within * of_sample

@@ -1,0 +1,65 @@
+"""How an annealing comes to rest: a mean of states, and the rate at its end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ranks import Layout, on_layout
+from trained import LEARNT
+
+from megatron_direct.config import Job
+from megatron_direct.mcore import blend, checkpoint, model
+from megatron_direct.mcore.checkpoint import open_checkpoint
+from megatron_direct.mcore.training import read_metrics
+from megatron_direct.steps.decay import Decay, Recipe, Segment, decay
+
+ITERATIONS = 8
+
+
+def _weights(chunks) -> list[np.ndarray]:
+    return [p.detach().numpy().copy() for chunk in chunks for p in chunk.parameters()]
+
+
+def _anneal(folder, name, layout, recipe, save_interval=None):
+    """The chunks at the end."""
+    start = open_checkpoint(str(folder / "theta"))
+    job = Job(LEARNT.model, layout, LEARNT.optimizer, LEARNT.batch)
+    request = blend.BlendRequest.for_job(job, ITERATIONS, 1, folder / name / "cache",
+                                         start.tokenizer_digest)
+    dataset, _ = blend.build_blend(blend.Blend([str(folder / "a")]), {}, request)
+    chunks = model.build(job)
+    decay(Decay(job, start, [Segment(0, dataset)], ITERATIONS, folder / name, "",
+                save_interval=save_interval, recipe=recipe), chunks)
+    return chunks
+
+
+def _mean_and_states(_, layout, folder):
+    averaged = _weights(_anneal(folder, "averaged", layout, Recipe(average=0.25)))
+    chunks = _anneal(folder, "plain", layout, Recipe(), save_interval=1)
+    states = []
+    for number in (ITERATIONS - 1, ITERATIONS):
+        path = folder / "plain" / "checkpoints" / f"iter_{number:07d}"
+        checkpoint.load_model(path, chunks)
+        states.append(_weights(chunks))
+    return averaged, states
+
+
+def test_the_last_quarter_of_eight_states_is_the_mean_of_two(learnt_folder):
+    averaged, (first, last) = on_layout(Layout(), _mean_and_states, LEARNT.model, learnt_folder)[0]
+    for found, one, other in zip(averaged, first, last, strict=True):
+        # 1e-6: sums in float32.
+        np.testing.assert_allclose(found, (one + other) / 2, atol=1e-6)
+    assert any(np.abs(one - other).max() > 1e-5 for one, other in zip(first, last, strict=True))
+
+
+def _rates(_, layout, folder, final):
+    _anneal(folder, f"final-{final}", layout, Recipe(final=final))
+    return [line["lr"] for line in read_metrics(folder / f"final-{final}" / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("final", [1.0, 0.3])
+def test_the_rate_falls_to_the_share_that_is_asked_for(learnt_folder, final):
+    rates = on_layout(Layout(), _rates, LEARNT.model, learnt_folder, final)[0]
+    # Linear: the rate of the last iteration is one step above that of the end.
+    expected = LEARNT.optimizer.lr * (1 - (1 - final) * np.arange(ITERATIONS) / ITERATIONS)
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
