@@ -194,6 +194,13 @@ def test_models_that_later_versions_can_train_and_we_cannot_build_are_refused(
         arguments.translated(_arguments_of_megatron_lm(**given), tmp_path)
 
 
+def test_what_changes_the_speed_alone_is_no_reason_to_refuse(tmp_path):
+    from megatron_direct.mcore import arguments
+
+    arguments.translated(_arguments_of_megatron_lm(
+        moe_grouped_gemm=True, moe_shared_expert_overlap=True, tp_comm_overlap=True), tmp_path)
+
+
 def _save_with_prediction_heads(model, layout, folder):
     """A model of ours, and Megatron's multi-token prediction beside it, as DeepSeek-V3 has it."""
     from megatron.core.models.gpt import GPTModel
