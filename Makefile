@@ -17,8 +17,8 @@ CONSTRAINTS := $(if $(filter 0.16.%,$(CORE)),constraints-cpu.txt,constraints-cor
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Beside it: one for each megatron-core that the tests were asked to run with.
-CORE_VENV := .venvs/core-$(CORE)
+# Beside it: one for each megatron-core, and Python, that the tests were asked to run with.
+CORE_VENV := .venvs/core-$(CORE)-$(notdir $(PYTHON))
 
 BUILD := build
 TEXT := $(BUILD)/text/.done
@@ -50,7 +50,8 @@ COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random 
 	gradient-dot gradient-cosine flat-energy direct
 
 .PHONY: compare study anneal evaluate test test-slow test-gpu test-megatron test-checkpoints \
-	study-packages study-gpu how-many lint data theta clean bench-solver bench-curvature bench-sketch bench-data bench-select \
+	test-agreement study-packages study-gpu how-many lint data theta clean bench-solver \
+	bench-curvature bench-sketch bench-data bench-select \
 	bench-gpu
 
 anneal: $(READY) data theta
@@ -88,6 +89,10 @@ test-megatron: $(CORE_VENV)/.ready
 # Between all versions that test-megatron has installed: what one has saved, the others train on.
 test-checkpoints:
 	$(firstword $(wildcard .venvs/*))/bin/python tests/checkpoint_versions.py $(wildcard .venvs/*)
+
+# What they compute from one checkpoint: .venv has to be of the earliest version.
+test-agreement: $(READY)
+	$(BIN)/python tests/version_agreement.py $(VENV) $(wildcard .venvs/*)
 
 compare: $(READY)
 	$(BIN)/python benchmarks/study.py --folder runs/compare --ranks $(GPUS_PER_NODE) \

@@ -94,6 +94,9 @@ class ModelConfig(Settings):
     moe_router_group_topk: int | None = flag(
         None, "groups that each token may use; default: all", type=int, at_least=1)
 
+    mtp_num_layers: int | None = flag(
+        None, "heads for multi-token prediction; 0 leaves those of a checkpoint out, and no other "
+        "number is supported", type=int, at_least=0)
     hybrid_layer_pattern: str | None = flag(
         None, "layers of a hybrid model, a letter each: * attention, + latent attention, - MLP, "
         "E experts, M Mamba; default: layers of attention and MLP", type=str)
@@ -111,6 +114,11 @@ class ModelConfig(Settings):
             require_divides(self, "num_query_groups", "num_attention_heads")
         self._check_latent_attention()
         self._check_experts()
+        if self.mtp_num_layers:
+            raise UserError(f"a model with {self.mtp_num_layers} heads for multi-token prediction "
+                            "(--mtp-num-layers) cannot be built. With --mtp-num-layers 0 its main "
+                            "model is used, and the heads are left out: rows and curvature are "
+                            "those of the main loss, and what anneal saves has no heads.")
         hybrid_pattern.check(self)
 
     def _check_latent_attention(self) -> None:

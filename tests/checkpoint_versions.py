@@ -1,6 +1,6 @@
 """Checkpoints written by one megatron-core and read by another, in another layout.
 
-    python tests/checkpoint_versions.py .venv .venvs/core-0.18.2 .venvs/core-0.19.2
+    python tests/checkpoint_versions.py .venv .venvs/core-*
 
 Each argument is a virtual environment with a megatron-core of its own. Every pair is tried, in a
 process of that environment's Python: what one has trained and saved, with its optimizer, the other

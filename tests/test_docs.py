@@ -28,8 +28,8 @@ FOREIGN_FLAGS = {
     # Megatron-LM: how its checkpoints, blends and schedule go together with masks.
     "--data-cache-path", "--finetune", "--lr-decay-samples", "--lr-decay-style",
     "--lr-wsd-decay-samples", "--no-bias-gelu-fusion", "--override-opt_param-scheduler",
-    "--phase-transition-iterations", "--train-data-path", "--train-samples",
-    "--use-checkpoint-args",
+    "--hybrid-override-pattern", "--phase-transition-iterations", "--train-data-path",
+    "--train-samples", "--use-checkpoint-args",
     # Megatron-LM: kinds of data that take no masks.
     "--fim-data", "--mock-data", "--sft",
     # torchrun, git and pytest.

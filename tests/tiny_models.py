@@ -52,6 +52,9 @@ MODELS = {
     "hybrid-experts": ModelConfig(**_llama | _untied | _few_experts | {
         "num_layers": 4, "hybrid_layer_pattern": "*-*E", "moe_router_pre_softmax": True,
         "moe_shared_expert_intermediate_size": 20}),
+    "hybrid-latent": ModelConfig(**_sizes | _latents | {  # needs megatron-core 0.19
+        "num_layers": 4, "hybrid_layer_pattern": "+-+-", "q_lora_rank": 10,
+        "ffn_hidden_size": 24, "rope_type": "rope", "rotary_scaling_factor": 1.0}),
     "nemotron-h": ModelConfig(**_gpt2 | _untied | _mamba | {
         "normalization": "RMSNorm", "add_bias_linear": False, "position_embedding_type": "none",
         "num_query_groups": 2}),

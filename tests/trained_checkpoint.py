@@ -43,6 +43,7 @@ CASES = [
     Case("gpt2-untied", Layout(dp=2), Layout(tp=2), distributed_optimizer=True),
     Case("qwen2-moe", Layout(), Layout(tp=2, sp=True)),
     Case("deepseek-v3", Layout(tp=2, sp=True), Layout()),
+    Case("nemotron-h", Layout(tp=2), Layout(pp=2), distributed_optimizer=True),
 ]
 
 

@@ -29,9 +29,8 @@ def _between(layer, arguments, _keywords, _output):
 
     def pieces(output_grads):
         size = projected.shape[1]
-        copies = MixerParameters(**{
-            name: parameter.detach().expand(size, *parameter.shape).clone().requires_grad_(True)
-            for name, parameter in vars(parameters).items()})
+        copies = MixerParameters(**{name: _copies(parameter, size)
+                                    for name, parameter in vars(parameters).items()})
         with torch.enable_grad():
             output = mixed(projected, copies, layer.sizes)
             grads = torch.autograd.grad(output, list(vars(copies).values()), output_grads)
@@ -40,6 +39,12 @@ def _between(layer, arguments, _keywords, _output):
             yield parameter, _of_taps(grad) if parameter.dim() > 1 else Entries(grad)
 
     return pieces
+
+
+def _copies(parameter: torch.Tensor, count: int) -> torch.Tensor:
+    """[count, ...] in float32 at least, in which the layer computes."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return parameter.detach().to(dtype).expand(count, *parameter.shape).clone().requires_grad_(True)
 
 
 def _of_taps(grads: torch.Tensor) -> OuterProducts:

@@ -30,7 +30,6 @@ _DESCRIBED = {
     "moe_mlp_glu_interleave_size": (None,),
     "moe_router_force_biased": (None,),
     "moe_shared_expert_glu_interleave_size": (None,),
-    "mtp_num_layers": (None, 0),
     "no_rope_freq": (None,),
     "openai_gelu": (False,),
     "position_embedding_type": ("rope", "learned_absolute", "none"),
@@ -92,4 +91,5 @@ def _of_hybrid(args: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
                 "with --hybrid-override-pattern.")
         return {}
     layers = hybrid_pattern.layers(pattern)
-    return {"hybrid_layer_pattern": layers, "num_layers": len(layers)}
+    heads = hybrid_pattern.num_prediction_heads(pattern) or args.get("mtp_num_layers")
+    return {"hybrid_layer_pattern": layers, "num_layers": len(layers), "mtp_num_layers": heads}

@@ -26,7 +26,10 @@ from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
 from megatron_direct.runtime import digests, files, parallel
 from megatron_direct.settings import Settings, flag_name
 
-_PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.", "mtp.")
+_PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.")
+_PREDICTION_HEADS = "mtp."
+# Flags, with their values, that ask for less than the model of a checkpoint.
+_LEAVES_OUT = {("mtp_num_layers", 0)}
 _SECOND_MOMENTS = "optimizer.state.exp_avg_sq."  # before a parameter's own key
 
 
@@ -92,7 +95,7 @@ class Checkpoint:
         """Raises UserError if a flag of the model was given that differs from the checkpoint's."""
         for name, value in given.items():
             carried = self.arguments.get(name)
-            if carried is not None and carried != value:
+            if carried not in (None, value) and (name, value) not in _LEAVES_OUT:
                 raise UserError(
                     f"{flag_name(name)} {value} was given, but {self.path} was made with "
                     f"{carried}. Leave the flag out, or load another checkpoint.")
@@ -244,6 +247,8 @@ def _require_same_tensors(checkpoint: Path, state: dict) -> None:
             raise UserError(
                 f"{checkpoint} holds {key}, which the model that the flags describe does not have. "
                 "Give the flags of the model that was saved.")
+    if any(key.startswith(_PREDICTION_HEADS) for key in stored.keys() - known):
+        parallel.say(f"{checkpoint}: its heads for multi-token prediction are left out")
 
 
 def _sharded_tensors(state: dict) -> Iterator:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.metadata
 import inspect
 import logging
@@ -78,11 +79,10 @@ def hybrid_stack() -> tuple[type, type]:
 
     Up to 0.17 they are in a module of Mamba's, which was one of the layers first.
     """
-    try:
-        from megatron.core.models.hybrid import hybrid_block as block
-    except ImportError:
-        from megatron.core.ssm import mamba_block as block
-    return block.MambaStack, block.MambaStackSubmodules
+    block = _first_module("megatron.core.models.hybrid.hybrid_block",
+                          "megatron.core.ssm.mamba_block")
+    name = "HybridStack" if hasattr(block, "HybridStack") else "MambaStack"
+    return getattr(block, name), getattr(block, f"{name}Submodules")
 
 
 def hybrid_model(stack: Any, pattern: str, num_stages: int, vp_stage: int | None,
@@ -91,11 +91,10 @@ def hybrid_model(stack: Any, pattern: str, num_stages: int, vp_stage: int | None
 
     The names of what it takes have changed, and 0.16 divides the layers into stages itself.
     """
-    try:
-        from megatron.core.models.hybrid.hybrid_model import HybridModel as Model
-    except ImportError:
-        from megatron.core.models.mamba.mamba_model import MambaModel as Model
-    known = inspect.signature(Model.__init__).parameters
+    module = _first_module("megatron.core.models.hybrid.hybrid_model",
+                           "megatron.core.models.mamba.mamba_model")
+    model = module.HybridModel if hasattr(module, "HybridModel") else module.MambaModel
+    known = inspect.signature(model.__init__).parameters
     stack_name = next(name for name in ("hybrid_stack_spec", "mamba_stack_spec") if name in known)
     if "hybrid_layer_pattern" in known:
         layers = {"hybrid_layer_pattern": hybrid_pattern.in_stages(pattern, num_stages),
@@ -106,7 +105,15 @@ def hybrid_model(stack: Any, pattern: str, num_stages: int, vp_stage: int | None
         raise UserError(
             f"megatron-core {version()} has no interleaved pipeline for --hybrid-layer-pattern. "
             "Leave out --num-layers-per-virtual-pipeline-stage, or install 0.17 or later.")
-    return Model(**{stack_name: stack}, **layers, **arguments)
+    return model(**{stack_name: stack}, **layers, **arguments)
+
+
+def _first_module(*names: str) -> Any:
+    """The first of these that there is: a module has moved."""
+    for name in names[:-1]:
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(name)
+    return importlib.import_module(names[-1])
 
 
 @contextlib.contextmanager

@@ -23,11 +23,12 @@ from megatron_direct.config import Job
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.samples import Samples
+from megatron_direct.errors import UserError
 from megatron_direct.gradients import hashing
 from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
-from megatron_direct.mcore import grid
+from megatron_direct.mcore import compat, grid
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import ParameterShard, parameter_shards
 
@@ -136,6 +137,7 @@ _FAMILIES = {
     "qwen3": _DENSE, "minicpm3": _LATENT, "mixtral": _EXPERTS, "qwen2-moe": _EXPERTS,
     "deepseek-v2-lite": _EXPERTS, "deepseek-v3": _EXPERTS,
     "hybrid-tied": _HYBRID, "hybrid-experts": _HYBRID_EXPERTS, "nemotron-h": _HYBRID,
+    "hybrid-latent": [layout for layout in _LATENT if layout.vp is None],
 }
 # Each family on one rank, and where its layers are cut in a way that others' are not.
 _DEFAULT = {
@@ -159,7 +161,25 @@ def _cases():
 
 @pytest.mark.parametrize(("name", "layout"), _cases())
 def test_sketches_and_fisher_products(name, layout, prefix):
+    if name == "hybrid-latent" and not _has_latent_layers():
+        pytest.skip("hybrid models have latent attention since megatron-core 0.19")
     _check(on_layout(layout, _on_ranks, MODELS[name], prefix), name, prefix)
+
+
+def _has_latent_layers() -> bool:
+    _, kinds_of_layers = compat.hybrid_stack()
+    return "mla_layer" in {field.name for field in dataclasses.fields(kinds_of_layers)}
+
+
+def _refuse_latent_layers(model, layout):
+    with pytest.raises(UserError, match="has no mla_layer .*Install 0.19 or later"):
+        models.build(Job(model, layout))
+
+
+def test_latent_attention_in_hybrid_models_is_refused_where_megatron_has_none():
+    if _has_latent_layers():
+        pytest.skip("this megatron-core has it")
+    on_layout(Layout(), _refuse_latent_layers, MODELS["hybrid-latent"])
 
 
 def _check(ranks, name, prefix):

@@ -60,6 +60,8 @@ RELIED_ON = [
      ("config", "use_transformer_engine", "normalization", "vp_stage")),
     ("parallel_state", "get_data_parallel_group", ("with_context_parallel",)),
     ("parallel_state", "get_expert_tensor_model_pipeline_parallel_group", ()),
+    ("ssm.mamba_layer", "MambaLayer.__init__",
+     ("self", "config", "submodules", "layer_number", "pg_collection")),
     ("transformer.mlp", "MLP", ()),
     ("transformer.multi_latent_attention", "MLASelfAttention", ()),
 ]
@@ -166,6 +168,14 @@ def test_only_deprecations_are_silent_and_only_inside(caplog):
         logger.warning("something else")
     logger.warning("and deprecated outside")
     assert [r.getMessage() for r in caplog.records] == ["something else", "and deprecated outside"]
+
+
+def test_a_hybrid_model_is_found_under_its_name_of_this_version():
+    stack, kinds_of_layers = compat.hybrid_stack()
+    parameters = inspect.signature(stack.__init__).parameters
+    assert {"post_layer_norm", "post_process"} <= parameters.keys()
+    assert {"attention_layer", "mlp_layer", "moe_layer", "mamba_layer"} <= {
+        field.name for field in dataclasses.fields(kinds_of_layers)}
 
 
 def test_what_building_changes_is_put_back():

@@ -117,11 +117,17 @@ def _tensors(layer) -> dict[str, tuple]:
 
 
 class _GatedNorm(torch.nn.Module):
-    """Has the parameter of mamba_ssm's gated norm."""
+    """Has the parameter of mamba_ssm's gated norm, divided as Megatron divides it."""
 
     def __init__(self, width, device=None, dtype=None, **_unused):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True), prefix, {"weight": 0}, sharded_offsets)
 
 
 def _both_mixers(model, layout):
@@ -132,12 +138,10 @@ def _both_mixers(model, layout):
 
     chunk, = models.build(Job(model, layout))
     ours = chunk.decoder.layers[0].mixer
-    sharded_norm = type("Norm", (_GatedNorm,), {
-        "sharded_state_dict": mamba_mixer.ExtendedRMSNorm.__dict__["sharded_state_dict"]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mamba_mixer, "HAVE_MAMBA_SSM", True)
         patch.setattr(mamba_mixer, "HAVE_EINOPS", True)
-        patch.setattr(mamba_mixer, "ExtendedRMSNorm", sharded_norm)
+        patch.setattr(mamba_mixer, "ExtendedRMSNorm", _GatedNorm)
         theirs = mamba_mixer.MambaMixer(
             chunk.config, mamba_mixer.MambaMixerSubmodules(ColumnParallelLinear, RowParallelLinear),
             chunk.config.hidden_size, layer_number=1,

@@ -159,7 +159,9 @@ def _train(model, layout):
 @pytest.mark.parametrize(("name", "layout"), [
     ("deepseek-v3", Layout(tp=2, sp=True)),
     ("qwen2-moe", Layout(dp=2, ep=2)),
+    ("nemotron-h", Layout(tp=2, sp=True)),
     pytest.param("deepseek-v3", Layout(tp=2, dp=2, ep=2, sp=True), marks=pytest.mark.slow),
+    pytest.param("hybrid-experts", Layout(dp=2, ep=2), marks=pytest.mark.slow),
     pytest.param("mixtral", Layout(pp=2), marks=pytest.mark.slow),
     pytest.param("qwen3", Layout(tp=2), marks=pytest.mark.slow),
 ], ids=str)
@@ -195,3 +197,52 @@ def test_shared_experts_and_routed_ones_count_once(layout):
     assert set(on_layout(layout, _count, model)) == {expected}
 
 
+
+
+# --- experts as others hold them ----------------------------------------------------------------
+
+
+def _grouped_experts(config):
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe import grouped_gemm_util
+    from megatron.core.transformer.moe.experts import GroupedMLP
+
+    with pytest.MonkeyPatch.context() as patch:  # its kernels are needed to compute, not to save
+        patch.setattr(grouped_gemm_util, "assert_grouped_gemm_is_available", lambda: None)
+        return GroupedMLP(config.num_moe_experts, config,
+                          ProcessGroupCollection.use_mpu_process_groups())
+
+
+def _loaded_from_grouped(model, layout, folder):
+    """[(weights [out, in] of each grouped expert, of ours after loading)]."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_direct.mcore.shards import checkpoint_metadata
+
+    chunk, = models.build(Job(model, layout))
+    experts = chunk.decoder.layers[0].mlp.experts
+    grouped = _grouped_experts(chunk.config)
+    metadata = checkpoint_metadata()
+    dist_checkpointing.save(grouped.sharded_state_dict("experts.", metadata=metadata), folder)
+    state = experts.sharded_state_dict("experts.", metadata=metadata)
+    loaded = dist_checkpointing.load(state, folder)
+    experts.load_state_dict({name.removeprefix("experts."): tensor
+                             for name, tensor in loaded.items()}, strict=False)
+    first = grouped.weight1.view(model.num_experts, model.hidden_size, -1).transpose(1, 2)
+    second = grouped.weight2.view(model.num_experts, -1, model.hidden_size).transpose(1, 2)
+    return [(theirs.detach().numpy(), ours.weight.detach().numpy())
+            for expert, pair in zip(experts.local_experts, zip(first, second, strict=True),
+                                    strict=True)
+            for theirs, ours in zip(pair, (expert.linear_fc1, expert.linear_fc2), strict=True)]
+
+
+def test_experts_that_were_trained_by_grouped_gemm_are_read(tmp_path):
+    """Megatron's own grouped experts, which save the transposes of ours under the same names."""
+    from megatron.core.transformer.moe import experts
+
+    if not hasattr(experts, "GroupedMLP"):
+        pytest.skip("GroupedMLP is gone since megatron-core 0.17")
+    compared, = on_layout(Layout(), _loaded_from_grouped, MODELS["mixtral"], str(tmp_path))
+    assert len(compared) == 2 * MODELS["mixtral"].num_experts
+    for theirs, ours in compared:
+        np.testing.assert_array_equal(ours, theirs)
