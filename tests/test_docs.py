@@ -30,15 +30,16 @@ FOREIGN_FLAGS = {
     "--lr-wsd-decay-samples", "--no-bias-gelu-fusion", "--override-opt_param-scheduler",
     "--phase-transition-iterations", "--train-data-path", "--train-samples",
     "--use-checkpoint-args",
+    "--dataloader-defer-npy-index-mmap", "--dataloader-fast-cache-load",
+    "--dataloader-inter-document-masking", "--per-dataset-sequences-path",
     # Megatron-LM: kinds of data that take no masks.
     "--fim-data", "--mock-data", "--sft",
     # torchrun, git and pytest.
-    "--branch", "--depth", "--nproc-per-node", "--noconftest",
+    "--branch", "--depth", "--nproc-per-node",
     # Scripts in benchmarks/.
     "--device", "--megatron-path", "--results",
 }
-FOREIGN_PATHS = {"tools/preprocess_data.py", "tests/unit_tests/data/test_builder.py",
-                 "tests/unit_tests/data/test_gpt_dataset.py"}  # Megatron-LM's
+FOREIGN_PATHS = {"tools/preprocess_data.py", "tests/unit_tests/data"}  # Megatron-LM's
 OUR_FOLDERS = ("megatron_direct", "benchmarks", "docs", "launch", "tests", "tools")
 # Assembled, since this file is looked through as well.
 REGISTRIES = [".".join(host) for host in (
