@@ -49,10 +49,10 @@ ANNEAL_FLAGS := $(SELECT_FLAGS) --lr-wsd-decay-iters 75
 COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random perplexity-middle \
 	gradient-dot gradient-cosine flat-energy direct
 
-.PHONY: compare study anneal evaluate test test-slow test-gpu test-megatron test-checkpoints \
-	test-agreement study-packages study-gpu how-many lint data theta clean bench-solver \
-	bench-curvature bench-sketch bench-data bench-select \
-	bench-gpu
+.PHONY: anneal data theta clean lint \
+	compare evaluate how-many study study-gpu study-packages \
+	test test-agreement test-checkpoints test-gpu test-megatron test-megatron-lm test-slow \
+	bench-curvature bench-data bench-gpu bench-select bench-sketch bench-solver
 
 anneal: $(READY) data theta
 	PATH=$(abspath $(BIN)):$$PATH OMP_NUM_THREADS=1 bash launch/anneal_gpt.sh $(ANNEAL_FLAGS) $(FLAGS)
@@ -85,6 +85,16 @@ test-slow: $(READY)
 # With any megatron-core that is supported: make test-megatron CORE=0.18.2 PYTHON=python3.12
 test-megatron: $(CORE_VENV)/.ready
 	OMP_NUM_THREADS=1 $(CORE_VENV)/bin/python $(PYTEST) -m "not slow" $(TESTS)
+
+# Megatron-LM's own loop, tools and dataset tests, from a checkout; CORE is of the same version:
+# make test-megatron-lm MEGATRON_LM_PATH=../Megatron-LM CORE=0.18.2 PYTHON=python3.12
+test-megatron-lm: $(CORE_VENV)/.ready
+	@test -f "$(MEGATRON_LM_PATH)/pretrain_gpt.py" || \
+		(echo 'MEGATRON_LM_PATH="$(MEGATRON_LM_PATH)" is not a checkout of Megatron-LM'; false)
+	$(CORE_VENV)/bin/pip install --quiet --disable-pip-version-check \
+		-c $(CORE_VENV)/constraints.txt -e ".[megatron-lm]"
+	MEGATRON_LM_PATH=$(abspath $(MEGATRON_LM_PATH)) OMP_NUM_THREADS=1 \
+		$(CORE_VENV)/bin/python -m pytest $(if $(TESTS),$(TESTS),tests/plugins)
 
 # Between all versions that test-megatron has installed: what one has saved, the others train on.
 test-checkpoints:

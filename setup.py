@@ -38,6 +38,8 @@ setup(
         "data": DATA,  # parquet, .zst, Hugging Face tokenizers
         "mpi": ["mpi4py"],
         "te": ["transformer-engine"],
+        # Imported by Megatron-LM's own training loop, and not required by megatron-core.
+        "megatron-lm": ["regex", "pydantic", "six"],
         # mpich brings mpirun, which no Python package needs on a cluster that has its own.
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "mpi4py", "mpich", *DATA],
     },

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def write_dataset(prefix, documents: Sequence[Sequence[Sequence[int]]]) -> str:
+def write_dataset(prefix, documents: Sequence[Sequence[Sequence[int]]], dtype=np.int32) -> str:
     """A dataset whose documents are lists of sequences, which are lists of tokens."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for document in documents:
         tokens = [token for sequence in document for token in sequence]
         builder.add_document(torch.tensor(tokens, dtype=torch.int32),

@@ -28,17 +28,18 @@ FOREIGN_FLAGS = {
     # Megatron-LM: how its checkpoints, blends and schedule go together with masks.
     "--data-cache-path", "--finetune", "--lr-decay-samples", "--lr-decay-style",
     "--lr-wsd-decay-samples", "--no-bias-gelu-fusion", "--override-opt_param-scheduler",
-    "--hybrid-override-pattern", "--phase-transition-iterations", "--train-data-path",
+    "--dataloader-defer-npy-index-mmap", "--dataloader-fast-cache-load",
+    "--dataloader-inter-document-masking", "--hybrid-override-pattern",
+    "--per-dataset-sequences-path", "--phase-transition-iterations", "--train-data-path",
     "--train-samples", "--use-checkpoint-args",
     # Megatron-LM: kinds of data that take no masks.
     "--fim-data", "--mock-data", "--sft",
     # torchrun, git and pytest.
-    "--branch", "--depth", "--nproc-per-node", "--noconftest",
+    "--branch", "--depth", "--nproc-per-node",
     # Scripts in benchmarks/.
     "--device", "--megatron-path", "--results",
 }
-FOREIGN_PATHS = {"tools/preprocess_data.py", "tests/unit_tests/data/test_builder.py",
-                 "tests/unit_tests/data/test_gpt_dataset.py"}  # Megatron-LM's
+FOREIGN_PATHS = {"tools/preprocess_data.py", "tests/unit_tests/data"}  # Megatron-LM's
 OUR_FOLDERS = ("megatron_direct", "benchmarks", "docs", "launch", "tests", "tools")
 # Assembled, since this file is looked through as well.
 REGISTRIES = [".".join(host) for host in (

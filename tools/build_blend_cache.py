@@ -5,7 +5,8 @@
 
 It needs no GPU. WORLD_SIZE is the number of ranks of the training; Megatron-LM checks its batch
 sizes with it. Masks, blend, epochs and tokenizer are checked as in the training, which then finds
-all its indices in DIR. With ``--load``, iteration and consumed samples are those of the
+all its indices in DIR. It begins in pretrain_gpt.py, with ``--hybrid-layer-pattern`` in
+pretrain_hybrid.py. With ``--load``, iteration and consumed samples are those of the
 checkpoint, so that the cache fits the training that continues from it.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 
 from megatron_direct.config import ParallelConfig
@@ -34,6 +36,8 @@ def build_instead(pretrain: Callable) -> Callable:
         if "extra_args_provider" in signature.parameters:  # up to 0.17 pretrain parses
             _parse(given["extra_args_provider"], given.get("args_defaults", {}))
         flags = get_args()
+        # They trust the cache that is built here.
+        flags.dataloader_fast_cache_load = flags.dataloader_defer_npy_index_mmap = False
         training.update_train_iters(flags)
         _continue_from(flags)
         given["train_valid_test_dataset_provider"](training.get_train_valid_test_num_samples())
@@ -62,7 +66,8 @@ def _continue_from(flags) -> None:
 
 def main() -> None:
     with megatron_runtime(), parallel.process_group(), grid.model_parallel(ParallelConfig()):
-        megatron_lm.run_script("pretrain_gpt", build_instead)
+        is_hybrid = any(flag.startswith("--hybrid-layer-pattern") for flag in sys.argv)
+        megatron_lm.run_script("pretrain_hybrid" if is_hybrid else "pretrain_gpt", build_instead)
 
 
 if __name__ == "__main__":

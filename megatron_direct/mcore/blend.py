@@ -24,6 +24,8 @@ from megatron_direct.errors import UserError
 from megatron_direct.runtime import parallel
 
 _SPLITS = ("train", "valid", "test")
+_COUNTS = "--per-dataset-sequences-path"
+_COUNT_AGAIN = "Write it again with Megatron-LM's tools/build_sequences_per_dataset.py."
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,12 @@ def is_gpt_dataset(dataset_class: type) -> bool:
     return dataset_class is GPTDataset
 
 
+def prefixes_of(config) -> list[str]:
+    """All prefixes of a GPTDatasetConfig, each once."""
+    blends = [config.blend] if config.blend else config.blend_per_split or []
+    return list(dict.fromkeys(prefix for blend in blends if blend for prefix in blend[0]))
+
+
 def masked_builder(sizes: Sequence[int | None], is_built_on_rank: Callable, config,
                    masks: Mapping[str, SampleMask], rules: BlendRules | None = None,
                    num_consumed: int = 0):
@@ -131,8 +139,34 @@ def masked_builder(sizes: Sequence[int | None], is_built_on_rank: Callable, conf
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTDatasetConfig)
               if f.init}
     masked = MaskedGPTDatasetConfig(**{**values, **blends, "sample_masks": dict(masks)})
+    parallel.on_rank_zero(lambda: _require_counts_of_files(masked))
     return BlendedMegatronDatasetBuilder(MaskedGPTDataset, list(sizes), is_built_on_rank,
                                          masked), parts
+
+
+def _require_counts_of_files(config) -> None:
+    """Raises UserError where ``sequences_per_dataset`` says other than the datasets' own files.
+
+    With it (--per-dataset-sequences-path) Megatron reads no header: it takes the counts from there,
+    and the type of tokens from the size of the vocabulary. Wrong ones give other tokens.
+    """
+    if config.sequences_per_dataset is None:
+        return
+    for prefix in prefixes_of(config):
+        if prefix not in config.sequences_per_dataset:
+            raise UserError(f"{_COUNTS} has no entry for {prefix}. {_COUNT_AGAIN}")
+        given = list(config.sequences_per_dataset[prefix])
+        dataset = indexed.open_indexed(prefix)
+        found = [len(dataset), len(dataset.document_indices)]
+        if given != found:
+            raise UserError(f"{_COUNTS} gives {prefix} {given} sequences and document boundaries, "
+                            f"but the dataset has {found}. {_COUNT_AGAIN}")
+        size = {4: 4, 8: 2}[config.token_dtype_code]
+        if dataset.dtype.itemsize != size:
+            raise UserError(
+                f"{prefix} stores tokens in {dataset.dtype.itemsize} bytes each, but with "
+                f"{_COUNTS} Megatron reads {size}, from the size of the vocabulary. Leave the flag "
+                "out, or make the dataset again.")
 
 
 def _as_megatron(blend: Blend) -> tuple[list[str], list[float] | None]:

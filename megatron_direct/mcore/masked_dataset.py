@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,21 @@ class MaskedGPTDataset(GPTDataset):
                 self.unique_identifiers, indent=4, default=lambda value: value.unique_identifiers)
             self.unique_description_hash = hashlib.md5(
                 self.unique_description.encode("utf-8"), usedforsecurity=False).hexdigest()
+        if self.config.fast_cache_load or self.config.defer_npy_index_mmap:
+            self._require_index()
         return super()._build_document_sample_shuffle_indices()
+
+
+    def _require_index(self) -> None:
+        """Raises UserError where a cache that is trusted lacks an index of this dataset."""
+        folder = Path(self.config.path_to_cache)
+        start = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        if not (folder / f"{start}-document_index.npy").is_file():
+            raise UserError(
+                f"--dataloader-fast-cache-load and --dataloader-defer-npy-index-mmap need a "
+                f"finished cache, but {folder} has no index of {self.dataset_path} for the "
+                f"{self.index_split.name} split with this mask and these sizes. Leave the flags "
+                "out, or build it first: tools/build_blend_cache.py with the training's flags.")
 
 
 def _comes_first() -> bool:

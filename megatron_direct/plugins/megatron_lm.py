@@ -27,10 +27,12 @@ from megatron_direct.data.blend_plan import BLEND_WEIGHTS, MAX_EPOCHS, BlendRule
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.mask_files import find_mask_files, read_mask_files
 from megatron_direct.errors import UserError
-from megatron_direct.mcore.blend import is_gpt_dataset, masked_builder
+from megatron_direct.mcore.blend import is_gpt_dataset, masked_builder, prefixes_of
 from megatron_direct.runtime import digests, parallel
 
 _BUILDER = "BlendedMegatronDatasetBuilder"
+# The first version that has an entry script, where not all have it.
+_SINCE = {"pretrain_hybrid": " 0.18 or later"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -95,8 +97,7 @@ def _builder(args, dataset_class, sizes, is_built_on_rank, config):
 def _load_masks(args, config) -> dict[str, SampleMask]:
     """Files are located on rank 0; every rank reads them."""
     def find():
-        blends = [config.blend] if config.blend else config.blend_per_split
-        prefixes = list(dict.fromkeys(p for blend in blends if blend for p in blend[0]))
+        prefixes = prefixes_of(config)
         model = getattr(args, "tokenizer_model", None)
         digest = digests.file_digest(model) if model and os.path.isfile(model) else None
         checks.require_one_vocabulary(prefixes, config.tokenizer.vocab_size, digest)
@@ -138,8 +139,9 @@ def _entry_script(script: str, instead: Callable[[Callable], Callable]) -> Itera
     """The path of an entry script that has the plugin's flags and masks for as long as it runs."""
     spec = importlib.util.find_spec(script)
     if spec is None or importlib.util.find_spec("megatron.training") is None:
+        since = _SINCE.get(script, "")
         raise UserError(f"{script}.py and megatron.training are not on the Python path. Put a "
-                        "checkout of Megatron-LM there: PYTHONPATH=/path/to/Megatron-LM.")
+                        f"checkout of Megatron-LM{since} there: PYTHONPATH=/path/to/Megatron-LM.")
     import megatron.training
     from megatron.training import arguments
 

@@ -1,9 +1,9 @@
 """A pytest plugin for Megatron-LM's own dataset tests: masked datasets in the place of its own.
 
     cd /path/to/Megatron-LM
-    PYTHONPATH=/path/to/megatron-direct/tests/plugins:/path/to/megatron-direct \\
-    MEGATRON_LM_PATH=$PWD python -m pytest -p all_ones_masks --noconftest -o addopts= \\
-        tests/unit_tests/data/test_builder.py tests/unit_tests/data/test_gpt_dataset.py
+    DIRECT=/path/to/megatron-direct
+    PYTHONPATH=$DIRECT/tests/plugins:$DIRECT/tests:$DIRECT MEGATRON_LM_PATH=$PWD \\
+        python -m pytest -p all_ones_masks --noconftest -o addopts= tests/unit_tests/data
 
 ``GPTDataset`` and ``MockGPTDataset`` are MaskedGPTDatasets whose masks keep every document; with
 MASKS=none they are Megatron's own. Without a GPU, megatron_lm_on_cpu answers for it.
@@ -11,16 +11,37 @@ MASKS=none they are Megatron's own. Without a GPU, megatron_lm_on_cpu answers fo
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import megatron_lm_on_cpu
+import megatron_lm_runs
 import numpy as np
 import pytest
 
-# Behind the installed megatron.core, which has its helpers compiled.
-_CHECKOUT = os.environ["MEGATRON_LM_PATH"]
-sys.path[:] = [path for path in sys.path if path not in ("", _CHECKOUT)] + [_CHECKOUT]
+
+def _import_from(checkout: str) -> None:
+    """megatron.core is the installed one, whose helpers are compiled, if it is of this version.
+
+    Else it is the checkout's own, with these helpers.
+    """
+    elsewhere = [path for path in sys.path if path not in ("", checkout)]
+    installed = importlib.metadata.distribution("megatron-core")
+    if megatron_lm_runs.release_of(checkout) == megatron_lm_runs.release(installed.version):
+        sys.path[:] = [*elsewhere, checkout]
+        return
+    sys.path[:] = [checkout, *elsewhere]
+    name = "megatron.core.datasets.helpers_cpp"
+    file, = Path(str(installed.locate_file("megatron/core/datasets"))).glob("helpers_cpp*.so")
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+
+_import_from(os.environ["MEGATRON_LM_PATH"])
 megatron_lm_on_cpu.stub_missing_packages()
 
 from megatron.core.datasets import gpt_dataset  # noqa: E402

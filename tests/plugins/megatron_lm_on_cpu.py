@@ -5,14 +5,15 @@
 
 megatron_direct.host answers for the CUDA calls of megatron-core; what Megatron-LM's training loop
 asks beyond that is answered here. megatron.core is the installed package, which brings its compiled
-helpers; the rest comes from the checkout, which must be of the same version. With RECORD_BATCHES
-set to a folder, each rank leaves there what its batches held (``rank0.npz``: tokens, labels, each
-[micro-batches, b, s]).
+helpers (and since 0.17 megatron.training); the rest comes from the checkout, which must be of the
+same version. With RECORD_BATCHES set to a folder, each rank leaves there what its batches held
+(``rank0.npz``: tokens, labels, each [micro-batches, b, s]).
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import multiprocessing.spawn
 import os
 import runpy
@@ -28,6 +29,9 @@ class _Anything:
 
     total_memory, major, minor = 1 << 34, 9, 0
 
+    def __init__(self, *_args, **_kwargs):
+        pass
+
     def __getattr__(self, _name):
         return lambda *_args, **_kwargs: 0
 
@@ -40,16 +44,19 @@ class _Anything:
 
 def stub_missing_packages() -> None:
     """Imported by Megatron-LM without a condition, and used for nothing that GPT training does."""
+    sys.modules.setdefault("six", types.ModuleType("six"))
+    if importlib.util.find_spec("triton") is not None:
+        return
     kernels = types.ModuleType("batch_invariant_kernels")
     kernels.enable_batch_invariant_mode = kernels.is_batch_invariant_mode_enabled = lambda: False
     sys.modules["megatron.core.transformer.custom_layers.batch_invariant_kernels"] = kernels
-    sys.modules.setdefault("six", types.ModuleType("six"))
 
 
 def _answer_for_cuda() -> None:
     import torch
 
-    for name in ("Stream", "Event", "stream", "current_stream", "default_stream",
+    torch.cuda.Stream = torch.cuda.Event = _Anything  # classes: Megatron asks what is one
+    for name in ("stream", "current_stream", "default_stream",
                  "get_device_properties"):
         setattr(torch.cuda, name, lambda *_args, **_kwargs: _Anything())
     torch.cuda.device_count = lambda: 1
@@ -68,14 +75,41 @@ def _leave_out_of_megatron() -> None:
     import functools
 
     import megatron.core.datasets.utils
-    from megatron.legacy import fused_kernels
     from megatron.training import initialize, training
 
     megatron.core.datasets.utils.compile_helpers = lambda: None
-    fused_kernels.load = lambda _args: None
+    with contextlib.suppress(ImportError):  # gone since 0.17
+        from megatron.legacy import fused_kernels
+
+        fused_kernels.load = lambda _args: None
     training.initialize_megatron = functools.partial(initialize.initialize_megatron,
                                                      allow_no_cuda=True)
-    training.set_jit_fusion_options = lambda: None
+    training.set_jit_fusion_options = lambda **_keywords: None
+
+
+def _attend_within_documents() -> None:
+    """Samples packed into one row, as --dataloader-inter-document-masking hands them on.
+
+    Only Transformer Engine's attention takes them. Here the local one is called for each.
+    """
+    import torch
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    attend = DotProductAttention.forward
+
+    def forward(self, query, key, value, attention_mask, *arguments, packed_seq_params=None,
+                **keywords):
+        if packed_seq_params is None:
+            return attend(self, query, key, value, attention_mask, *arguments, **keywords)
+        ends, outputs = packed_seq_params.cu_seqlens_q.tolist(), []
+        for first, last in zip(ends, ends[1:]):  # noqa: B905  one shorter
+            if first < last:
+                future = torch.ones(last - first, last - first, dtype=torch.bool).triu(1)
+                outputs.append(attend(self, *(part[first:last, None] for part in
+                                              (query, key, value)), future[None, None]))
+        return torch.cat(outputs)
+
+    DotProductAttention.forward = forward
 
 
 def _spawn_without_main() -> None:
@@ -95,7 +129,10 @@ def _record_batches(folder: Path) -> None:
     import atexit
 
     import numpy as np
-    from megatron.training import utils
+    from megatron.core import utils
+
+    if not hasattr(utils, "get_batch_on_this_tp_rank"):  # until 0.17
+        from megatron.training import utils  # type: ignore[no-redef]
 
     seen = {"tokens": [], "labels": []}
     get_batch = utils.get_batch_on_this_tp_rank
@@ -123,6 +160,7 @@ def on_this_host() -> contextlib.ExitStack:
     if not host.has_gpu():
         _answer_for_cuda()
         _leave_out_of_megatron()
+        _attend_within_documents()
         _spawn_without_main()
     return stack
 
@@ -130,7 +168,7 @@ def on_this_host() -> contextlib.ExitStack:
 def main() -> None:
     sys.argv = sys.argv[1:]
     sys.path[0] = str(ROOT)
-    sys.path.append(os.environ["MEGATRON_LM_PATH"])
+    sys.path += [os.environ["MEGATRON_LM_PATH"], str(Path(__file__).parent)]
     stub_missing_packages()
     with on_this_host():
         if "RECORD_BATCHES" in os.environ:
