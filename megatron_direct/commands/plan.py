@@ -76,6 +76,11 @@ class PlanRequest:
 
 def plan_run(request: PlanRequest) -> None:
     """All ranks call this."""
+    parallel.say(in_words(*estimated(request)))
+
+
+def estimated(request: PlanRequest) -> tuple[RunEstimate, Job, int, Workload]:
+    """(the estimate; of what job, on how many ranks, over what); all ranks call this."""
     config = request.plan
     asked = estimate.Asked(request.pilot, request.sketch, request.curvature, request.selection,
                            config.lr_wsd_decay_iters)
@@ -91,7 +96,7 @@ def plan_run(request: PlanRequest) -> None:
             job = estimate.fastest_layout(machine, ranks, job, asked, work)
         job.layout.require_fits(job.model, ranks)
         found = estimate.on_gpus(machine, ranks, job, asked, work)
-    parallel.say(in_words(found, job, ranks, work))
+    return found, job, ranks, work
 
 
 def in_words(found: RunEstimate, job: Job, ranks: int, work: Workload) -> str:
@@ -114,6 +119,11 @@ def in_words(found: RunEstimate, job: Job, ranks: int, work: Workload) -> str:
     lines.append(f"in all {_duration(found.seconds)} ({found.seconds / 3600 * ranks:.3g} "
                  f"rank-hours), most of it {found.slowest.name}, limited by "
                  f"{found.slowest.limit}; at most {found.device_bytes / 1e9:.1f} GB a rank")
+    if found.host_bytes > found.host_memory:
+        largest = max(found.stages, key=lambda stage: stage.host_bytes)
+        lines.append(f"{largest.name} needs {found.host_bytes / 1e9:.0f} GB on a node, which has "
+                     f"{found.host_memory / 1e9:.0f}: give more nodes, or see docs/scaling.md for "
+                     "what to do with so many candidates")
     return "\n".join(lines)
 
 
