@@ -54,6 +54,8 @@ class PlanConfig(Settings):
     gpus: int = flag(8, "number of GPUs, unless --machine is here", at_least=1)
     lr_wsd_decay_iters: int = flag(
         0, "iterations of the annealing after the selection; 0: the selection alone", at_least=0)
+    object_storage_cache_path: str = flag(
+        "", "local folder for copies of the indexes of s3:// and msc:// datasets")
     measured_file: str = flag("", "JSON file of what was measured here; default: "
                               "~/.cache/megatron-direct/measured.json")
 
@@ -137,7 +139,8 @@ def _of_files(request: PlanRequest) -> tuple[Job, Workload]:
     config = request.plan
     onset = open_onset(
         OnsetConfig(load=config.load, data_path=config.data_path,
-                    valid_data_path=config.valid_data_path, run_dir="none"),
+                    valid_data_path=config.valid_data_path, run_dir="none",
+                    object_storage_cache_path=config.object_storage_cache_path),
         request.layout, request.given)
     most = request.sketch.num_valid_samples or len(onset.valid.usable)
     return onset.job, estimate.workload(onset.pool, min(most, len(onset.valid.usable)),
