@@ -133,13 +133,13 @@ def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, fold
         rank, size = parallel.rank_and_size()
         share = _Part(measured, sketch_step.read_sketches(
             measured.store, measured.pool, rank, size), parallel.sum_over_world, rank, size)
-        summary, chosen = _solve(config, share, seed)
-        parallel.on_rank_zero(lambda: _write(folder, measured, summary, chosen))
+        solved = _solve(config, share, seed)
+        parallel.on_rank_zero(lambda: _write(folder, config, measured, solved))
         return
 
     def alone() -> None:
         share = _Part(measured, sketch_step.read_sketches(measured.store, measured.pool))
-        _write(folder, measured, *_solve(config, share, seed))
+        _write(folder, config, measured, _solve(config, share, seed))
 
     parallel.on_rank_zero(alone)
 
@@ -182,17 +182,25 @@ class _Part:
         return int(self.all_reduce_sum(counts)[: self.rank].sum())
 
 
-def _solve(config: SelectionConfig, here: _Part, seed: int,
-           ) -> tuple[SelectionSummary, np.ndarray]:
-    """(summary without what the masks add, numbers of the samples selected)."""
+@dataclass(frozen=True)
+class _Solved:
+    """found: among the samples that are not not_finite [.], their numbers."""
+
+    found: Selection
+    cost: treatment.CostRange
+    not_finite: np.ndarray
+    mean_loss: MeanLoss
+
+
+def _solve(config: SelectionConfig, here: _Part, seed: int) -> _Solved:
     samples, part, finite = here.measured.pool.samples, here.part, here.part.finite
     not_finite = here.joined(part.samples[~finite]).astype(np.int64)
-    candidates = np.setdiff1d(here.measured.pool.numbers, not_finite, assume_unique=True) \
-        if len(not_finite) else here.measured.pool.numbers
-    count = num_to_select(config, here.total(len(part.samples)))
-    if count > len(candidates):
-        raise UserError(f"--num-select {count} is more than the {len(candidates)} samples whose "
-                        "gradients are finite. Give a smaller number, or check the checkpoint.")
+    num_rows = here.total(len(part.samples))
+    count = num_to_select(config, num_rows)
+    if count > num_rows - len(not_finite):
+        raise UserError(f"--num-select {count} is more than the {num_rows - len(not_finite)} "
+                        "samples whose gradients are finite. Give a smaller number, or check the "
+                        "checkpoint.")
     rows, numbers, losses = (part.rows, part.samples, part.losses) if finite.all() else (
         part.rows[finite], part.samples[finite], part.losses[finite])
     directions = here.measured.directions
@@ -204,15 +212,8 @@ def _solve(config: SelectionConfig, here: _Part, seed: int,
     with in_terms_of_flags():
         found, cost = treatment.select_by_sketches(config, evidence, count, seed,
                                                    **limits(config, samples, numbers))
-    chosen = candidates[found.indices]
-    return SelectionSummary(
-        **_in_numbers(config, found, cost), num_stiff=directions.num_stiff,
-        samples=SampleCounts(len(samples), samples.num_unusable, samples.cut.samples,
-                             samples.cut.tokens, len(not_finite)),
-        mean_loss=evidence.share().from_leader(
-            lambda of_all: _mean_loss(of_all, found), losses),
-        composition=composition(samples, chosen), mask_digests={},
-        not_finite=tuple(not_finite.tolist())), chosen
+    return _Solved(found, cost, not_finite, evidence.share().from_leader(
+        lambda of_all: _mean_loss(of_all, found), losses))
 
 
 def _mean_loss(losses: np.ndarray, found: Selection) -> MeanLoss:
@@ -228,8 +229,18 @@ def _in_numbers(config: SelectionConfig, found: Selection, cost: treatment.CostR
             "average_stiff_cost": cost.average, "history": tuple(found.history)}
 
 
-def _write(folder: Path, measured: Measured, summary: SelectionSummary, chosen: np.ndarray) -> None:
-    masks = masks_of(measured.pool.samples, measured.pool.digests, chosen)
-    summary = dataclasses.replace(summary, mask_digests=write_masks(folder, masks))
+def _write(folder: Path, config: SelectionConfig, measured: Measured, solved: _Solved) -> None:
+    """Rank 0 alone: it takes vectors over all samples, and the indexes of all pools."""
+    samples, not_finite = measured.pool.samples, solved.not_finite
+    candidates = np.setdiff1d(measured.pool.numbers, not_finite, assume_unique=True) \
+        if len(not_finite) else measured.pool.numbers
+    chosen = candidates[solved.found.indices]
+    masks = masks_of(samples, measured.pool.digests, chosen)
+    summary = SelectionSummary(
+        **_in_numbers(config, solved.found, solved.cost), num_stiff=measured.directions.num_stiff,
+        samples=SampleCounts(len(samples), samples.num_unusable, samples.cut.samples,
+                             samples.cut.tokens, len(not_finite)),
+        mean_loss=solved.mean_loss, composition=composition(samples, chosen),
+        mask_digests=write_masks(folder, masks), not_finite=tuple(not_finite.tolist()))
     summary.write(folder)
     parallel.say(str(summary))
