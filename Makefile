@@ -52,7 +52,8 @@ COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random 
 .PHONY: anneal data theta clean lint \
 	compare evaluate how-many study study-gpu study-packages \
 	test test-agreement test-checkpoints test-gpu test-megatron test-megatron-lm test-slow \
-	bench-curvature bench-data bench-gpu bench-select bench-sketch bench-solver
+	bench-curvature bench-data bench-estimates bench-gpu bench-scale bench-select \
+	bench-sketch bench-solver
 
 anneal: $(READY) data theta
 	PATH=$(abspath $(BIN)):$$PATH OMP_NUM_THREADS=1 bash launch/anneal_gpt.sh $(ANNEAL_FLAGS) $(FLAGS)
@@ -145,6 +146,17 @@ bench-select: $(READY) data theta
 	$(BIN)/python benchmarks/select_again.py --ranks $(GPUS_PER_NODE) -- --load $(THETA) \
 		--data-path $(DATA_PATH) --valid-data-path $(VALID_DATA_PATH) \
 		$(SELECT_FLAGS)
+
+# Pools of which only the index is there: 2 GB on the disk. The solve takes some minutes.
+bench-scale: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/scale.py plan \
+		--documents 1e8 --prefixes 1000
+	for ranks in 1 4; do OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone \
+		--nproc-per-node $$ranks benchmarks/scale.py solve --samples 2e5 --sketch-size 1024 \
+		|| exit 1; done
+
+bench-estimates: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/estimates.py
 
 bench-data: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py

@@ -37,11 +37,13 @@ setup(
     extras_require={
         "data": DATA,  # parquet, .zst, Hugging Face tokenizers
         "mpi": ["mpi4py"],
+        "s3": ["boto3"],  # datasets in object stores
         "te": ["transformer-engine"],
         # Imported by Megatron-LM's own training loop, and not required by megatron-core.
         "megatron-lm": ["regex", "pydantic", "six"],
         # mpich brings mpirun, which no Python package needs on a cluster that has its own.
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "mpi4py", "mpich", *DATA],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "mpi4py", "mpich", *DATA,
+                "boto3", "moto[server]"],
     },
     entry_points={"console_scripts": ["megatron-direct = megatron_direct.cli.main:main"]},
 )

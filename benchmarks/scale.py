@@ -56,11 +56,12 @@ def resident(field: str) -> int:
 
 
 class Watch:
-    """Prints time and peak memory of each step, on rank 0, of the slowest and the largest rank."""
+    """Prints time and peak memory of each step, of the slowest and the largest rank; what a core
+    worked tells more than the clock where other work runs on the machine."""
 
     def __init__(self):
         self._start = resident("RssAnon")
-        self.seconds, self.peaks, self.shared = 0.0, np.zeros(2), 0.0
+        self.seconds, self.peaks, self.shared = np.zeros(2), np.zeros(2), 0.0
 
     @contextlib.contextmanager
     def step(self, name: str, counted: bool = True):
@@ -75,26 +76,28 @@ class Watch:
 
         watcher = threading.Thread(target=look)
         watcher.start()
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.process_time()
         yield
-        taken = time.perf_counter() - begun
+        taken, worked = time.perf_counter() - begun, time.process_time() - worked
         going = False
         watcher.join()
-        found = parallel.gather_objects((taken, peak, resident("RssShmem")))
+        found = parallel.gather_objects((taken, peak, resident("RssShmem"), worked))
         first, others = found[0][1], max((f[1] for f in found[1:]), default=0)
-        slowest = max(f[0] for f in found)
+        slowest, busiest = (max(f[i] for f in found) for i in (0, 3))
         self.shared = max(self.shared, *(f[2] for f in found))
         if counted:
-            self.seconds += slowest
+            self.seconds += np.array([slowest, busiest])
             self.peaks = np.maximum(self.peaks, [first, others])
-        parallel.say(f"{name:42s} {slowest:8.2f} s   rank 0 {first / 1e9:6.2f} GB   others "
-                     f"{others / 1e9:6.2f} GB{'' if counted else '   (not counted)'}")
+        parallel.say(f"{name:42s} {slowest:8.2f} s ({busiest:6.2f} of CPU)   rank 0 "
+                     f"{first / 1e9:6.2f} GB   others {others / 1e9:6.2f} GB"
+                     f"{'' if counted else '   (not counted)'}")
 
     def total(self) -> None:
         first, others = self.peaks
         node = first + (RANKS_OF_A_NODE - 1) * others + self.shared
-        parallel.say(f"in all {self.seconds:.1f} s; shared by a node {self.shared / 1e9:.2f} GB; a "
-                     f"node of {RANKS_OF_A_NODE} ranks: {node / 1e9:.2f} GB")
+        parallel.say(f"in all {self.seconds[0]:.1f} s ({self.seconds[1]:.1f} of CPU); shared by a "
+                     f"node {self.shared / 1e9:.2f} GB; a node of {RANKS_OF_A_NODE} ranks: "
+                     f"{node / 1e9:.2f} GB")
 
 
 def write_pools(folder: Path, num_documents: int, num_prefixes: int) -> list[str]:

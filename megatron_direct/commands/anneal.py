@@ -31,6 +31,7 @@ from megatron_direct.errors import UserError
 from megatron_direct.mcore import blend, grid, model
 from megatron_direct.mcore.checkpoint import Checkpoint, latest, load_model, open_checkpoint
 from megatron_direct.mcore.merging import Average
+from megatron_direct.mcore.object_storage import read_object_stores
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
 from megatron_direct.runtime.run_directory import RunDirectory
@@ -72,6 +73,8 @@ class AnnealConfig(Settings):
         MAX_EPOCHS, "largest number of epochs over a pool (more is an error); up to four epochs of "
         "repeated data are about as good as fresh data (Muennighoff et al. 2023)", above=0)
     test_data_path: tuple = flag((), "indexed datasets whose loss is reported", nargs="+")
+    object_storage_cache_path: str = flag(
+        "", "local folder for copies of the indexes of s3:// and msc:// datasets")
     save_interval: int = flag(50, "iterations between checkpoints", at_least=1)
     average_last: int = flag(
         0, "average the last so many saved states of the annealing, too, and report the average's "
@@ -167,6 +170,7 @@ def anneal(request: AnnealRequest) -> None:
     """Anneals one arm, or carries on where a killed run left its last checkpoint; all ranks call
     this."""
     config = request.anneal
+    read_object_stores(config.object_storage_cache_path)
     run = RunDirectory(config.run_dir)
     name = config.size_of if config.selection == RANDOM else config.selection
     parallel.on_rank_zero(run.require)

@@ -54,6 +54,8 @@ class PlanConfig(Settings):
     gpus: int = flag(8, "number of GPUs, unless --machine is here", at_least=1)
     lr_wsd_decay_iters: int = flag(
         0, "iterations of the annealing after the selection; 0: the selection alone", at_least=0)
+    object_storage_cache_path: str = flag(
+        "", "local folder for copies of the indexes of s3:// and msc:// datasets")
     measured_file: str = flag("", "JSON file of what was measured here; default: "
                               "~/.cache/megatron-direct/measured.json")
 
@@ -76,6 +78,11 @@ class PlanRequest:
 
 def plan_run(request: PlanRequest) -> None:
     """All ranks call this."""
+    parallel.say(in_words(*estimated(request)))
+
+
+def estimated(request: PlanRequest) -> tuple[RunEstimate, Job, int, Workload]:
+    """(the estimate; of what job, on how many ranks, over what); all ranks call this."""
     config = request.plan
     asked = estimate.Asked(request.pilot, request.sketch, request.curvature, request.selection,
                            config.lr_wsd_decay_iters)
@@ -91,7 +98,7 @@ def plan_run(request: PlanRequest) -> None:
             job = estimate.fastest_layout(machine, ranks, job, asked, work)
         job.layout.require_fits(job.model, ranks)
         found = estimate.on_gpus(machine, ranks, job, asked, work)
-    parallel.say(in_words(found, job, ranks, work))
+    return found, job, ranks, work
 
 
 def in_words(found: RunEstimate, job: Job, ranks: int, work: Workload) -> str:
@@ -114,6 +121,11 @@ def in_words(found: RunEstimate, job: Job, ranks: int, work: Workload) -> str:
     lines.append(f"in all {_duration(found.seconds)} ({found.seconds / 3600 * ranks:.3g} "
                  f"rank-hours), most of it {found.slowest.name}, limited by "
                  f"{found.slowest.limit}; at most {found.device_bytes / 1e9:.1f} GB a rank")
+    if found.host_bytes > found.host_memory:
+        largest = max(found.stages, key=lambda stage: stage.host_bytes)
+        lines.append(f"{largest.name} needs {found.host_bytes / 1e9:.0f} GB on a node, which has "
+                     f"{found.host_memory / 1e9:.0f}: give more nodes, or see docs/scaling.md for "
+                     "what to do with so many candidates")
     return "\n".join(lines)
 
 
@@ -127,7 +139,8 @@ def _of_files(request: PlanRequest) -> tuple[Job, Workload]:
     config = request.plan
     onset = open_onset(
         OnsetConfig(load=config.load, data_path=config.data_path,
-                    valid_data_path=config.valid_data_path, run_dir="none"),
+                    valid_data_path=config.valid_data_path, run_dir="none",
+                    object_storage_cache_path=config.object_storage_cache_path),
         request.layout, request.given)
     most = request.sketch.num_valid_samples or len(onset.valid.usable)
     return onset.job, estimate.workload(onset.pool, min(most, len(onset.valid.usable)),

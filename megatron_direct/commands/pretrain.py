@@ -21,6 +21,7 @@ from megatron_direct.config import (
 from megatron_direct.data import blend_files, checks
 from megatron_direct.data.blend_plan import Blend
 from megatron_direct.mcore import blend, checkpoint, grid, model, shards, training
+from megatron_direct.mcore.object_storage import read_object_stores
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
 from megatron_direct.runtime.run_directory import RunDirectory
@@ -37,6 +38,8 @@ class PretrainConfig(Settings):
     save: str = flag("", "folder for checkpoints and metrics", required=True)
     train_iters: int = flag(300, "iterations of the stable phase, warm-up included", at_least=1)
     save_interval: int = flag(100, "iterations between checkpoints", at_least=1)
+    object_storage_cache_path: str = flag(
+        "", "local folder for copies of the indexes of s3:// and msc:// datasets")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class CheckpointKey(Key):
 def pretrain(request: PretrainRequest) -> None:
     """Trains, or carries on where a killed run with the same flags left its last checkpoint."""
     config = request.pretrain
+    read_object_stores(config.object_storage_cache_path)
     asked = blend_files.parse_data_path(config.data_path)
     digests = dataset_digests(asked.prefixes)
     vocab_size, tokenizer_digest = checks.require_one_vocabulary(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_direct.data import object_storage
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import digests, files
 
@@ -41,22 +42,28 @@ class IndexedTokens:
         code, num_sequences, num_boundaries = _read_header(prefix)
         self.prefix = prefix
         self.dtype = np.dtype(_DTYPES[code])
-        index = np.memmap(prefix + ".idx", np.uint8, "r", offset=_HEADER.size)
+        index = np.memmap(_index_path(prefix), np.uint8, "r", offset=_HEADER.size)
         ends = np.cumsum([4 * num_sequences, 8 * num_sequences, 8 * num_boundaries])
         self.sequence_lengths, self.sequence_pointers, self.document_indices = (
             index[begin:end].view(dtype) for begin, end, dtype in zip(
                 (0, *ends[:-1]), ends, (np.int32, np.int64, np.int64), strict=True))
-        self._tokens = np.memmap(prefix + ".bin", self.dtype, "r") \
-            if os.path.getsize(prefix + ".bin") else np.empty(0, self.dtype)
+        self._tokens: np.ndarray | None = None  # of an object store they are fetched when needed
+        if not object_storage.is_stored(prefix):
+            self._tokens = np.memmap(prefix + ".bin", self.dtype, "r") \
+                if os.path.getsize(prefix + ".bin") else np.empty(0, self.dtype)
 
     def __len__(self) -> int:
         """Sequences."""
         return len(self.sequence_lengths)
 
     def get(self, sequence: int) -> np.ndarray:
-        """The tokens of a sequence, as a view of the file."""
-        first = int(self.sequence_pointers[sequence]) // self.dtype.itemsize
-        return self._tokens[first: first + int(self.sequence_lengths[sequence])]
+        """The tokens of a sequence, as a view of the file; of an object store, as Megatron reads
+        them."""
+        offset, count = int(self.sequence_pointers[sequence]), int(self.sequence_lengths[sequence])
+        if self._tokens is None:
+            return object_storage.stored_files(self.prefix).read(self.dtype, count, offset)
+        first = offset // self.dtype.itemsize
+        return self._tokens[first: first + count]
 
 
 def open_indexed(prefix: str) -> IndexedTokens:
@@ -104,12 +111,12 @@ def check_files(prefix: str) -> None:
 def _check_agreement(prefix: str) -> None:
     """Reads the whole index."""
     code, num_sequences, num_boundaries = _read_header(prefix)
-    size = os.path.getsize(prefix + ".idx")
+    size = os.path.getsize(_index_path(prefix))
     expected = _HEADER.size + 12 * num_sequences + 8 * num_boundaries
     if size != expected:
         raise UserError(f"{prefix}.idx {'is truncated' if size < expected else 'is damaged'}: its "
                         f"header promises {expected} bytes, it has {size}. {_REMEDY}")
-    size, item = os.path.getsize(prefix + ".bin"), np.dtype(_DTYPES[code]).itemsize
+    size, item = _token_bytes(prefix), np.dtype(_DTYPES[code]).itemsize
     if size % item:
         raise UserError(f"{prefix}.bin is damaged: its {size} bytes are not a whole number of "
                         f"{item}-byte tokens. {_REMEDY}")
@@ -152,7 +159,7 @@ def _check_documents(dataset: IndexedTokens) -> None:
 
 def _read_header(prefix: str) -> tuple[int, int, int]:
     """(dtype code, number of sequences, number of document boundaries)"""
-    with open(prefix + ".idx", "rb") as file:
+    with open(_index_path(prefix), "rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
         raise UserError(f"{prefix}.idx is not a Megatron index, or is truncated. {_REMEDY}")
@@ -165,11 +172,37 @@ def _read_header(prefix: str) -> tuple[int, int, int]:
 
 def _stamps(prefix: str) -> Stamps:
     """What changes when a file is rewritten: size, time and place of .idx and .bin."""
+    if object_storage.is_stored(prefix):
+        return object_storage.stored_files(prefix).stamps
     return tuple((status.st_size, status.st_mtime_ns, status.st_ino)
                  for status in (os.stat(prefix + ".idx"), os.stat(prefix + ".bin")))
 
 
+def _index_path(prefix: str) -> str:
+    return object_storage.stored_files(prefix).index if object_storage.is_stored(prefix) \
+        else prefix + ".idx"
+
+
+def _token_bytes(prefix: str) -> int:
+    return object_storage.stored_files(prefix).size if object_storage.is_stored(prefix) \
+        else os.path.getsize(prefix + ".bin")
+
+
+def _both_ends(prefix: str) -> tuple[bytes, bytes]:
+    """Of the tokens, a MiB each."""
+    if not object_storage.is_stored(prefix):
+        return digests.both_ends(prefix + ".bin")
+    stored = object_storage.stored_files(prefix)
+    count = min(stored.size, 1 << 20)
+    head, tail = (stored.read(np.uint8, count, offset).tobytes()
+                  for offset in (0, stored.size - count))
+    return head, tail
+
+
 def _require_files(prefix: str) -> None:
+    if object_storage.is_stored(prefix):
+        object_storage.stored_files(prefix)
+        return
     for suffix in (".idx", ".bin"):
         if not os.path.isfile(prefix + suffix):
             hint = " Give the path without its suffix." if prefix.endswith((".idx", ".bin")) else ""
@@ -184,7 +217,7 @@ def require_tokens_below(prefix: str, vocab_size: int) -> None:
     A cheap check for datasets without a card; what it lets pass may still hold one.
     """
     dtype = np.dtype(_DTYPES[_read_header(prefix)[0]])
-    for part in digests.both_ends(prefix + ".bin"):
+    for part in _both_ends(prefix):
         tokens = np.frombuffer(part, dtype, len(part) // dtype.itemsize)
         for token in (tokens.max(initial=0), tokens.min(initial=0)):
             if not 0 <= token < vocab_size:
@@ -273,9 +306,8 @@ def dataset_digest(prefix: str) -> str:
 
 
 def _digest_of_files(prefix: str) -> str:
-    index = digests.file_digest(prefix + ".idx")
-    size = os.path.getsize(prefix + ".bin")
-    return digests.digest(index, str(size), *digests.both_ends(prefix + ".bin"))
+    index = digests.file_digest(_index_path(prefix))
+    return digests.digest(index, str(_token_bytes(prefix)), *_both_ends(prefix))
 
 
 def read_card(prefix: str) -> dict:

@@ -21,6 +21,7 @@ from megatron_direct.data.blend_plan import (
 )
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.errors import UserError
+from megatron_direct.mcore.object_storage import dataset_options, read_object_stores
 from megatron_direct.runtime import parallel
 
 _SPLITS = ("train", "valid", "test")
@@ -91,6 +92,7 @@ def build_blend(blend: Blend, masks: Mapping[str, SampleMask], request: BlendReq
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
+        **dataset_options(blend.prefixes),
     )
     builder, parts = masked_builder([request.num_sequences, 0, 0], lambda: True, config, masks,
                                     rules)
@@ -131,6 +133,8 @@ def masked_builder(sizes: Sequence[int | None], is_built_on_rank: Callable, conf
 
     from megatron_direct.mcore.masked_dataset import MaskedGPTDataset, MaskedGPTDatasetConfig
 
+    if config.object_storage_cache_path:
+        read_object_stores(config.object_storage_cache_path)
     left = [sizes[0] and max(sizes[0] - num_consumed, 0), *sizes[1:]]
     plan = _plan_one_blend if config.blend is not None else _plan_each_split
     blends, parts = parallel.on_rank_zero(

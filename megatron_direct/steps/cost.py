@@ -82,10 +82,11 @@ class StageCost:
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """micro_batches: of each copy of the model, for the sketches."""
+    """micro_batches: of each copy of the model, for the sketches; host_memory: that a node has."""
 
     stages: tuple[StageCost, ...]
     micro_batches: int
+    host_memory: float
 
     @property
     def seconds(self) -> float:

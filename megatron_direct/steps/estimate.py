@@ -12,7 +12,7 @@ import numpy as np
 from megatron_direct.config import Job, ParallelConfig
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import parallel
+from megatron_direct.runtime import host, parallel
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.steps import calibrate, cost
 from megatron_direct.steps.cost import RunEstimate, Site, Training, Workload
@@ -50,7 +50,17 @@ def on_this_machine(job: Job, asked: Asked, work: Workload, path: Path) -> RunEs
     measured = calibrate.measured(job, setup, path)
     site = Site(measured.machine, parallel.world_size(), job.layout, measured.one_pass,
                       asked.sketch.micro_batch_size, job.precision.bf16)
-    return _estimate(site, job, asked, work)
+    found = _estimate(site, job, asked, work)
+    return found if host.has_gpu() else _in_processes(found, site)
+
+
+def _in_processes(found: RunEstimate, site: Site) -> RunEstimate:
+    """Without GPUs a rank's process holds all: device_bytes is what the largest comes to."""
+    base = site.machine.base
+    return dataclasses.replace(found, stages=tuple(dataclasses.replace(
+        stage, device_bytes=stage.device_bytes + stage.host_bytes - base * (site.ranks_of_node - 1),
+        host_bytes=stage.host_bytes + stage.device_bytes * site.ranks_of_node)
+        for stage in found.stages))
 
 
 def on_gpus(machine: Machine, ranks: int, job: Job, asked: Asked, work: Workload) -> RunEstimate:
@@ -128,4 +138,4 @@ def _estimate(site: Site, job: Job, asked: Asked, work: Workload) -> RunEstimate
     if asked.anneal_iters:
         stages.append(trained("anneal", asked.anneal_iters))
     micro_batches = -(-int(work.candidates) // (asked.sketch.micro_batch_size * site.copies))
-    return RunEstimate(tuple(stages), micro_batches)
+    return RunEstimate(tuple(stages), micro_batches, site.machine.host_memory)

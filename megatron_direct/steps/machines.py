@@ -65,7 +65,7 @@ class Machine:
 H100 = Machine(
     name="h100", flops=750e12, elements=8.0e9, launches=174.0, gathers=1.55e11, frames=1.06e14,
     memory=80e9, host_memory=2e12, ranks_per_node=8, fabric=50e9, node_links=450e9, storage=20e9,
-    solver=2.5e6, leader=4e5, planner=2e6, start=30.0, base=0.6e9)
+    solver=2.5e6, leader=4e5, planner=5e6, start=30.0, base=0.6e9)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from megatron_direct.data import checks, indexed
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.mcore.checkpoint import Checkpoint, open_checkpoint
+from megatron_direct.mcore.object_storage import read_object_stores
 from megatron_direct.runtime import sharing
 from megatron_direct.settings import Settings, flag
 
@@ -33,6 +34,8 @@ class OnsetConfig(Settings):
     valid_data_path: tuple = flag((), "the validation set: indexed datasets", nargs="+",
                                   required=True)
     run_dir: str = flag("", "folder for everything that this run writes", required=True)
+    object_storage_cache_path: str = flag(
+        "", "local folder for copies of the indexes of s3:// and msc:// datasets")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def open_onset(config: OnsetConfig, layout: ParallelConfig, given: Given,
     Raises UserError where files are missing or damaged, where datasets and checkpoint do not fit
     one another, and where a dataset is listed twice.
     """
+    read_object_stores(config.object_storage_cache_path)
     pools, valid = list(config.data_path), list(config.valid_data_path)
     checks.require_disjoint(pool=pools, validation=valid, test=list(test_data_path))
     checkpoint = open_checkpoint(config.load)

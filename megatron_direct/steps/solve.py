@@ -19,7 +19,7 @@ from megatron_direct.gradients.store import Sketches
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Key
 from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
-from megatron_direct.selection.choice import choose
+from megatron_direct.selection.choice import Choice, choose
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.problem import Selection
@@ -136,13 +136,13 @@ def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, fold
         rank, size = parallel.rank_and_size()
         share = _Part(measured, sketch_step.read_sketches(
             measured.store, measured.pool, rank, size), parallel.sum_over_world, rank, size)
-        summary, chosen = _solve(config, share, seed)
-        parallel.on_rank_zero(lambda: _write(folder, measured, summary, chosen))
+        solved = _solve(config, share, seed)
+        parallel.on_rank_zero(lambda: _write(folder, config, measured, solved))
         return
 
     def alone() -> None:
         share = _Part(measured, sketch_step.read_sketches(measured.store, measured.pool))
-        _write(folder, measured, *_solve(config, share, seed))
+        _write(folder, config, measured, _solve(config, share, seed))
 
     parallel.on_rank_zero(alone)
 
@@ -185,33 +185,31 @@ class _Part:
         return int(self.all_reduce_sum(counts)[: self.rank].sum())
 
 
-def _solve(config: SelectionConfig, here: _Part, seed: int,
-           ) -> tuple[SelectionSummary, np.ndarray]:
-    """(summary without what the masks add, numbers of the samples selected)."""
+@dataclass(frozen=True)
+class _Solved:
+    """choice: among the samples that are not of not_finite [.], their numbers."""
+
+    choice: Choice
+    not_finite: np.ndarray
+    mean_loss: MeanLoss
+
+
+def _solve(config: SelectionConfig, here: _Part, seed: int) -> _Solved:
     samples, part, finite = here.measured.pool.samples, here.part, here.part.finite
     not_finite = here.joined(part.samples[~finite]).astype(np.int64)
-    candidates = np.setdiff1d(here.measured.pool.numbers, not_finite, assume_unique=True) \
-        if len(not_finite) else here.measured.pool.numbers
-    check_number(config, here.total(len(part.samples)))
-    if not config.is_auto and int(config.num_select) > len(candidates) * config.max_count:
-        raise UserError(f"--num-select {config.num_select} is more than the {len(candidates)} "
-                        "samples whose gradients are finite. Give a smaller number, or check the "
+    num_rows = here.total(len(part.samples))
+    check_number(config, num_rows)
+    num_finite = num_rows - len(not_finite)
+    if not config.is_auto and int(config.num_select) > num_finite * config.max_count:
+        raise UserError(f"--num-select {config.num_select} is more than the {num_finite} samples "
+                        "whose gradients are finite. Give a smaller number, or check the "
                         "checkpoint.")
     numbers = part.samples[finite]
     evidence = _evidence(here, numbers)
     with in_terms_of_flags():
-        found = choose(config, evidence, seed, limits(config, samples, numbers))
-    chosen = candidates[found.selection.indices]
-    return SelectionSummary(
-        **_in_numbers(config, found.selection, found.costs),
-        num_stiff=evidence.directions.num_stiff,
-        samples=SampleCounts(len(samples), samples.num_unusable, samples.cut.samples,
-                             samples.cut.tokens, len(not_finite)),
-        mean_loss=evidence.share().from_leader(
-            lambda of_all: _mean_loss(of_all, found.selection), part.losses[finite]),
-        composition=composition(samples, chosen), mask_digests={},
-        not_finite=tuple(not_finite.tolist()), how_many=found.how_many,
-        stability=found.stability), chosen
+        choice = choose(config, evidence, seed, limits(config, samples, numbers))
+    return _Solved(choice, not_finite, evidence.share().from_leader(
+        lambda of_all: _mean_loss(of_all, choice.selection), part.losses[finite]))
 
 
 def _evidence(here: _Part, numbers: np.ndarray) -> Evidence:
@@ -239,8 +237,20 @@ def _in_numbers(config: SelectionConfig, found: Selection, cost: CostRange) -> d
             "average_stiff_cost": cost.average, "history": tuple(found.history)}
 
 
-def _write(folder: Path, measured: Measured, summary: SelectionSummary, chosen: np.ndarray) -> None:
-    masks = masks_of(measured.pool.samples, measured.pool.digests, chosen)
-    summary = dataclasses.replace(summary, mask_digests=write_masks(folder, masks))
+def _write(folder: Path, config: SelectionConfig, measured: Measured, solved: _Solved) -> None:
+    """Rank 0 alone: it takes vectors over all samples, and the indexes of all pools."""
+    samples, not_finite = measured.pool.samples, solved.not_finite
+    candidates = np.setdiff1d(measured.pool.numbers, not_finite, assume_unique=True) \
+        if len(not_finite) else measured.pool.numbers
+    chosen = candidates[solved.choice.selection.indices]
+    masks = masks_of(samples, measured.pool.digests, chosen)
+    summary = SelectionSummary(
+        **_in_numbers(config, solved.choice.selection, solved.choice.costs),
+        num_stiff=measured.directions.num_stiff,
+        samples=SampleCounts(len(samples), samples.num_unusable, samples.cut.samples,
+                             samples.cut.tokens, len(not_finite)),
+        mean_loss=solved.mean_loss, composition=composition(samples, chosen),
+        mask_digests=write_masks(folder, masks), not_finite=tuple(not_finite.tolist()),
+        how_many=solved.choice.how_many, stability=solved.choice.stability)
     summary.write(folder)
     parallel.say(str(summary))

@@ -65,7 +65,7 @@ def test_the_largest_term_limits_a_stage_and_the_longest_stage_a_run():
     terms = (cost.Term("computation", 3.0), cost.Term("messages", 5.0))
     slow, fast = cost.StageCost("slow", terms, 7.0), cost.StageCost("fast", terms[:1], 9.0)
     assert slow.seconds == 8 and slow.limit == "messages"
-    found = cost.RunEstimate((slow, fast), 1)
+    found = cost.RunEstimate((slow, fast), 1, 9.0)
     assert found.seconds == 11 and found.slowest is slow and found.device_bytes == 9
 
 
