@@ -127,7 +127,7 @@ class Study:
             for name, fraction in ((part, "0"), *(((f"{part}-corrupted", "0.1"),)
                                                   if part == "pool" else ())):
                 self.run("tools/preprocess_selection.py", "--input",
-                         *(text / part / f"{domain}.jsonl" for domain in domains),
+                         *(text / part / f"{domain}.jsonl.gz" for domain in domains),
                          "--tokenizer-model", self.tokenizer, "--append-eod", "--split", "100,0,0",
                          "--corrupt-fraction", fraction, "--output-prefix", self.data / name,
                          *(training if number == 0 else ()))

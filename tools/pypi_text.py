@@ -4,7 +4,7 @@
 
 Wheels are fetched with pip, at the versions that tools/pypi_packages.txt lists; nothing in them is
 run. Each package belongs to one part (pretrain, pool, valid, test) as a whole, so that no package
-is both learnt from and tested on. Domains, as ``PART/DOMAIN.jsonl``:
+is both learnt from and tested on. Domains, as ``PART/DOMAIN.jsonl.gz``:
 
     prose    docstrings, descriptions, and files .rst, .md and .txt
     python   code without its docstrings and comments
@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gzip
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -112,14 +114,18 @@ def _of_file(path: PurePosixPath, text: str) -> Iterator[tuple[str, str, str]]:
         yield _BY_SUFFIX[path.suffix], str(path), text
 
 
+def _compressed(path: Path) -> io.TextIOWrapper:
+    """A file to write, whose bytes depend on what is written alone."""
+    return io.TextIOWrapper(gzip.GzipFile(path, "wb", mtime=0), encoding="utf-8")
+
+
 def write_corpus(packages: list[Package], wheels: Path, output: Path, length: int) -> dict:
     """What ``corpus.json`` says."""
     seen: set[bytes] = set()
     record: dict = {"passage_characters": length, "packages": [], "characters": {}}
     for part in PARTS:
         (output / part).mkdir(parents=True, exist_ok=True)
-        files = {domain: open(output / part / f"{domain}.jsonl", "w", encoding="utf-8")  # noqa: SIM115
-                 for domain in DOMAINS}
+        files = {domain: _compressed(output / part / f"{domain}.jsonl.gz") for domain in DOMAINS}
         total: collections.Counter = collections.Counter()
         for package in (package for package in packages if package.part == part):
             wheel = fetch(package, wheels)

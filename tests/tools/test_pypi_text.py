@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import subprocess
@@ -23,8 +24,8 @@ def _wheel(folder: Path, name: str, version: str, files: dict[str, str | bytes])
 
 
 def _records(folder: Path, part: str, domain: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / part / f"{domain}.jsonl").read_text(
-        encoding="utf-8").splitlines()]
+    text = gzip.decompress((folder / part / f"{domain}.jsonl.gz").read_bytes()).decode("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_each_package_is_in_one_part_and_no_passage_in_two(tmp_path):
