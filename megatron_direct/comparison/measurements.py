@@ -16,6 +16,7 @@ import numpy as np
 from megatron_direct.comparison import arms
 from megatron_direct.comparison.arms import Case
 from megatron_direct.data import indexed
+from megatron_direct.data.cards import read_card
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import files, parallel
@@ -171,4 +172,4 @@ def _domains(samples: Samples, numbers: np.ndarray) -> np.ndarray:
 
 def domain_names(samples: Samples) -> list[str]:
     names = indexed.prefix_names(samples.prefixes)
-    return [indexed.read_card(prefix).get("domain", names[prefix]) for prefix in samples.prefixes]
+    return [read_card(prefix).get("domain", names[prefix]) for prefix in samples.prefixes]

@@ -7,11 +7,9 @@ number at which each document begins) and ``PREFIX.bin`` (the tokens).
 from __future__ import annotations
 
 import functools
-import json
 import os
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -233,16 +231,6 @@ def _digest_of_files(prefix: str, *_stamps: tuple[int, int, int]) -> str:
     index = digests.file_digest(prefix + ".idx")
     size = os.path.getsize(prefix + ".bin")
     return digests.digest(index, str(size), *digests.both_ends(prefix + ".bin"))
-
-
-def read_card(prefix: str) -> dict:
-    """What tools/preprocess_selection.py wrote beside a dataset; {} for a dataset made elsewhere.
-
-    Keys: domain, split, tokenizer_digest, vocab_size, documents, tokens, corrupted (document
-    numbers whose tokens were shuffled on purpose).
-    """
-    path = Path(prefix + ".json")
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def prefix_names(prefixes: list[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_direct.data import indexed
 from megatron_direct.data.blend_plan import kept_sequences
+from megatron_direct.data.cards import corrupted_documents, read_card
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import files
@@ -78,12 +79,12 @@ def _copy(source, target, begin: int, end: int) -> None:
 
 def _card(prefix: str, mask: SampleMask, written: Materialized) -> dict:
     """The card of the dataset, as it holds for the kept documents; {} if there is none."""
-    card = indexed.read_card(prefix)
+    card = read_card(prefix)
     if not card:
         return {}
     keep = mask.keep  # unpacked once: it takes one byte per document
     new_number = np.cumsum(keep) - 1
-    corrupted = np.array(card.get("corrupted", []), dtype=np.int64)
+    corrupted = corrupted_documents(prefix, mask.num_documents)
     corrupted = corrupted[keep[corrupted]]
     return {**card, **vars(written), "corrupted": new_number[corrupted].tolist(),
             "materialized_from": {"dataset_digest": mask.dataset_digest,

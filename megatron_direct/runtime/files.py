@@ -11,6 +11,8 @@ import json
 import os
 from pathlib import Path
 
+from megatron_direct.errors import UserError
+
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike, mode: str = "wb"):
@@ -36,7 +38,12 @@ def write_json(path: str | os.PathLike, value) -> None:
 
 
 def read_json(path: str | os.PathLike):
-    return json.loads(Path(path).read_text())
+    """Raises UserError for a file that is not JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:  # of UTF-8 or of JSON
+        raise UserError(f"{path} cannot be read: {error}. It is damaged, or was changed by hand: "
+                        "restore it, or make again what it belongs to.") from error
 
 
 def as_json(value):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from preprocess_runs import read, run
 
-from megatron_direct.data import indexed
+from megatron_direct.data.cards import read_card
 from megatron_direct.errors import UserError
 from megatron_direct.preprocessing import documents, reading, tokenizer
 from megatron_direct.preprocessing.documents import Fields
@@ -75,8 +75,23 @@ def test_a_held_out_document_is_found_in_windows_whatever_it_quotes(tmp_path, mo
     assert len(read(tmp_path / "v_held_pool")) > 4
     run([_write(tmp_path / "pool.jsonl", [FERRY[0], *QUOTED])], tmp_path / "x", model,
         "--append-eod", "--exclude", f"{tmp_path}/v_held_pool", "--drop-duplicates")
-    card = indexed.read_card(f"{tmp_path}/x_pool_pool")
+    card = read_card(f"{tmp_path}/x_pool_pool")
     assert (card["documents"], card["leaked"], card["dropped"]) == (1, 4, 4)
+
+
+@pytest.mark.parametrize("end", [(), ("--append-eod",)])
+@pytest.mark.parametrize("length", [*range(2, 24), 90])
+def test_a_document_that_the_last_window_cuts_is_held_out(tmp_path, model, end, length):
+    """Every document with a token in a window, wherever the last window ends."""
+    run([_write(tmp_path / "held.jsonl", QUOTED)], tmp_path / "v", model, "--samples", "window",
+        "--seq-length", str(length), *end)
+    lengths = np.load(tmp_path / "v_held_pool.documents.npy")
+    begins = np.cumsum(lengths) - lengths
+    held = int(np.sum(begins < lengths.sum() // length * length))
+    run([_write(tmp_path / "pool.jsonl", [FERRY[0], *QUOTED])], tmp_path / "x", model,
+        "--exclude", f"{tmp_path}/v_held_pool", "--drop-duplicates")
+    assert read_card(f"{tmp_path}/x_pool_pool")["leaked"] == held
+    assert (held == len(QUOTED)) or length == 90
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.jsonlines", "a.JsonLines", "a.ndjson",
@@ -101,7 +116,7 @@ def test_a_byte_order_mark_is_not_text(text, tmp_path, shard_size):
     assert text.texts(tmp_path / "x_a_pool") == [*FERRY, FERRY[0]]
     assert text.texts(tmp_path / "x_joined_pool") == text.texts(tmp_path / "x_b_pool") == FERRY
     assert not (tmp_path / "x_empty_pool.idx").exists()
-    assert indexed.read_card(f"{tmp_path}/x_a_pool")["duplicates"] == 1
+    assert read_card(f"{tmp_path}/x_a_pool")["duplicates"] == 1
 
 
 @pytest.mark.parametrize("flags", [(), ("--group-key", "book"), ("--domain-key", "book")])
