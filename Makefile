@@ -49,7 +49,7 @@ ANNEAL_FLAGS := $(SELECT_FLAGS) --lr-wsd-decay-iters 75
 COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random perplexity-middle \
 	gradient-dot gradient-cosine flat-energy direct
 
-.PHONY: compare study anneal evaluate test test-slow test-gpu test-megatron test-checkpoints \
+.PHONY: compare study anneal evaluate test test-slow test-fuzz test-gpu test-megatron test-checkpoints \
 	lint data theta clean bench-solver bench-curvature bench-sketch bench-data bench-select \
 	bench-gpu
 
@@ -75,6 +75,15 @@ test: $(READY)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# Damaged files through every reader: by random changes, then a while for each by atheris, which
+# looks for changes that reach new code.
+FUZZ_FILES ?= 100000
+FUZZ_SECONDS ?= 20
+test-fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/campaign.py --files $(FUZZ_FILES)
+	$(BIN)/pip install --quiet --disable-pip-version-check ".[fuzz]"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/campaign.py --coverage --seconds $(FUZZ_SECONDS)
 
 # With any megatron-core that is supported: make test-megatron CORE=0.18.2 PYTHON=python3.12
 test-megatron: $(CORE_VENV)/.ready

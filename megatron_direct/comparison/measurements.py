@@ -19,7 +19,7 @@ from megatron_direct.data import indexed
 from megatron_direct.data.cards import read_card
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import files, parallel
+from megatron_direct.runtime import arrays, files, parallel
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, stiff_costs
 from megatron_direct.settings import Settings, flag
@@ -154,8 +154,8 @@ def _candidates(setting: Setting, seed: int, stored: Mapping[str, list]) -> np.n
     if not path.is_file():
         return finite
     numbers = stored["onset"][0].samples
-    with np.load(path) as arrays:
-        settled = np.isin(numbers, arrays["candidates"])
+    candidates, = arrays.read_named(path, ["candidates"], arrays.MAKE_AGAIN)
+    settled = np.isin(numbers, candidates)
     lost = numbers[settled & ~finite]
     if len(lost):
         raise UserError(

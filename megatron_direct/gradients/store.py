@@ -67,6 +67,7 @@ class SketchStore:
 
     def __init__(self, folder: Path, size: int, dtype: str = "fp32"):
         self.folder, self.size, self.dtype = folder, size, dtype
+        self._remedy = f"Delete {folder} and run the command again."
         self._row_bytes = size * _row_dtype(dtype).itemsize
 
     def number_datasets(self, dataset_digests: Sequence[str]) -> None:
@@ -79,7 +80,10 @@ class SketchStore:
     def datasets(self) -> list[str]:
         """Digests of the datasets, in the order of their numbers."""
         path = self.folder / _DATASETS
-        return files.read_json(path) if path.is_file() else []
+        found = files.read_json(path) if path.is_file() else []
+        if not isinstance(found, list) or not all(isinstance(digest, str) for digest in found):
+            raise UserError(f"{path} is damaged: expected a list of digests. {self._remedy}")
+        return found
 
     def has_files(self) -> bool:
         """Whether rows were ever written into the folder."""
@@ -94,8 +98,13 @@ class SketchStore:
                 np.full(len(entries), number), np.arange(len(entries)), entries["dataset"],
                 entries["document"], entries["loss"], entries["checksum"]))
         empty = np.empty(0, np.int64)
-        return Entries(*(np.concatenate(arrays) for arrays in zip(
+        known = len(self.datasets())
+        every = Entries(*(np.concatenate(arrays) for arrays in zip(
             (empty,) * 6, *(vars(part).values() for part in found), strict=True)))
+        if len(every) and not 0 <= every.dataset.min() <= every.dataset.max() < known:
+            raise UserError(f"{self.folder / _DATASETS} has {known} datasets, but there are rows "
+                            f"of dataset {every.dataset.max()}. {self._remedy}")
+        return every
 
     def writer(self, number: int) -> SketchWriter:
         """Appends to the file of this number, after its last row that counts."""
@@ -113,14 +122,15 @@ class SketchStore:
         rows = np.empty((len(samples), self.size), np.float32)
         for number in np.unique(entries.file).tolist():
             path = self._rows_path(number)
-            stored = np.memmap(path, _row_dtype(self.dtype), "r").reshape(-1, self.size)
+            stored = np.memmap(path, _row_dtype(self.dtype), "r",  # a last row may be cut short
+                               shape=(path.stat().st_size // self._row_bytes, self.size))
             here = np.flatnonzero(entries.file == number)
             for i in here[np.argsort(entries.position[here])].tolist():
                 row = stored[entries.position[i]]
                 if _checksum(row, entries.dataset[i], entries.document[i], entries.loss[i]) != \
                         entries.checksum[i]:
                     raise UserError(f"row {entries.position[i]} of {path} is damaged (wrong "
-                                    f"checksum). Delete {self.folder} and run the command again.")
+                                    f"checksum). {self._remedy}")
                 rows[place[i]] = _decoded(row, self.dtype)
         return Sketches(rows, samples[order], entries.loss[order].astype(np.float32))
 

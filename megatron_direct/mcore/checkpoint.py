@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import arguments, compat, main_parameters, torch_adam
+from megatron_direct.mcore import arguments, compat, integrity, main_parameters, torch_adam
 from megatron_direct.mcore.checkpoint_formats import FORMAT_FILE, TRACKER, require_readable
 from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
 from megatron_direct.runtime import digests, files, parallel
@@ -101,6 +101,9 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 
 
 def _common_state(checkpoint: Path) -> dict:
+    """Unpickled by torch, which is why its files are verified first."""
+    for name in compat.COMMON_STATE_FILES:
+        integrity.verify_file(checkpoint, name)
     try:
         return compat.load_common_state(checkpoint)
     except pickle.UnpicklingError as error:
@@ -127,6 +130,7 @@ def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[Any], optim
     state.update(args=argparse.Namespace(**args), iteration=iteration, checkpoint_version=3.0)
     dist_checkpointing.save(state, str(target))
     parallel.barrier()
+    integrity.write(target)
     if parallel.is_rank_zero():
         with files.written_whole(Path(folder) / TRACKER, "w") as tracker:
             tracker.write(str(iteration))
@@ -134,8 +138,9 @@ def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[Any], optim
 
 
 def load_model(checkpoint: Path, chunks: Sequence[Any]) -> None:
-    """Weights into bare chunks of any layout. Raises UserError if their shapes are others."""
-
+    """Weights into bare chunks of any layout. Raises UserError if their shapes are others, and for
+    a damaged file."""
+    integrity.verify(checkpoint)
     state = _model_state(chunks)
     _require_same_tensors(checkpoint, state)
     loaded = compat.load_sharded(state, checkpoint)
@@ -146,6 +151,7 @@ def load_model(checkpoint: Path, chunks: Sequence[Any]) -> None:
 def load_training(checkpoint: Path, chunks: Sequence[Any], optimizer,
                   scheduler) -> int:
     """Weights, optimizer and schedule; returns the iteration they are of."""
+    integrity.verify(checkpoint)
     stored = _common_state(checkpoint)
     if "opt_param_scheduler" not in stored:
         raise UserError(f"{checkpoint} holds weights but no optimizer. Add --no-load-optim to "
@@ -167,6 +173,7 @@ def load_second_moments(checkpoint: Path, chunks: Sequence[Any],
     """
     from megatron.core import dist_checkpointing
 
+    integrity.verify(checkpoint)
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     names = {id(shard.parameter): shard.name for shard in shards}
     wanted = {}

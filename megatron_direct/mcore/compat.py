@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 _COMMON_FILE = "common.pt"
+# What load_common_state reads: since 0.19 the state itself is in a file that .metadata names.
+COMMON_STATE_FILES = (_COMMON_FILE, ".metadata")
 
 # Loggers that tell users of this package what only its authors can change: that GPTModel, and a
 # checkpoint's common.pt, will be dropped some day (both since 0.19).

@@ -30,7 +30,9 @@ class SentencePiece:
 
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            # A piece that is not UTF-8 would end the decoding of any text that it is in.
+            self._model.id_to_piece(list(range(self._model.vocab_size())))
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not a SentencePiece model ({error}). Correct "
                             "--tokenizer-model; a Hugging Face tokenizer is a .json file."
                             ) from error
@@ -95,11 +97,15 @@ def _eos_token(folder: Path) -> str | None:
         if (folder / name).is_file():
             try:
                 token = json.loads((folder / name).read_bytes()).get("eos_token")
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{folder / name} is not a JSON object ({error}). Correct it, or "
-                                "name the token with --eod-token.") from error
+                token = token["content"] if isinstance(token, dict) else token
+                if token is not None and not isinstance(token, str):
+                    raise ValueError(f"its eos_token is {token!r:.60}")
+            except (ValueError, AttributeError, KeyError, RecursionError) as error:
+                raise UserError(f"{folder / name} does not name an end of texts as a "
+                                f"tokenizer_config.json does ({error}). Correct it, or name the "
+                                "token with --eod-token.") from error
             if token is not None:
-                return token["content"] if isinstance(token, dict) else token
+                return token
     return None
 
 

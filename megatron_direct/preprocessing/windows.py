@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import files
+from megatron_direct.runtime import arrays, files
 
 _BLOCK = 1 << 20
 
@@ -50,11 +50,10 @@ def read_lengths(prefix: str, card: dict) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{prefix} of --exclude holds windows, whose documents cannot be found "
                         f"without {path}, which does not exist. {remedy}")
-    try:
-        lengths = np.load(path, mmap_mode="r", allow_pickle=False)
-        total = int(lengths.sum(dtype=np.int64))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}). {remedy}") from error
+    lengths = arrays.read_npy(path, remedy, mapped=True)
+    if lengths.dtype != np.dtype("<i4") or lengths.ndim != 1:
+        raise UserError(f"{path} is damaged: it holds no lengths of documents. {remedy}")
+    total = int(lengths.sum(dtype=np.int64))
     expected = card.get("tokens", 0) + card.get("tokens_cut", 0)
     if total != expected or (len(lengths) and lengths.min() < 0):
         raise UserError(f"{path} belongs to another dataset: its documents have {total} tokens, "

@@ -21,7 +21,7 @@ from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.gradients.store import DTYPES, Entries, Sketches, SketchStore
 from megatron_direct.mcore import checkpoint, grid, model
 from megatron_direct.mcore.shards import ParameterShard, parameter_shards
-from megatron_direct.runtime import files, parallel
+from megatron_direct.runtime import arrays, files, parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps.pilot import GradientPoint
@@ -232,7 +232,7 @@ def _plan(store: SketchStore, drawn: Drawn) -> tuple[np.ndarray, np.ndarray]:
     missing = drawn.numbers[~done[drawn.numbers]]
     path = _plan_path(store, drawn)
     if path.is_file():
-        plan = np.load(path)
+        plan = arrays.read_npy(path, arrays.MAKE_AGAIN)
         planned = np.intersect1d(
             _sample_numbers(store, drawn, plan["dataset"], plan["document"]), drawn.numbers)
         if np.isin(missing, planned).all():
