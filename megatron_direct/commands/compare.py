@@ -38,7 +38,6 @@ from megatron_direct.config import (
     ParallelConfig,
     Precision,
 )
-from megatron_direct.data import indexed
 from megatron_direct.data.blend_plan import Blend
 from megatron_direct.errors import UserError
 from megatron_direct.evaluation.tokenizers import tokenizer_of
@@ -129,12 +128,11 @@ def _setting(request: CompareRequest) -> Setting:
         raise UserError("--sketch-rows spread is not supported by compare, which solves with all "
                         "rows on rank 0. Leave the flag out, and compare on a smaller pool.")
     onset.job.require_runs_on(parallel.world_size(), trains=True)
-    solve_step.parse_quotas(selection.quotas,
-                            list(indexed.prefix_names(onset.pool.prefixes).values()))
+    num_select = solve_step.num_to_select(selection, len(onset.pool.usable))
+    solve_step.require_quotas(selection, onset.pool, num_select)
     return Setting(config, Path(request.onset.run_dir), onset,
                    MeasureSettings(request.pilot, request.sketch, request.curvature), selection,
-                   solve_step.num_to_select(selection, len(onset.pool.usable)),
-                   dataset_digests(config.test_data_path))
+                   num_select, dataset_digests(config.test_data_path))
 
 
 def _arms(setting: Setting) -> list[str]:

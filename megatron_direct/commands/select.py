@@ -64,7 +64,9 @@ def select(request: SelectRequest) -> None:
     """All ranks call this."""
     onset = open_onset(request.onset, request.layout, request.given)
     onset.job.require_runs_on(parallel.world_size(), trains=request.pilot.pilot_iters > 0)
-    solve_step.num_to_select(request.selection, len(onset.pool.usable))
+    solve_step.require_quotas(
+        request.selection, onset.pool,
+        solve_step.num_to_select(request.selection, len(onset.pool.usable)))
     run = RunDirectory(request.onset.run_dir)
     parallel.on_rank_zero(lambda: run.enter("select", request))
 

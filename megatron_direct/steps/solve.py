@@ -22,6 +22,8 @@ from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection, tre
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.problem import Selection
+from megatron_direct.selection.quotas import state_quotas
+from megatron_direct.selection.share import Share
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import CurvatureConfig
 from megatron_direct.steps.measure import Measured
@@ -74,7 +76,8 @@ def parse_quotas(texts: Sequence[str], names: Sequence[str]) -> dict[str, tuple[
         name, *bounds = text.split(":")
         try:
             least, greatest = bounds
-            quotas[name] = (int(least or 0), int(greatest) if greatest else sys.maxsize)
+            quotas[name] = (int(least or 0),
+                            min(int(greatest), sys.maxsize) if greatest else sys.maxsize)
         except ValueError:
             raise UserError(f"--quotas {text} is not NAME:LEAST:GREATEST, two integers of which "
                             "either may be empty. Correct it.") from None
@@ -91,6 +94,14 @@ def limits(config: SelectionConfig, samples: Samples, numbers: np.ndarray) -> di
     names = list(indexed.prefix_names(samples.prefixes).values())
     return {"groups": np.array(names)[samples.dataset_of(numbers)],
             "quotas": parse_quotas(config.quotas, names)}
+
+
+def require_quotas(config: SelectionConfig, samples: Samples, num_select: int) -> None:
+    """Raises UserError for ``--quotas`` that no so many samples of the pools can keep."""
+    asked = limits(config, samples, samples.usable)
+    if asked:
+        with in_terms_of_flags():
+            state_quotas(**asked, share=Share.of_rank(len(samples.usable)), num_select=num_select)
 
 
 @contextlib.contextmanager

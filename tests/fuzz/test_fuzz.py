@@ -1,4 +1,4 @@
-"""A short draw of ``make test-fuzz``: damaged files are read or refused by name, in every reader."""
+"""A short draw of ``make test-fuzz``: damaged files are read, or refused by name."""
 
 from __future__ import annotations
 
