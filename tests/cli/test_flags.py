@@ -117,8 +117,9 @@ _NEEDED["compare"] = {**_NEEDED["select"], "--test-data-path": "t"}
 _NEEDED["anneal-gpt"] = _NEEDED["select"]
 
 # Names, paths, patterns and keys: any text is one; whether it is there is seen when it is opened.
-_ANY_TEXT = set("""--data-args-path --data-path --domain --domain-key --eod-token --exclude
-    --group-key --input --json-keys --load --mask --materialize --name --output --output-prefix
+_ANY_TEXT = set("""--checkpoint --data-args-path --data-path --domain --domain-key --eod-token
+    --exclude --group-key --input --json-keys --load --mask --materialize --name --output
+    --output-prefix
     --per-split-data-args-path --run-dir --save --selection --selection-name --size-of
     --sketch-parameters --tasks --test-data-path --tokenizer-model --valid-data-path""".split())
 # Texts with a form of their own, which depends on the model or the pools: seen when these are.
@@ -135,8 +136,8 @@ _ACCEPTED = {
     "inf": _ANY_TEXT | _FORMED | {"--stiff-budget"},
     # As if it was not given, where that is allowed; preprocess reads "" as the folder it is in,
     # which is neither a file nor holds a tokenizer.
-    "": {"--data-args-path", "--materialize", "--name", "--output", "--per-split-data-args-path",
-         "--tokenizer-model", "--input"},
+    "": {"--checkpoint", "--data-args-path", "--materialize", "--name", "--output",
+         "--per-split-data-args-path", "--tokenizer-model", "--input"},
 }
 
 

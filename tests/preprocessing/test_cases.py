@@ -186,6 +186,21 @@ def test_a_vocabulary_that_the_text_does_not_give(tmp_path):
         model.unlink()
 
 
+@pytest.mark.parametrize("between", ["\u2585", "\t", "\0", "\u2581", " zebra" * 2**18])
+def test_no_text_is_left_out_of_training(tmp_path, between):
+    """The word stands only in documents with a character that SentencePiece keeps for itself, or
+    in such as are longer than it takes."""
+    plain = ["plain words of a text"] * 9
+    with_word = [*plain, *[f"zebra{between}zebra zebra"] * (40 if len(between) == 1 else 2)]
+
+    def pieces_of_word(texts: list[str]) -> int:
+        tokenizer.train_model(tmp_path / "tokenizer.model", iter(texts), 280)
+        found = tokenizer.load_tokenizer(tmp_path / "tokenizer.model", None, append_eod=False)
+        return len(found.encode([" zebra"])[0])
+
+    assert pieces_of_word(with_word) < pieces_of_word(plain)
+
+
 def test_bad_input_of_training_is_named(text, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{')
     flags = ["--tokenizer-model", str(tmp_path / "t.model"), "--train-tokenizer"]
