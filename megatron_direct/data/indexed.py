@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -234,8 +235,14 @@ def _digest_of_files(prefix: str, *_stamps: tuple[int, int, int]) -> str:
 
 
 def prefix_names(prefixes: list[str]) -> dict[str, str]:
-    """A short name for each prefix, unique among them: its last path component, or its path."""
+    """A short name for each prefix, unique among them: its last path component, or its path.
+
+    Of paths that would read alike, and of those too long for the name of a file, the end is
+    replaced by a digest.
+    """
     names = {prefix: os.path.basename(prefix) for prefix in prefixes}
     if len(set(names.values())) < len(names):
         names = {prefix: prefix.strip("/").replace("/", "__") for prefix in prefixes}
-    return names
+    counts = Counter(names.values())
+    return {prefix: name if counts[name] == 1 and len(name.encode()) <= files.LONGEST_NAME
+            else files.shortened(name, prefix) for prefix, name in names.items()}

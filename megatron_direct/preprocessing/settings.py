@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from megatron_direct.preprocessing import formats, splits
 from megatron_direct.preprocessing.documents import Fields
 
 SAMPLES = ("document", "window")
+LONGEST_OUTPUT = 120  # bytes of the last part of --output-prefix
 LARGEST_SHARD = 1 << 20  # MiB; a worker holds a shard in memory
 
 
@@ -45,6 +47,7 @@ class PreprocessSettings:
         splits.parse_split(self.split)
         self._check_numbers()
         self._check_keys()
+        self._check_names()
         self._check_samples()
         self._check_tokenizer()
         self._check_domains()
@@ -61,6 +64,13 @@ class PreprocessSettings:
                             "number from 0 to 1.")
         if self.seed < 0:
             raise UserError(f"--seed {self.seed} is negative. Give 0 or more.")
+
+    def _check_names(self) -> None:
+        name = os.path.basename(self.output_prefix)
+        if len(name.encode()) > LONGEST_OUTPUT:
+            raise UserError(f"--output-prefix ends in a name of {len(name.encode())} bytes, which "
+                            "leaves no room for the domain in the names of files. Give one of at "
+                            f"most {LONGEST_OUTPUT}.")
 
     def _check_keys(self) -> None:
         if not self.input:

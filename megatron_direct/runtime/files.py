@@ -12,6 +12,17 @@ import os
 from pathlib import Path
 
 from megatron_direct.errors import UserError
+from megatron_direct.runtime import digests
+
+# Bytes of what comes out of data in a file's name. File systems allow 255 for the whole name, of
+# which suffixes, and the name that a file has while it is written, take some.
+LONGEST_NAME = 180
+
+
+def shortened(name: str, of: str, room: int = LONGEST_NAME) -> str:
+    """The beginning of a name, and a digest of what it is the name of, in so many bytes."""
+    tail = f"-{digests.digest(of)[:8]}"
+    return name.encode()[: room - len(tail)].decode(errors="ignore") + tail
 
 
 @contextlib.contextmanager

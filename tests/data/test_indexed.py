@@ -111,3 +111,14 @@ def test_digest_changes_with_tokens_and_with_boundaries(tmp_path, prefix):
 def test_names_are_short_where_they_can_be():
     assert indexed.prefix_names(["a/x", "b/y"]) == {"a/x": "x", "b/y": "y"}
     assert indexed.prefix_names(["a/x", "b/x"]) == {"a/x": "a__x", "b/x": "b__x"}
+
+
+@pytest.mark.parametrize("prefixes", [
+    ["a/b__c", "a__b/c", "x/c", "x/b__c"], ["/data/a", "data/a"],
+    ["p/" + "é" * 200, "q/" + "é" * 200, "r/" + "é" * 200 + "x"],
+], ids=["underscores", "absolute", "long"])
+def test_names_are_unique_and_short_enough_for_a_file(prefixes, tmp_path):
+    names = indexed.prefix_names(prefixes)
+    assert len(set(names.values())) == len(prefixes)
+    for name in names.values():
+        (tmp_path / f".{name}.mask.npz.1234567.partial").touch()
