@@ -125,7 +125,7 @@ def masked_builder(sizes: Sequence[int | None], is_built_on_rank: Callable, conf
     from megatron_direct.mcore.masked_dataset import MaskedGPTDataset, MaskedGPTDatasetConfig
 
     if config.path_to_cache:
-        parallel.on_rank_zero(lambda: index_caches.require_plain(config.path_to_cache))
+        parallel.on_rank_zero(lambda: index_caches.require_plain_caches(config.path_to_cache))
     left = [sizes[0] and max(sizes[0] - num_consumed, 0), *sizes[1:]]
     plan = _plan_one_blend if config.blend is not None else _plan_each_split
     blends, parts = parallel.on_rank_zero(

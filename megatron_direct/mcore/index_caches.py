@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_direct.runtime import arrays
 
 
-def require_plain(folder: str | Path) -> None:
+def require_plain_caches(folder: str | Path) -> None:
     """Raises UserError for a cache that Megatron could not open without unpickling."""
     for path in sorted(Path(folder).glob("*.npy")):
         arrays.require_plain(path, "Delete it, and find out who wrote it: Megatron builds its "

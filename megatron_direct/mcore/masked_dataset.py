@@ -71,7 +71,7 @@ class MaskedGPTDataset(GPTDataset):
             self.unique_description_hash = hashlib.md5(
                 self.unique_description.encode("utf-8"), usedforsecurity=False).hexdigest()
         if not self.config.path_to_cache:  # then Megatron keeps its indices beside the dataset
-            index_caches.require_plain(os.path.join(
+            index_caches.require_plain_caches(os.path.join(
                 self.dataset.path_prefix, "cache", f"{type(self).__name__}_indices"))
         return super()._build_document_sample_shuffle_indices()
 

@@ -161,7 +161,7 @@ def test_files_and_tokens_that_are_missing_are_named(text, tmp_path, flags, matc
     text.run(tmp_path / "x", "--seed", "7", inputs=[text.notes])  # no unfinished run is in the way
 
 
-def _records_of(folder, domains) -> Path:
+def _records_of(folder, domains):
     notes = folder / "in.jsonl"
     notes.write_text("".join(json.dumps({"text": f"one text {n}", "set": domain}) + "\n"
                              for n, domain in enumerate(domains)))
