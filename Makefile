@@ -83,7 +83,7 @@ FUZZ_SECONDS ?= 20
 test-fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/campaign.py --files $(FUZZ_FILES)
 	$(BIN)/pip install --quiet --disable-pip-version-check ".[fuzz]"
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/campaign.py --coverage --seconds $(FUZZ_SECONDS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/guided.py --seconds $(FUZZ_SECONDS)
 
 # With any megatron-core that is supported: make test-megatron CORE=0.18.2 PYTHON=python3.12
 test-megatron: $(CORE_VENV)/.ready

@@ -1,7 +1,6 @@
 """Damaged files through all readers: each is read, or refused by a message that names it.
 
-    python tests/fuzz/campaign.py --files 100000                 # by random changes
-    python tests/fuzz/campaign.py --coverage --seconds 20        # by atheris, towards new code
+    python tests/fuzz/campaign.py --files 100000
 
 Counted as bad: any exception but UserError, a UserError that does not name the file, more than
 SECONDS for one file, and Python memory (tracemalloc, which sees numpy's too) of more than twice the
@@ -14,14 +13,13 @@ import argparse
 import faulthandler
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 import tracemalloc
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,34 +111,9 @@ def report(outcome: Outcome, seconds: float) -> None:
             print(f"  {name}: {what}\n    {data[:120]!r}")
 
 
-def each_by_coverage(names: Iterable[str], seconds: int) -> int:
-    """In a process each, since atheris ends the one that it runs in; returns how many were bad."""
-    return sum(subprocess.run([sys.executable, __file__, "--coverage", "--seconds", str(seconds),
-                               "--readers", name]).returncode != 0 for name in names)
-
-
-def by_coverage(reader: Reader, seconds: int, folder: Path) -> None:
-    """Until a file is bad, which ends the process, or for so many seconds."""
-    import atheris
-
-    atheris.instrument_all()
-    outcome = Outcome()
-    readers.place(reader, folder)
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    for number, data in enumerate(reader.sound):
-        (corpus / str(number)).write_bytes(data)
-    tracemalloc.start()
-
-    def one(data: bytes) -> None:
-        try_one(reader, folder, data, outcome)
-        if outcome.bad:
-            report(outcome, 1)
-            raise RuntimeError(outcome.bad[0][1])
-
-    atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={seconds}", "-max_len=4096",
-                   "-rss_limit_mb=8192"], one)
-    atheris.Fuzz()
+def limit_memory() -> None:
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + ADDRESS_SPACE,) * 2)
 
 
 def main() -> None:
@@ -148,19 +121,12 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--readers", nargs="+", help="names; default: all")
-    parser.add_argument("--coverage", action="store_true")
-    parser.add_argument("--seconds", type=int, default=60)
     found = parser.parse_args()
     warnings.simplefilter("ignore")
     some = [reader for reader in readers.all_readers()
             if not found.readers or reader.name in found.readers]
-    if found.coverage and len(some) > 1:
-        sys.exit(each_by_coverage([reader.name for reader in some], found.seconds))
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + ADDRESS_SPACE,) * 2)
+    limit_memory()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        if found.coverage:
-            by_coverage(some[0], found.seconds, Path(folder))
         began = time.perf_counter()
         outcome = run(some, found.files, found.seed, Path(folder))
         report(outcome, time.perf_counter() - began)
