@@ -159,6 +159,25 @@ def test_rows_without_a_group_have_nothing_in_common(tmp_path):
     assert [line for line, _ in bad] == [1, 2]
 
 
+def test_rows_that_python_cannot_hold_are_bad_lines(text, tmp_path):
+    """A string that is not UTF-8, and a day after the year 9999 as the group."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [b"The tide came in.", b"half of \xff\xfe", b"It went out.", b"Nothing is left."]
+    ends = np.cumsum([0, *map(len, texts)]).astype(np.int32)
+    strings = pyarrow.StringArray.from_buffers(len(texts), pyarrow.py_buffer(ends.tobytes()),
+                                               pyarrow.py_buffer(b"".join(texts)))
+    days = pyarrow.array([1, 2, 3, 2**31 - 1], pyarrow.int32()).view(pyarrow.date32())
+    parquet.write_table(pyarrow.table({"text": strings, "day": days}), tmp_path / "a.parquet")
+    flags = ("--group-key", "day")
+    with pytest.raises(SystemExit, match="a.parquet:2 is not a row .*utf-8"):
+        text.run(tmp_path / "x", *flags, inputs=[tmp_path / "a.parquet"])
+    text.run(tmp_path / "x", *flags, "--skip-bad-lines", inputs=[tmp_path / "a.parquet"])
+    assert text.texts(tmp_path / "x_a_pool") == ["The tide came in.", "It went out."]
+    assert [line.split(": ")[0].rpartition(":")[2] for line in
+            (tmp_path / "x_bad_lines.txt").read_text().splitlines()] == ["2", "4"]
+
+
 def test_a_vocabulary_that_the_text_does_not_give(tmp_path):
     """The largest and the smallest size that the messages name are indeed those that fit."""
     small = _write(tmp_path / "small.jsonl", [
