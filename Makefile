@@ -51,7 +51,8 @@ COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random 
 
 .PHONY: anneal data theta clean lint \
 	compare evaluate how-many study study-gpu study-packages \
-	test test-agreement test-checkpoints test-gpu test-megatron test-megatron-lm test-slow \
+	test test-agreement test-checkpoints test-fuzz test-gpu test-megatron test-megatron-lm \
+	test-slow \
 	bench-curvature bench-data bench-estimates bench-gpu bench-scale bench-select \
 	bench-sketch bench-solver
 
@@ -82,6 +83,15 @@ test: $(READY)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow
+
+# Damaged files through every reader: by random changes, then a while for each by atheris, which
+# looks for changes that reach new code.
+FUZZ_FILES ?= 100000
+FUZZ_SECONDS ?= 20
+test-fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/campaign.py --files $(FUZZ_FILES)
+	$(BIN)/pip install --quiet --disable-pip-version-check ".[fuzz]"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/guided.py --seconds $(FUZZ_SECONDS)
 
 # With any megatron-core that is supported: make test-megatron CORE=0.18.2 PYTHON=python3.12
 test-megatron: $(CORE_VENV)/.ready

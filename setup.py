@@ -41,6 +41,7 @@ setup(
         "te": ["transformer-engine"],
         # Imported by Megatron-LM's own training loop, and not required by megatron-core.
         "megatron-lm": ["regex", "pydantic", "six"],
+        "fuzz": ["atheris"],  # for the coverage-guided half of make test-fuzz
         # mpich brings mpirun, which no Python package needs on a cluster that has its own.
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "mpi4py", "mpich", *DATA,
                 "boto3", "moto[server]"],

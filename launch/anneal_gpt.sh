@@ -17,6 +17,16 @@
 #   ARMS                          arms to anneal, separated by spaces: direct, random or both
 set -euo pipefail
 
+# Below, bash computes with these, and so would run a command that is hidden in one of them.
+for name in GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_PORT TENSOR_MODEL_PARALLEL_SIZE \
+        PIPELINE_MODEL_PARALLEL_SIZE; do
+    if [[ -n ${!name:-} && ! ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]]; then
+        printf 'anneal_gpt.sh: error: %s is %q: expected a whole number. Correct it.\n' \
+            "$name" "${!name}" >&2
+        exit 1
+    fi
+done
+
 TP=${TENSOR_MODEL_PARALLEL_SIZE:-1}
 PP=${PIPELINE_MODEL_PARALLEL_SIZE:-1}
 

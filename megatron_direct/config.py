@@ -38,7 +38,7 @@ class ModelConfig(Settings):
     max_position_embeddings: int | None = flag(
         None, "largest number of positions; default: --seq-length", type=int, at_least=1)
     normalization: str = flag("RMSNorm", "kind of norm", choices=("RMSNorm", "LayerNorm"))
-    norm_epsilon: float = flag(1e-5, "added to the mean square in norms", above=0)
+    norm_epsilon: float = flag(1e-5, "added to the mean square in norms", above=0, at_most=1e6)
     swiglu: bool = flag(True, "gated SiLU in the MLP; --no-swiglu: GELU")
     add_bias_linear: bool = flag(False, "biases in linear layers")
     add_qkv_bias: bool = flag(False, "biases of queries, keys and values only")
@@ -47,7 +47,8 @@ class ModelConfig(Settings):
     rotary_base: int = flag(10000, "base of the rotary embedding", at_least=1)
     rotary_percent: float = flag(1.0, "share of each head that is rotated", above=0, at_most=1)
     use_rope_scaling: bool = flag(False, "slower rotation at long wavelengths, as in Llama 3.1")
-    rope_scaling_factor: float = flag(8.0, "scaling factor of --use-rope-scaling", above=0)
+    rope_scaling_factor: float = flag(
+        8.0, "scaling factor of --use-rope-scaling", above=0, at_most=1e6)
     untie_embeddings_and_output_weights: bool = flag(
         False, "an output layer that shares no weights with the embedding")
     vocab_size: int | None = flag(
@@ -55,7 +56,8 @@ class ModelConfig(Settings):
         type=int, at_least=1)
     make_vocab_size_divisible_by: int = flag(
         128, "the vocabulary is padded to a multiple of this, whatever the layout", at_least=1)
-    init_method_std: float = flag(0.02, "standard deviation of initial weights", above=0)
+    init_method_std: float = flag(
+        0.02, "standard deviation of initial weights", above=0, at_most=1e6)
     # Defaults from here on are Megatron-LM's, so that the arguments of a dense model's checkpoint,
     # which name them all, are those of a dense model here.
     multi_latent_attention: bool = flag(False, "queries, keys and values from low-rank latents")
@@ -69,9 +71,11 @@ class ModelConfig(Settings):
     v_head_dim: int = flag(128, "width of a head's value", at_least=1)
     rope_type: str | None = flag(
         None, "rotary embedding of latent attention; default: yarn", choices=("rope", "yarn"))
-    rotary_scaling_factor: float = flag(1.0, "how far yarn stretches the positions", above=0)
-    mscale: float = flag(1.0, "yarn's scale of the rotated part", at_least=0)
-    mscale_all_dim: float = flag(0.0, "yarn's scale of the attention scores", at_least=0)
+    rotary_scaling_factor: float = flag(
+        1.0, "how far yarn stretches the positions", above=0, at_most=1e6)
+    mscale: float = flag(1.0, "yarn's scale of the rotated part", at_least=0, at_most=1e6)
+    mscale_all_dim: float = flag(
+        0.0, "yarn's scale of the attention scores", at_least=0, at_most=1e6)
     num_experts: int | None = flag(
         None, "experts of a mixture-of-experts layer; default: none", type=int, at_least=1)
     moe_layer_freq: str = flag(
@@ -88,7 +92,8 @@ class ModelConfig(Settings):
     moe_router_enable_expert_bias: bool = flag(
         False, "a bias, not trained by gradients, on the scores by which experts are chosen")
     moe_router_topk_scaling_factor: float | None = flag(
-        None, "factor on the weights of the chosen experts; default: 1", type=float, above=0)
+        None, "factor on the weights of the chosen experts; default: 1", type=float, above=0,
+        at_most=1e6)
     moe_router_num_groups: int | None = flag(
         None, "groups into which the experts are divided for routing", type=int, at_least=1)
     moe_router_group_topk: int | None = flag(
@@ -260,10 +265,10 @@ class OptimizerConfig(Settings):
     lr_wsd_decay_style: str = flag(
         "linear", "shape of the decay",
         choices=("linear", "cosine", "exponential", "minus_sqrt"))
-    weight_decay: float = flag(0.1, "decoupled weight decay", at_least=0)
+    weight_decay: float = flag(0.1, "decoupled weight decay", at_least=0, at_most=1e6)
     adam_beta1: float = flag(0.9, "decay of Adam's first moment", at_least=0, below=1)
     adam_beta2: float = flag(0.95, "decay of Adam's second moment", at_least=0, below=1)
-    adam_eps: float = flag(1e-8, "Adam's epsilon", above=0)
+    adam_eps: float = flag(1e-8, "Adam's epsilon", above=0, at_most=1e6)
     clip_grad: float = flag(1.0, "largest norm of the gradient; 0: no clipping", at_least=0)
     use_distributed_optimizer: bool = flag(
         False, "shard the optimizer's state over the data-parallel ranks")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from megatron_direct.errors import UserError
@@ -58,6 +59,13 @@ class Settings:
         """What fields have to be to one another."""
 
 
+def check_given(group: type[Settings], given: Mapping[str, object]) -> None:
+    """Raises UserError for a value that its field cannot have, where others are not known yet."""
+    for f in fields(group):
+        if f.name in given:
+            _check(f, given[f.name])
+
+
 def _check(f: dataclasses.Field, value) -> None:
     name, meta = flag_name(f.name), f.metadata
     if meta["required"] and (value is None or value == () or value == ""):
@@ -75,6 +83,8 @@ def _check_value(name: str, f: dataclasses.Field, value) -> None:
     kind, choices = flag_type(f), f.metadata["choices"]
     if choices is not None and value not in choices:
         raise UserError(f"{name} is {value!r}: expected {' or '.join(map(str, choices))}.")
+    if kind is str and value == "" and (f.default != "" or f.metadata["nargs"]):
+        raise UserError(f"{name} is empty. Give a value, or leave the flag out.")
     if kind is bool:
         if not isinstance(value, bool):
             raise UserError(f"{name} is {value!r}: expected true or false.")

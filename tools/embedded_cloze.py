@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_direct.data import indexed
+from megatron_direct.data.cards import read_card
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import digests, files
 
@@ -32,7 +33,7 @@ CHOICE_CHARACTERS = 8
 
 def passages(prefix: str, model) -> list[str]:
     """The dataset's documents as text, each once. Raises UserError if it is not a test set."""
-    card = indexed.read_card(prefix)
+    card = read_card(prefix)
     if card.get("split") != "test":
         raise UserError(f"{prefix} is {card.get('split', 'no split known')}, not a test set: "
                         "questions out of text that was trained on show nothing. Correct "

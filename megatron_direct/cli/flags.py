@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 from megatron_direct.config import BatchConfig, Given, ModelConfig, OptimizerConfig, Precision
-from megatron_direct.settings import Settings, flag_name, flag_type
+from megatron_direct.settings import Settings, check_given, flag_name, flag_type
 
 # The groups whose flags may be given where the rest comes from a checkpoint.
 _OF_CHECKPOINT = {"model": ModelConfig, "optimizer": OptimizerConfig, "batch": BatchConfig,
@@ -50,8 +50,11 @@ def request_from(request: type, arguments: argparse.Namespace):
     for name, kind in typing.get_type_hints(request).items():
         if kind is Given:
             wanted = _given_groups(request)
-            values[name] = Given(**{key: _given(group, arguments)
-                                    for key, group in _OF_CHECKPOINT.items() if key in wanted})
+            given = {key: _given(group, arguments)
+                     for key, group in _OF_CHECKPOINT.items() if key in wanted}
+            for key, of_group in given.items():
+                check_given(_OF_CHECKPOINT[key], of_group)
+            values[name] = Given(**given)
         else:
             values[name] = kind(**_given(kind, arguments))
     return request(**values)

@@ -25,6 +25,7 @@ from megatron_direct.config import (
 )
 from megatron_direct.data import blend_files, checks
 from megatron_direct.data.blend_plan import BLEND_WEIGHTS, MAX_EPOCHS, Blend, BlendRules
+from megatron_direct.data.indexed import prefix_names
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
@@ -38,7 +39,14 @@ from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.selection.baselines import random_selection
 from megatron_direct.settings import Settings, flag, flag_name
 from megatron_direct.steps import selected
-from megatron_direct.steps.annealed import ArmResult, Losses, average_folder, write_composition
+from megatron_direct.steps.annealed import (
+    ArmResult,
+    Losses,
+    average_folder,
+    measured_on,
+    require_same_tests,
+    write_composition,
+)
 from megatron_direct.steps.decay import Decay, Segment, decay, set_losses
 from megatron_direct.steps.merged import find_states, make_average
 from megatron_direct.steps.onset import as_trained, dataset_digests
@@ -152,6 +160,11 @@ class _Arm:
     def rules(self) -> BlendRules:
         return BlendRules(self.config.blend_weights, self.config.max_epochs)
 
+    @property
+    def tests(self) -> dict[str, str]:
+        """Digest of each test set, by its name."""
+        return {name: self.digests[prefix] for prefix, name in prefix_names(self.test).items()}
+
     def key(self, masks: Mapping[str, SampleMask]) -> ArmKey:
         def of(prefixes) -> tuple[str, ...]:
             return tuple(self.digests[prefix] for prefix in prefixes)
@@ -184,11 +197,12 @@ def anneal(request: AnnealRequest) -> None:
     if state is State.FINISHED:
         parallel.say(f"{arm.folder} has already been annealed.")
     else:
+        parallel.on_rank_zero(lambda: require_same_tests(arm.folder, arm.tests))
         if state is State.NEW:
             parallel.on_rank_zero(lambda: _begin(arm, masks, artefact, key))
         result = _run(arm, masks)
         parallel.on_rank_zero(lambda: result.write(arm.folder))
-        parallel.on_rank_zero(lambda: artefact.finish(key))
+        parallel.on_rank_zero(lambda: artefact.finish(key, measured_on(arm.tests)))
     if config.average_last:
         _average(arm)
 
@@ -305,7 +319,7 @@ def _begin(arm: _Arm, masks: Mapping[str, SampleMask], artefact: Artefact, key: 
         counts = np.concatenate([mask.counts for mask in masks.values()])
         chosen = np.repeat(np.arange(len(counts)), counts)
         write_composition(arm.folder, selected.composition(arm.pool, chosen))
-    artefact.begin(key)
+    artefact.begin(key, measured_on(arm.tests))
 
 
 def _require_same_optimizer(config: AnnealConfig, optimizer: OptimizerConfig,

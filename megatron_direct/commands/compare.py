@@ -45,7 +45,7 @@ from megatron_direct.errors import UserError
 from megatron_direct.evaluation.tokenizers import tokenizer_of
 from megatron_direct.mcore import blend, checkpoint, grid, model, shards
 from megatron_direct.reports import comparison_page, markdown
-from megatron_direct.runtime import files, parallel
+from megatron_direct.runtime import arrays, files, parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
 from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.selection.config import SelectionConfig
@@ -133,8 +133,7 @@ def _setting(request: CompareRequest) -> Setting:
     # Most arms select no sample twice.
     solve_step.check_number(dataclasses.replace(selection, max_count=1), len(onset.pool.usable))
     onset.job.require_runs_on(parallel.world_size(), trains=True)
-    solve_step.parse_quotas(selection.quotas,
-                            list(indexed.prefix_names(onset.pool.prefixes).values()))
+    solve_step.require_quotas(selection, onset.pool)
     return Setting(config, Path(request.onset.run_dir), onset,
                    MeasureSettings(request.pilot.in_one_spelling(), request.sketch,
                                    request.curvature), selection,
@@ -282,8 +281,9 @@ def _choose(run: _Run, case: Case | None) -> tuple[np.ndarray, dict, dict | None
     shutil.rmtree(run.folder, ignore_errors=True)  # of an annealing that was killed
     with solve_step.in_terms_of_flags():
         positions, found = find_arm(run.arm).take(case)
-    with np.load(setting.seed_folder(case.seed) / "samples.npz") as arrays:
-        chosen = arrays["candidates"][positions]
+    candidates, = arrays.read_named(setting.seed_folder(case.seed) / "samples.npz",
+                                    ["candidates"], arrays.MAKE_AGAIN)
+    chosen = candidates[positions]
     problem = None if found is None else {
         "stiff_cost": found.stiff_cost, "stiff_budget": found.stiff_budget,
         "objective_value": found.objective, "status": found.status}

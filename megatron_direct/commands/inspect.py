@@ -1,8 +1,10 @@
-"""``megatron-direct inspect``: what masks hold, masks made of masks, and masks made datasets."""
+"""``megatron-direct inspect``: what masks hold, masks made of masks, and masks made datasets; and
+what a checkpoint holds, without running anything that is in it."""
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +16,22 @@ from megatron_direct.data import indexed
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.materialize import materialize
 from megatron_direct.errors import UserError
+from megatron_direct.mcore import checkpoint_contents, integrity
+from megatron_direct.mcore.checkpoint import latest
 from megatron_direct.reports.tables import Table, make_table, text_table
 from megatron_direct.runtime import parallel
-from megatron_direct.settings import Settings, flag
+from megatron_direct.settings import Settings, flag, flag_name
 
 _OPERATIONS = {"and": operator.and_, "or": operator.or_, "minus": operator.sub}
 
 
 @dataclass(frozen=True)
 class InspectConfig(Settings):
-    """Masks."""
+    """Masks and checkpoints."""
 
-    mask: tuple = flag((), "mask files", nargs="+", required=True)
+    mask: tuple = flag((), "mask files", nargs="+")
+    checkpoint: str = flag("", "checkpoint to list and to compare with its checksums; nothing in "
+                               "it is run, so that it need not be trusted")
     operation: str | None = flag(
         None, "combine the masks given into one: documents that all keep (and), that any keeps "
         "(or), or that the first keeps and no other does (minus)", choices=tuple(_OPERATIONS))
@@ -37,6 +43,14 @@ class InspectConfig(Settings):
         "", "prefix of a new indexed dataset with the documents that the mask keeps; needs one "
         "mask, or --operation, and its dataset in --data-path")
 
+    def check(self) -> None:
+        if not self.mask and not self.checkpoint:
+            raise UserError("--mask and --checkpoint are both missing. Give one of them.")
+        of_masks = [flag_name(name) for name in ("operation", "output", "data_path", "materialize")
+                    if getattr(self, name)]
+        if of_masks and not self.mask:
+            raise UserError(f"{of_masks[0]} is about masks. Add --mask.")
+
 
 @dataclass(frozen=True)
 class InspectRequest:
@@ -46,10 +60,30 @@ class InspectRequest:
 
 def inspect(request: InspectRequest) -> None:
     """Prints a line of statistics for each mask; writes what the flags ask for."""
-    parallel.on_rank_zero(lambda: _inspect(request.masks))
+    if request.masks.checkpoint:
+        _inspect_checkpoint(request.masks.checkpoint)
+    if request.masks.mask:
+        parallel.on_rank_zero(lambda: _inspect_masks(request.masks))
 
 
-def _inspect(config: InspectConfig) -> None:
+def _inspect_checkpoint(folder: str) -> None:
+    """All ranks call this: they share the work of comparing checksums."""
+    found = parallel.on_rank_zero(lambda: latest(folder) or Path(folder))
+    tensors = parallel.on_rank_zero(lambda: checkpoint_contents.tensors_in(found))
+    weights = [tensor for tensor in tensors if tensor.is_weight]
+    rows = [[tensor.name, " x ".join(map(str, tensor.shape)), tensor.dtype.removeprefix("torch.")]
+            for tensor in weights]
+    parallel.say(text_table(make_table(["weight", "shape", "type"], rows, left=(0, 2))))
+    parallel.say(f"{found}: {len(weights)} weights with "
+                 f"{sum(math.prod(tensor.shape) for tensor in weights):,} numbers, and "
+                 f"{len(tensors) - len(weights)} tensors of an optimizer")
+    integrity.verify(found)
+    has_checksums = parallel.on_rank_zero((found / integrity.MANIFEST).is_file)
+    parallel.say("checksums: " + ("as written" if has_checksums else
+                                  f"none ({integrity.MANIFEST} is missing)"))
+
+
+def _inspect_masks(config: InspectConfig) -> None:
     masks = [(path, SampleMask.load(path)) for path in config.mask]
     if config.output and config.operation is None:
         raise UserError("--output is for the mask that --operation makes. Add --operation.")

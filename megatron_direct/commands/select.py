@@ -12,12 +12,13 @@ number of samples, objective or budget only solves the problem again.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_direct.config import Given, ParallelConfig
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import parallel
+from megatron_direct.runtime import files, parallel
 from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.selection.config import SelectionConfig
@@ -42,10 +43,11 @@ class NameConfig(Settings):
         name = self.selection_name
         # anneal names the folders of random arms "random" and "random-NAME".
         if not name or name == "random" or name.startswith((".", "random-")) or \
-                set(name) & set("/\\"):
+                set(name) & set("/\\\0\n") or len(os.fsencode(name)) > files.LONGEST_NAME:
             raise UserError(
-                f"--selection-name {name!r} is not a valid name: it must not be empty, begin with "
-                "'.' or 'random-', contain / or \\, or be 'random'. Choose another.")
+                f"--selection-name {name[:80]!r} is not a valid name: it must not be empty, begin "
+                "with '.' or 'random-', contain / or \\ or a line end, be 'random', or have more "
+                f"than {files.LONGEST_NAME} bytes. Choose another.")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def select(request: SelectRequest, annealing_iters: int | None = None) -> None:
     onset = open_onset(request.onset, request.layout, request.given)
     onset.job.require_runs_on(parallel.world_size(), trains=request.pilot.has_pilot)
     solve_step.check_number(request.selection, len(onset.pool.usable))
+    solve_step.require_quotas(request.selection, onset.pool)
     if annealing_iters is not None and request.selection.anneal_tokens is None:
         tokens = annealing_iters * onset.job.batch.global_batch_size * onset.job.model.seq_length
         request = dataclasses.replace(request, selection=dataclasses.replace(

@@ -21,9 +21,10 @@ from megatron_direct.comparison import (
 from megatron_direct.comparison.arms import Case
 from megatron_direct.comparison.text_likeness import ngram_likeness
 from megatron_direct.data import indexed
+from megatron_direct.data.cards import read_card
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import files, parallel
+from megatron_direct.runtime import arrays, files, parallel
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, stiff_costs
 from megatron_direct.settings import Settings, flag
@@ -179,8 +180,8 @@ def _candidates(setting: Setting, seed: int, stored: Mapping[str, list]) -> np.n
     if not path.is_file():
         return finite
     numbers = stored["onset"][0].samples
-    with np.load(path) as arrays:
-        settled = np.isin(numbers, arrays["candidates"])
+    candidates, = arrays.read_named(path, ["candidates"], arrays.MAKE_AGAIN)
+    settled = np.isin(numbers, candidates)
     lost = numbers[settled & ~finite]
     if len(lost):
         raise UserError(
@@ -197,4 +198,4 @@ def _domains(samples: Samples, numbers: np.ndarray) -> np.ndarray:
 
 def domain_names(samples: Samples) -> list[str]:
     names = indexed.prefix_names(samples.prefixes)
-    return [indexed.read_card(prefix).get("domain", names[prefix]) for prefix in samples.prefixes]
+    return [read_card(prefix).get("domain", names[prefix]) for prefix in samples.prefixes]

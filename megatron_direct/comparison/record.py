@@ -14,7 +14,7 @@ from megatron_direct.comparison.arms import find_arm
 from megatron_direct.comparison.measurements import MEASUREMENTS, Setting, measurement_folder
 from megatron_direct.data import indexed
 from megatron_direct.evaluation.tokenizers import tokenizer_of
-from megatron_direct.runtime import files
+from megatron_direct.runtime import arrays, files
 
 DEFAULT_ARM = "direct"  # what `select` selects
 
@@ -82,9 +82,9 @@ def _texts(setting: Setting, count: int = 6) -> dict[str, list[dict]]:
     if not path.is_file():
         return {"picked": [], "dropped": []}
     names = indexed.prefix_names(samples.prefixes)
-    with np.load(setting.seed_folder(seed) / "samples.npz") as arrays:
-        candidates, losses = arrays["candidates"], arrays["loss"]
-    chosen, rng = np.load(path), np.random.default_rng(seed)
+    candidates, losses = arrays.read_named(
+        setting.seed_folder(seed) / "samples.npz", ("candidates", "loss"), arrays.MAKE_AGAIN)
+    chosen, rng = arrays.read_npy(path, arrays.MAKE_AGAIN), np.random.default_rng(seed)
 
     def some(numbers: np.ndarray) -> list[dict]:
         drawn = rng.choice(numbers, min(count, len(numbers)), replace=False)

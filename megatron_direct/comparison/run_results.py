@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_direct.comparison.summary import SampleTexts, SettingSummary, SpectrumSummary
 from megatron_direct.mcore.training import read_metrics
-from megatron_direct.runtime import files, typed_json
+from megatron_direct.runtime import arrays, files, typed_json
 from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.steps.selected import PoolComposition
@@ -117,9 +117,8 @@ def _identity(folder: Path) -> dict[str, Any]:
 
 
 def _candidates(path: Path) -> Candidates:
-    with np.load(path) as data:
-        return Candidates(*(data[key] for key in (
-            "candidates", "loss", "labels", "domain", "corrupted", "stiff_cost")))
+    return Candidates(*arrays.read_named(path, (
+        "candidates", "loss", "labels", "domain", "corrupted", "stiff_cost"), arrays.MAKE_AGAIN))
 
 
 def _results(folder: Path, candidates: dict[int, Candidates]) -> dict[int, Result]:
@@ -130,7 +129,7 @@ def _results(folder: Path, candidates: dict[int, Candidates]) -> dict[int, Resul
             metrics = read_metrics(folder / str(seed) / "metrics.jsonl")
             found[seed] = Result(
                 typed_json.read_record(ResultFile, files_of_seed[0]),
-                of_seed.positions(np.load(files_of_seed[1])),
+                of_seed.positions(arrays.read_npy(files_of_seed[1], arrays.MAKE_AGAIN)),
                 np.array([line["loss"] for line in metrics], dtype=np.float64))
     return found
 

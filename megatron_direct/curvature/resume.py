@@ -11,17 +11,20 @@ while a step is written what that step changes of it a second time.
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_direct.curvature.krylov import KrylovState
+from megatron_direct.errors import UserError
 from megatron_direct.mcore import grid
 from megatron_direct.mcore.shards import ParameterShard
-from megatron_direct.runtime import digests, files, parallel
+from megatron_direct.runtime import arrays, digests, files, parallel
 
 _MARKER = "step.json"
 
@@ -47,15 +50,15 @@ class LanczosLog:
             # What is there belongs to another run, perhaps of more ranks.
             parallel.on_rank_zero(lambda: shutil.rmtree(self._folder, ignore_errors=True))
             return None
-        with np.load(self._state_path(marker["step"]), allow_pickle=False) as data:
-            values = {key: data[key] for key in data.files}
+        remedy = f"Delete {self._folder}, and run the command again: Lanczos starts from scratch."
+        values = arrays.read_npz(self._state_path(marker["step"]), remedy)
         basis = []
         for name in values.pop("names").tolist():
-            basis.append(torch.load(self._folder / name, map_location=marker["device"]))
+            basis.append(_read_vector(self._folder / name, marker["device"], remedy))
             self._names[id(basis[-1])] = (basis[-1], name)
         self._written = marker["written"]
-        scalars = {key: value.item() if value.ndim == 0 else value
-                   for key, value in values.items()}
+        scalars: dict[str, Any] = {key: value.item() if value.ndim == 0 else value.copy()
+                                   for key, value in values.items()}
         return KrylovState(basis=basis, **scalars)
 
     def write(self, state: KrylovState) -> None:
@@ -107,3 +110,11 @@ class LanczosLog:
             for path in self._folder.glob(f"rank-{self._rank}-*"):
                 if path.name not in kept:
                     path.unlink()
+
+
+def _read_vector(path: Path, device: str, remedy: str) -> torch.Tensor:
+    """weights_only: nothing in the file is run."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is damaged ({error}). {remedy}") from error

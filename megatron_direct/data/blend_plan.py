@@ -38,6 +38,9 @@ class Blend:
             if not (math.isfinite(weight) and weight >= 0):
                 raise UserError(f"the blend gives {prefix} the weight {weight}: it must be a "
                                 "finite number, at least 0.")
+        if self.weights and not (0 < sum(self.weights) < math.inf):
+            raise UserError(f"the weights of the blend sum to {sum(self.weights)}: at least one "
+                            "must be above 0, and their sum finite.")
 
 
 @dataclass(frozen=True)

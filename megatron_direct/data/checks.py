@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from megatron_direct.data import indexed
+from megatron_direct.data.cards import read_card
 from megatron_direct.errors import UserError
 
 
@@ -20,7 +21,7 @@ def require_one_vocabulary(prefixes: Sequence[str], vocab_size: int | None,
     said_by = "the checkpoint"
     for prefix in prefixes:
         indexed.check_files(prefix)
-        card = indexed.read_card(prefix)
+        card = read_card(prefix)
         if not card:
             continue
         if tokenizer_digest is None:

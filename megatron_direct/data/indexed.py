@@ -6,12 +6,11 @@ number at which each document begins) and ``PREFIX.bin`` (the tokens).
 
 from __future__ import annotations
 
-import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -310,19 +309,15 @@ def _digest_of_files(prefix: str) -> str:
     return digests.digest(index, str(_token_bytes(prefix)), *_both_ends(prefix))
 
 
-def read_card(prefix: str) -> dict:
-    """What tools/preprocess_selection.py wrote beside a dataset; {} for a dataset made elsewhere.
-
-    Keys: domain, split, tokenizer_digest, vocab_size, documents, tokens, corrupted (document
-    numbers whose tokens were shuffled on purpose).
-    """
-    path = Path(prefix + ".json")
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
 def prefix_names(prefixes: list[str]) -> dict[str, str]:
-    """A short name for each prefix, unique among them: its last path component, or its path."""
+    """A short name for each prefix, unique among them: its last path component, or its path.
+
+    Of paths that would read alike, and of those too long for the name of a file, the end is
+    replaced by a digest.
+    """
     names = {prefix: os.path.basename(prefix) for prefix in prefixes}
     if len(set(names.values())) < len(names):
         names = {prefix: prefix.strip("/").replace("/", "__") for prefix in prefixes}
-    return names
+    counts = Counter(names.values())
+    return {prefix: name if counts[name] == 1 and len(name.encode()) <= files.LONGEST_NAME
+            else files.shortened(name, prefix) for prefix, name in names.items()}

@@ -9,7 +9,6 @@ bits a byte per document, its count; where none is, there are only the bits.
 from __future__ import annotations
 
 import os
-import zipfile
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import digests, files
+from megatron_direct.runtime import arrays, digests, files
 
 _FORMAT = 1
 _FORMAT_OF_COUNTS = 2  # the same, with counts: older versions refuse it
@@ -159,26 +158,31 @@ class SampleMask:
     @classmethod
     def load(cls, path: str | os.PathLike) -> SampleMask:
         """Raises UserError for a file that is missing, damaged, or no mask."""
+        if not os.path.exists(path):
+            raise UserError(f"{path} does not exist. Run select first, or correct the path.")
+        data = arrays.read_npz(path, "Run select again.")
         try:
-            with np.load(path, allow_pickle=False) as data:
-                version, count = int(data["format"]), int(data["num_documents"])
-                if version not in (_FORMAT, _FORMAT_OF_COUNTS):
-                    raise ValueError(f"format {version}, where {_FORMAT} or {_FORMAT_OF_COUNTS} "
-                                     "was expected")
-                mask = cls._of_bits(data["keep"], count, str(data["dataset_digest"]),
-                                    str(data["run"]) if "run" in data else "")
-                expected = int(data["num_kept"]) if "num_kept" in data else mask.num_kept
-                if version == _FORMAT_OF_COUNTS:
-                    mask._counts = data["counts"].astype(np.uint8)
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist. Run select first, or correct the path."
-                            ) from None
-        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+            version = int(arrays.of_kind(data, "format", "iu", 0))
+            if version not in (_FORMAT, _FORMAT_OF_COUNTS):
+                raise ValueError(f"format {version}, where {_FORMAT} or {_FORMAT_OF_COUNTS} was "
+                                 "expected")
+            count = int(arrays.of_kind(data, "num_documents", "iu", 0))
+            bits = arrays.of_kind(data, "keep", "u", 1)
+            if bits.dtype != np.uint8:
+                raise ValueError(f"its bits are of type {bits.dtype}")
+            mask = cls._of_bits(bits, count, str(arrays.of_kind(data, "dataset_digest", "U", 0)),
+                                str(arrays.of_kind(data, "run", "U", 0)) if "run" in data else "")
+            expected = int(arrays.of_kind(data, "num_kept", "iu", 0)) if "num_kept" in data \
+                else mask.num_kept
+            if version == _FORMAT_OF_COUNTS:
+                mask._counts = arrays.of_kind(data, "counts", "u", 1).astype(np.uint8)
+        except ValueError as error:
             raise UserError(f"{path} is not a sample mask, or is damaged ({error}). Run select "
                             "again.") from error
-        if len(mask._bits) != -(-count // 8) or mask.num_kept != expected:
+        if len(bits) != -(-count // 8) or mask.num_kept != expected or \
+                (count % 8 and bits[-1] & (0xff >> count % 8)):
             raise UserError(f"{path} is damaged: it keeps {mask.num_kept} documents in "
-                            f"{len(mask._bits)} bytes, where {expected} of {count} were written. "
+                            f"{len(bits)} bytes, where {expected} of {count} were written. "
                             "Run select again.")
         if mask._counts is not None and not np.array_equal(mask._counts > 0, mask.keep):
             raise UserError(f"{path} is damaged: its counts are not of the documents it keeps. "

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_direct.data import indexed
 from megatron_direct.data.blend_plan import kept_sequences
+from megatron_direct.data.cards import corrupted_documents, read_card
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import files
@@ -84,10 +85,10 @@ def _copy(source, target, begin: int, end: int) -> None:
 
 def _card(prefix: str, mask: SampleMask, written: Materialized) -> dict:
     """The card of the dataset, as it holds for the kept documents; {} if there is none."""
-    card = indexed.read_card(prefix)
+    card = read_card(prefix)
     if not card:
         return {}
-    corrupted = np.isin(documents_in_order(mask), card.get("corrupted", []))
+    corrupted = np.isin(documents_in_order(mask), corrupted_documents(prefix, mask.num_documents))
     return {**card, **vars(written), "corrupted": np.flatnonzero(corrupted).tolist(),
             "materialized_from": {"dataset_digest": mask.dataset_digest,
                                   "mask_digest": mask.digest, "run": mask.run}}

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from megatron_direct.data import indexed
+from megatron_direct.data.cards import corrupted_documents
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import host, sharing
 from megatron_direct.runtime.sharing import ArrayMaker
@@ -187,8 +188,8 @@ class Samples(SampleSource):
     def corrupted(self) -> np.ndarray:
         """[samples] whether a trial shuffled its tokens on purpose, as the datasets' cards say."""
         result = np.zeros(len(self), dtype=bool)
-        for prefix, first in zip(self.prefixes, self.first, strict=False):
-            result[first + np.array(indexed.read_card(prefix).get("corrupted", []), int)] = True
+        for prefix, first, last in zip(self.prefixes, self.first, self.first[1:], strict=True):
+            result[first + corrupted_documents(prefix, int(last - first))] = True
         return result
 
     def dataset_of(self, samples: np.ndarray) -> np.ndarray:

@@ -58,7 +58,8 @@ def answers(question: Question, encoded: Sequence[EncodedChoice], scores: np.nda
     by_metric = {"acc": scores, "acc_norm": scores / num_bytes, "acc_token": scores / num_tokens}
     return {"line": question.line, "answer": question.answer,
             "answered": {name: best_choice(by_metric[name]) for name in METRICS},
-            "log_likelihood": scores.tolist(), "bytes": num_bytes, "tokens": num_tokens,
+            "distinct": question.num_distinct, "log_likelihood": scores.tolist(),
+            "bytes": num_bytes, "tokens": num_tokens,
             "cut": any(choice.is_cut for choice in encoded),
             "merged": any(choice.is_merged for choice in encoded)}
 
@@ -72,5 +73,5 @@ def accuracies(answered: Sequence[dict]) -> dict:
         # Of a mean of independent questions, from the unbiased variance of right and wrong.
         error = math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
         result |= {name: share, f"{name}_stderr": error}
-    return {**result, "chance": sum(1 / len(a["bytes"]) for a in answered) / count,
+    return {**result, "chance": sum(1 / a["distinct"] for a in answered) / count,
             "cut": sum(a["cut"] for a in answered), "merged": sum(a["merged"] for a in answered)}

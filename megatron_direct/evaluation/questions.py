@@ -18,6 +18,7 @@ The file of OpenBookQA's authors has the form of ARC's, and is worded as ARC is.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from pathlib import Path
 
 from megatron_direct.errors import UserError
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which editors on Windows put before UTF-8 text
 _FORMS = ('"choices" and "answer" beside "context" or "question"; "answerKey" (ARC, OpenBookQA); '
           '"correct_answer" and "distractor1" to "distractor3" (SciQ); or "ctx", "endings" and '
           '"label" (HellaSwag)')
@@ -33,17 +35,28 @@ _FORMS = ('"choices" and "answer" beside "context" or "question"; "answerKey" (A
 
 @dataclass(frozen=True)
 class Question:
-    """choices: texts, of which the one with the number ``answer`` is right; line: in its file."""
+    """choices: texts, of which the one with the number ``answer`` is right, or the first of those
+    that are equal to it; line: in its file; gap: the white space that the context ends in.
+
+    The gap belongs to the choice, as lm-evaluation-harness has it: tokenizers join white space to
+    what follows.
+    """
 
     context: str
     choices: tuple[str, ...]
     answer: int
     line: int
+    gap: str = ""
 
     def with_choice(self, number: int) -> str:
-        """The text that a model is given: one space parts context and choice."""
+        """The text that a model is given: as it stands, or with one space where the two touch."""
         choice = self.choices[number]
-        return self.context + ("" if choice[0].isspace() else " ") + choice
+        return self.context + (self.gap or ("" if choice[0].isspace() else " ")) + choice
+
+    @property
+    def num_distinct(self) -> int:
+        """Choices that are not the same text as another."""
+        return len(set(map(self.with_choice, range(len(self.choices)))))
 
     def num_bytes(self, number: int) -> int:
         """Of the choice in UTF-8, without the space before it."""
@@ -62,6 +75,7 @@ def read_questions(path: str | Path) -> list[Question]:
         raise UserError(f"{path} cannot be read ({error.strerror}). Correct --tasks.") from error
     questions = []
     for number, line in enumerate(lines, 1):
+        line = line.removeprefix(_BYTE_ORDER_MARK)
         if not line.strip():
             continue
         try:
@@ -77,7 +91,7 @@ def read_questions(path: str | Path) -> list[Question]:
 def _record(line: bytes) -> dict:
     try:
         record = json.loads(line.decode())
-    except ValueError as error:  # of UTF-8 or of JSON
+    except (ValueError, RecursionError) as error:  # of UTF-8 or of JSON
         raise _BadRecord(f"expected a JSON object ({error}). One array of all records becomes "
                          "JSONL with `jq -c '.[]'`.") from error
     if not isinstance(record, dict):
@@ -88,7 +102,7 @@ def _record(line: bytes) -> dict:
 
 def _question(record: dict, line: int) -> Question:
     context, choices, answer = _parts(record)
-    context = context.rstrip()  # what parts it from the choice belongs to the choice
+    context, gap = context.rstrip(), context[len(context.rstrip()):]
     if not context:
         raise _BadRecord("the question is empty, so that nothing comes before the choices. Leave "
                          "the line out.")
@@ -98,7 +112,17 @@ def _question(record: dict, line: int) -> Question:
         if not isinstance(choice, str) or not choice.strip():
             raise _BadRecord(f"expected texts as choices, found {json.dumps(choice)}. Correct it, "
                              "or leave the line out.")
-    return Question(context, tuple(choices), answer, line)
+    for text in (context, *choices):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise _BadRecord(f"half of a surrogate pair is not text ({error}). Correct it, or "
+                             "leave the line out.") from error
+    question = Question(context, tuple(choices), answer, line, gap)
+    if question.num_distinct < 2:
+        raise _BadRecord("all choices are the same text. Leave the line out.")
+    texts = list(map(question.with_choice, range(len(choices))))
+    return dataclasses.replace(question, answer=texts.index(texts[answer]))
 
 
 def _parts(record: dict) -> tuple[str, Sequence[str], int]:
@@ -173,7 +197,9 @@ def _answer(record: dict, key: str, choices: Sequence[str], labels: Sequence[str
     elif isinstance(value, int) and not isinstance(value, bool):
         found = {value} & set(range(len(choices)))
     else:
-        found = set(_readings(value, choices)) if isinstance(value, str) else set()
+        # Of equal choices the first stands for all.
+        found = {choices.index(choices[number]) for number in _readings(value, choices)} \
+            if isinstance(value, str) else set()
     if len(found) == 1:
         return found.pop()
     if found:

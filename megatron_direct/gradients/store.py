@@ -73,6 +73,7 @@ class SketchStore:
 
     def __init__(self, folder: Path, size: int, dtype: str = "fp32"):
         self.folder, self.size, self.dtype = folder, size, dtype
+        self._remedy = f"Delete {folder} and run the command again."
         self._row_bytes = size * _row_dtype(dtype).itemsize
 
     def number_datasets(self, dataset_digests: Sequence[str]) -> None:
@@ -85,7 +86,10 @@ class SketchStore:
     def datasets(self) -> list[str]:
         """Digests of the datasets, in the order of their numbers."""
         path = self.folder / _DATASETS
-        return files.read_json(path) if path.is_file() else []
+        found = files.read_json(path) if path.is_file() else []
+        if not isinstance(found, list) or not all(isinstance(digest, str) for digest in found):
+            raise UserError(f"{path} is damaged: expected a list of digests. {self._remedy}")
+        return found
 
     def has_files(self) -> bool:
         """Whether rows were ever written into the folder."""
@@ -97,8 +101,13 @@ class SketchStore:
 
     def entries_by_file(self) -> Iterator[Entries]:
         """The same, of a file at a time."""
+        known = len(self.datasets())
         for number in self._file_numbers():
             entries = self._sound_entries(number)
+            which = entries["dataset"]
+            if len(which) and not 0 <= which.min() <= which.max() < known:
+                raise UserError(f"{self.folder / _DATASETS} has {known} datasets, but there are "
+                                f"rows of dataset {which.max()}. {self._remedy}")
             yield Entries(
                 np.full(len(entries), number), np.arange(len(entries)), entries["dataset"],
                 entries["document"], entries["loss"], entries["checksum"])
@@ -119,14 +128,15 @@ class SketchStore:
         rows = np.empty((len(samples), self.size), np.float32)
         for number in np.unique(entries.file).tolist():
             path = self._rows_path(number)
-            stored = np.memmap(path, _row_dtype(self.dtype), "r").reshape(-1, self.size)
+            stored = np.memmap(path, _row_dtype(self.dtype), "r",  # a last row may be cut short
+                               shape=(path.stat().st_size // self._row_bytes, self.size))
             here = np.flatnonzero(entries.file == number)
             for i in here[np.argsort(entries.position[here])].tolist():
                 row = stored[entries.position[i]]
                 if _checksum(row, entries.dataset[i], entries.document[i], entries.loss[i]) != \
                         entries.checksum[i]:
                     raise UserError(f"row {entries.position[i]} of {path} is damaged (wrong "
-                                    f"checksum). Delete {self.folder} and run the command again.")
+                                    f"checksum). {self._remedy}")
                 rows[place[i]] = _decoded(row, self.dtype)
         return Sketches(rows, samples[order], entries.loss[order].astype(np.float32))
 

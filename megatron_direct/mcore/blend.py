@@ -21,6 +21,7 @@ from megatron_direct.data.blend_plan import (
 )
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.errors import UserError
+from megatron_direct.mcore import index_caches
 from megatron_direct.mcore.object_storage import dataset_options, read_object_stores
 from megatron_direct.runtime import parallel
 
@@ -135,6 +136,8 @@ def masked_builder(sizes: Sequence[int | None], is_built_on_rank: Callable, conf
 
     if config.object_storage_cache_path:
         read_object_stores(config.object_storage_cache_path)
+    if config.path_to_cache:
+        parallel.on_rank_zero(lambda: index_caches.require_plain_caches(config.path_to_cache))
     left = [sizes[0] and max(sizes[0] - num_consumed, 0), *sizes[1:]]
     plan = _plan_one_blend if config.blend is not None else _plan_each_split
     blends, parts = parallel.on_rank_zero(

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,13 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import arguments, compat, main_parameters, torch_adam
-from megatron_direct.mcore.checkpoint_formats import FORMAT_FILE, TRACKER, require_readable
+from megatron_direct.mcore import arguments, compat, integrity, main_parameters, torch_adam
+from megatron_direct.mcore.checkpoint_formats import (
+    FORMAT_FILE,
+    PARTS_OF_MODELS,
+    TRACKER,
+    require_readable,
+)
 from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
 from megatron_direct.runtime import digests, files, parallel
 from megatron_direct.settings import Settings, flag_name
@@ -30,7 +36,10 @@ _PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.")
 _PREDICTION_HEADS = "mtp."
 # Flags, with their values, that ask for less than the model of a checkpoint.
 _LEAVES_OUT = {("mtp_num_layers", 0)}
-_SECOND_MOMENTS = "optimizer.state.exp_avg_sq."  # before a parameter's own key
+# Before a parameter's own key. Optimizers that are chained, as experts have one of their own, are
+# numbered.
+_SECOND_MOMENTS = "optimizer.state.exp_avg_sq."
+_SECOND_MOMENTS_OF = re.compile(rf"(?:chained_\d+\.)?{re.escape(_SECOND_MOMENTS)}(.+)")
 
 
 def latest(folder: str | os.PathLike) -> Path | None:
@@ -41,7 +50,11 @@ def latest(folder: str | os.PathLike) -> Path | None:
     tracker = folder / TRACKER
     if not tracker.is_file():
         return None
-    text = tracker.read_text().strip()
+    text = tracker.read_bytes().decode(errors="replace").strip()
+    if text != "release" and not re.fullmatch("[0-9]{1,15}", text):
+        older = ", ".join(sorted(path.name for path in folder.glob("iter_*"))) or "none"
+        raise UserError(f"{tracker} holds {text[:40]!r}, where the number of an iteration was "
+                        f"expected. Write the one to use into it; there are {older}.")
     return folder / (text if text == "release" else f"iter_{int(text):07d}")
 
 
@@ -122,6 +135,9 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 
 
 def _common_state(checkpoint: Path) -> dict:
+    """Unpickled by torch, which is why its files are verified first."""
+    for name in compat.COMMON_STATE_FILES:
+        integrity.verify_file(checkpoint, name)
     try:
         return compat.load_common_state(checkpoint)
     except pickle.UnpicklingError as error:
@@ -153,6 +169,7 @@ def write_state(folder: str | os.PathLike, iteration: int, state: dict) -> None:
     parallel.barrier()
     dist_checkpointing.save(state, str(target))
     parallel.barrier()
+    integrity.write(target)
     if parallel.is_rank_zero():
         with files.written_whole(Path(folder) / TRACKER, "w") as tracker:
             tracker.write(str(iteration))
@@ -160,8 +177,9 @@ def write_state(folder: str | os.PathLike, iteration: int, state: dict) -> None:
 
 
 def load_model(checkpoint: Path, chunks: Sequence[Any]) -> None:
-    """Weights into bare chunks of any layout. Raises UserError if their shapes are others."""
-
+    """Weights into bare chunks of any layout. Raises UserError if their shapes are others, and for
+    a damaged file."""
+    integrity.verify(checkpoint)
     state = _model_state(chunks)
     _require_same_tensors(checkpoint, state)
     loaded = compat.load_sharded(state, checkpoint)
@@ -172,6 +190,7 @@ def load_model(checkpoint: Path, chunks: Sequence[Any]) -> None:
 def load_training(checkpoint: Path, chunks: Sequence[Any], optimizer,
                   scheduler) -> int:
     """Weights, optimizer and schedule; returns the iteration they are of."""
+    integrity.verify(checkpoint)
     stored = _common_state(checkpoint)
     if "opt_param_scheduler" not in stored:
         raise UserError(f"{checkpoint} holds weights but no optimizer. Add --no-load-optim to "
@@ -193,7 +212,9 @@ def load_second_moments(checkpoint: Path, chunks: Sequence[Any],
     """
     from megatron.core import dist_checkpointing
 
+    integrity.verify(checkpoint)
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    stored_as = {match[1]: key for key in stored if (match := _SECOND_MOMENTS_OF.match(key))}
     names = {id(shard.parameter): shard.name for shard in shards}
     wanted = {}
     for chunk in chunks:
@@ -202,7 +223,7 @@ def load_second_moments(checkpoint: Path, chunks: Sequence[Any],
             if id(parameter) in names:
                 entry = sharded[local_name]
                 wanted[names[id(parameter)]] = dataclasses.replace(
-                    entry, key=_SECOND_MOMENTS + entry.key,
+                    entry, key=stored_as.get(entry.key, _SECOND_MOMENTS + entry.key),
                     data=torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False))
     missing = [name for name, entry in wanted.items() if entry.key not in stored]
     if missing:
@@ -243,7 +264,7 @@ def _require_same_tensors(checkpoint: Path, state: dict) -> None:
                 f"{checkpoint} holds {shape} for {tensor.key}, but the flags describe a model "
                 f"with {tuple(tensor.global_shape)}. Give the flags of the model that was saved.")
     for key in sorted(stored.keys() - known):
-        if key.startswith(_PARTS_OF_MODELS):
+        if key.startswith(PARTS_OF_MODELS):
             raise UserError(
                 f"{checkpoint} holds {key}, which the model that the flags describe does not have. "
                 "Give the flags of the model that was saved.")

@@ -15,13 +15,17 @@ from megatron_direct.mcore import compat
 TRACKER = "latest_checkpointed_iteration.txt"
 FORMAT_FILE = "metadata.json"  # written last, and by Megatron's own formats alone
 
+# How the names of a model's tensors begin; an optimizer's have something before them.
+PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.", "mtp.")
+
 _RESAVE = "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
 
 
 def require_readable(checkpoint: Path) -> None:
     """Raises UserError unless ``checkpoint`` is one that this megatron-core can read."""
     if (checkpoint / FORMAT_FILE).is_file():
-        _require_torch_dist(checkpoint)
+        require_torch_dist(checkpoint)
+        _require_common_state(checkpoint)
     elif (checkpoint / ".metadata").is_file():
         raise UserError(
             f"{checkpoint} is in torch's own format (--ckpt-format fsdp_dtensor or torch_dcp), "
@@ -39,10 +43,11 @@ def require_readable(checkpoint: Path) -> None:
             f"iteration it names, or {FORMAT_FILE}. Correct --load, or run pretrain first.")
 
 
-def _require_torch_dist(checkpoint: Path) -> None:
+def require_torch_dist(checkpoint: Path) -> None:
+    """Raises UserError unless ``metadata.json`` names that format."""
     try:
         found = json.loads((checkpoint / FORMAT_FILE).read_text())["sharded_backend"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{checkpoint}/{FORMAT_FILE} names no format ({error!r}): expected "
             '{"sharded_backend": "torch_dist", ...}. Copy the checkpoint again, or take an earlier '
@@ -55,6 +60,9 @@ def _require_torch_dist(checkpoint: Path) -> None:
     if found != "torch_dist":
         raise UserError(f"{checkpoint} is in the format {found}, and torch_dist is expected. Save "
                         "it with --ckpt-format torch_dist.")
+
+
+def _require_common_state(checkpoint: Path) -> None:
     if not compat.can_read_common_state(checkpoint):
         raise UserError(
             f"{checkpoint} has no common.pt: it was written by megatron-core 0.19 or later, which "

@@ -21,6 +21,8 @@ from megatron_direct import hybrid_pattern
 from megatron_direct.errors import UserError
 
 _COMMON_FILE = "common.pt"
+# What load_common_state reads: since 0.19 the state itself is in a file that .metadata names.
+COMMON_STATE_FILES = (_COMMON_FILE, ".metadata")
 
 # Loggers that tell users of this package what only its authors can change: that GPTModel, and a
 # checkpoint's common.pt, will be dropped some day (both since 0.19).

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron_direct.data.blend_plan import kept_sequences, sequence_counts
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.errors import UserError
+from megatron_direct.mcore import index_caches
 
 
 @dataclass
@@ -71,8 +73,31 @@ class MaskedGPTDataset(GPTDataset):
                 self.unique_description.encode("utf-8"), usedforsecurity=False).hexdigest()
         if self.config.fast_cache_load or self.config.defer_npy_index_mmap:
             self._require_index()
+        if not self.config.path_to_cache:  # then Megatron keeps its indices beside the dataset
+            index_caches.require_plain_caches(os.path.join(
+                self.dataset.path_prefix, "cache", f"{type(self).__name__}_indices"))
         return super()._build_document_sample_shuffle_indices()
 
+    def _query_document_sample_shuffle_indices(self, idx: int):
+        """Raises UserError for a sequence with a token outside the vocabulary.
+
+        Megatron would look up nothing for it where the embedding is divided over ranks, and leave a
+        token that equals its padding out of the loss, both without a word.
+        """
+        found = super()._query_document_sample_shuffle_indices(idx)
+        vocab_size = getattr(self.config.tokenizer, "vocab_size", None)
+        if vocab_size is not None:
+            text = np.asarray(found[0])
+            if self.shuffle_index[idx] == len(self.sample_index) - 2:  # the last may be padded
+                is_text = text != self._pad_token_id
+                text = text[: len(text) - int(np.argmax(is_text[::-1]))]
+            for token in (text.min(initial=0), text.max(initial=0)):
+                if not 0 <= token < vocab_size:
+                    raise UserError(
+                        f"{self.dataset_path}.bin holds token {token}, but the tokenizer has "
+                        f"{vocab_size} entries: the dataset was made with another tokenizer, or is "
+                        "damaged. Rebuild it with the model's.")
+        return found
 
     def _require_index(self) -> None:
         """Raises UserError where a cache that is trusted lacks an index of this dataset."""

@@ -7,7 +7,9 @@ datasets there are, and memory does not grow with the number of shards.
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,10 @@ import numpy as np
 from megatron_direct.errors import UserError
 from megatron_direct.preprocessing import reading, shards
 from megatron_direct.preprocessing.shards import Part, PartFile
+from megatron_direct.runtime import files
 
 # A --domain-key that names something else, such as an address, would make a dataset of a document.
 MAX_DOMAINS = 1000
-LONGEST_DOMAIN = 200  # bytes; a file system allows 255 for a whole file name
 _ENTRIES_AT_A_TIME = 1 << 14
 # file, shard: the numbers that name the shard. manifest: its place among all manifests. first: the
 # number of the part's first document among all documents of the run.
@@ -132,18 +134,16 @@ class _Lists:
         if len(self._domains) > MAX_DOMAINS:
             raise UserError(f"--domain-key gives more than {MAX_DOMAINS} domains, and each becomes "
                             "a dataset. Name a key with fewer values.")
-        if len(domain.encode()) > LONGEST_DOMAIN:
-            raise UserError(f"the domain {domain[:40]!r}... is too long for the name of a file: "
-                            f"more than {LONGEST_DOMAIN} bytes. Name a --domain-key with shorter "
-                            "values, or one domain for all with --domain.")
 
 
 def _file_names(domains: set[str], output_prefix: str) -> dict[str, str]:
-    """A part of a file name for each domain, without characters that need quoting."""
-    taken: dict[str, str] = {}
-    for domain in sorted(domains):
-        name = re.sub(r"[^\w.+-]", "_", domain)
-        if taken.setdefault(name, domain) != domain:
-            raise UserError(f"the domains {taken[name]!r} and {domain!r} would both be written as "
-                            f"{output_prefix}_{name}. Rename one in the input.")
-    return {domain: name for name, domain in taken.items()}
+    """A part of a file name for each domain, without characters that need quoting.
+
+    Of names that would be the same, and of those that are too long, the end is replaced by a
+    digest; the card has the whole name.
+    """
+    names = {domain: re.sub(r"[^\w.+-]", "_", domain) for domain in domains}
+    counts = Counter(names.values())
+    room = files.LONGEST_NAME - len(os.path.basename(output_prefix).encode())
+    return {domain: name if counts[name] == 1 and len(name.encode()) <= room
+            else files.shortened(name, domain, room) for domain, name in names.items()}

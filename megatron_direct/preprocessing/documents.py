@@ -89,19 +89,22 @@ def checked(shard: Shard, fields: Fields, skip_bad_lines: bool) -> Iterator[Docu
         yield item
 
 
-def _records(shard: Shard, fields: Fields, records: Iterator[tuple[int, Mapping | bytes]]
+def _records(shard: Shard, fields: Fields,
+             records: Iterator[tuple[int, Mapping | bytes | Exception]],
              ) -> Iterator[Document | BadLine]:
-    """records: (line, record as a mapping, or as the bytes of its JSON)."""
+    """records: (line, record as a mapping, or as the bytes of its JSON, or why there is none)."""
     file_domain = fields.domain_name or formats.stem(shard.path)
     for line, record in records:
         try:
+            if isinstance(record, Exception):
+                raise record
             if isinstance(record, bytes):
                 record = json.loads(record)
             text = "\n".join(lookup(record, key) for key in fields.text)
             text.encode()  # half of a surrogate pair is valid JSON, but not text
             group = text if fields.group is None else _label(record, fields.group)
             domain = file_domain if fields.domain is None else _domain(record, fields.domain)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             yield BadLine(line, f"{type(error).__name__}: {error}")
         else:
             yield Document(line, text, group, domain)
@@ -136,7 +139,7 @@ def _json_lines(shard: Shard) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def _parquet_rows(shard: Shard, fields: Fields) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(shard: Shard, fields: Fields) -> Iterator[tuple[int, dict | Exception]]:
     with formats.parquet_file(shard.path) as parquet:
         there = parquet.schema_arrow.names
         columns = {key if key in there else key.partition(".")[0] for key in fields.names}
@@ -147,9 +150,22 @@ def _parquet_rows(shard: Shard, fields: Fields) -> Iterator[tuple[int, dict]]:
         number = 0
         for batch in parquet.iter_batches(_ROWS_AT_A_TIME, range(shard.start, shard.stop),
                                           sorted(columns)):
-            for row in batch.to_pylist():
+            for row in _rows(batch):
                 yield number, row
                 number += 1
+
+
+def _rows(batch) -> Iterator[dict | Exception]:
+    """The rows of a batch as objects, or the error in the place of one that Python cannot hold: a
+    string that is not UTF-8, a time outside its calendar."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):
+        for place in range(len(batch)):
+            try:
+                yield from batch.slice(place, 1).to_pylist()
+            except (ValueError, OverflowError) as error:
+                yield error
 
 
 def _paragraphs(shard: Shard, fields: Fields) -> Iterator[Document | BadLine]:

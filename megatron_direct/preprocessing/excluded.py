@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from megatron_direct.data import indexed
+from megatron_direct.data.cards import read_card
 from megatron_direct.errors import UserError
 from megatron_direct.preprocessing import shards, windows
 
@@ -29,7 +30,7 @@ class ExcludedDataset:
     def __init__(self, prefix: str, tokenizer_digest: str, end_tokens: frozenset[int]):
         self.prefix = prefix
         self._dataset, self._end_tokens = indexed.open_indexed(prefix), end_tokens
-        self._card = indexed.read_card(prefix)
+        self._card = read_card(prefix)
         if self._card.get("tokenizer_digest", tokenizer_digest) != tokenizer_digest:
             raise UserError(f"{prefix} of --exclude was made with another tokenizer than "
                             "--tokenizer-model: equal documents would not be found. Rebuild it "
@@ -68,7 +69,7 @@ class ExcludedDataset:
     def _documents(self) -> Iterator[np.ndarray]:
         if self._lengths is not None:
             yield from windows.documents(self.prefix, self._dataset.dtype, self._lengths,
-                                         self._card["eod"] is not None)
+                                         self._card)
             return
         for number in range(self.num_documents):
             yield indexed.document_tokens(self._dataset, number).astype(np.int32)

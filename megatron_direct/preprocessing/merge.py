@@ -8,48 +8,22 @@ Here a document is one sequence.
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from megatron_direct.data import indexed
+from megatron_direct.data.cards import Card
 from megatron_direct.preprocessing import catalogue, duplicates, windows
 from megatron_direct.preprocessing.catalogue import PlannedDataset
 from megatron_direct.preprocessing.settings import PreprocessSettings
 from megatron_direct.preprocessing.splits import uniform
 from megatron_direct.preprocessing.tokenizer import TokenizerIdentity
 from megatron_direct.runtime import files
-
-
-@dataclass
-class Card:
-    """Describes a dataset, in ``PREFIX.json`` beside it."""
-
-    domain: str
-    split: str
-    tokenizer_digest: str
-    vocab_size: int
-    eod: int | None  # the token that was added to the end of each document
-    samples: str  # document or window; the rest counts these
-    documents: int = 0
-    tokens: int = 0
-    corrupted: list[int] = field(default_factory=list)  # numbers of documents
-    duplicates: int = 0
-    leaked: int = 0
-    dropped: int = 0
-    seq_length: int | None = None
-    tokens_cut: int = 0  # left out after the last whole window
-
-    def as_json(self) -> dict:
-        entries = dataclasses.asdict(self)
-        if self.samples == "document":
-            del entries["seq_length"], entries["tokens_cut"]
-        return entries
 
 
 @dataclass(frozen=True)
@@ -65,9 +39,11 @@ class Merger:
         The card comes first and the index last: a dataset with an index is whole.
         """
         settings = self.settings
-        card = Card(target.domain, target.split, self.tokenizer.digest, self.tokenizer.vocab_size,
-                    self.tokenizer.eod if settings.append_eod else None, settings.samples,
-                    seq_length=settings.seq_length)
+        card = Card(
+            domain=target.domain, split=target.split, tokenizer_digest=self.tokenizer.digest,
+            vocab_size=self.tokenizer.vocab_size, samples=settings.samples,
+            eod=self.tokenizer.eod if settings.append_eod else None,
+            seq_length=settings.seq_length)
         with tempfile.TemporaryFile(dir=settings.folder) as lengths, \
                 tempfile.TemporaryFile(dir=settings.folder) as sources:
             with files.written_whole(target.prefix + ".bin") as file:
@@ -102,7 +78,7 @@ class Merger:
                 lengths = np.full(len(tokens) // seq_length, seq_length, np.int32)
             if len(lengths):
                 yield tokens, lengths
-        card.tokens_cut = len(rest)
+        card.tokens_cut, card.rest = len(rest), rest.tolist()
 
     def _documents(self, target: PlannedDataset, card: Card,
                    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megatron_direct.preprocessing import (
     reading,
     shard_folder,
     shards,
+    splits,
     tokenizer,
     training,
     workers,
@@ -86,11 +88,29 @@ def _look_over(settings: PreprocessSettings) -> Catalogue:
     contents = catalogue.build_catalogue(settings.folder, settings.output_prefix)
     if contents.bad_lines and not settings.skip_bad_lines:
         _refuse_bad_lines(settings.folder)
+    _refuse_leftovers(settings, contents)
     excluded = _excluded(settings)
     found = duplicates.find(settings.folder, contents, excluded)
     if found.leaks and not settings.drop_duplicates:
         duplicates.refuse_leaks(settings.folder, found, excluded)
     return contents
+
+
+def _refuse_leftovers(settings: PreprocessSettings, contents: Catalogue) -> None:
+    """Raises UserError for a split of one of the domains that an earlier run wrote and this one
+    does not: its documents may now be in another split."""
+    targets = {target.prefix for target in contents.targets}
+    known = {os.path.realpath(prefix) for prefix in settings.exclude}
+    for base in sorted({prefix.rpartition("_")[0] for prefix in targets}):
+        for split in splits.SPLITS:
+            prefix = f"{base}_{split}"
+            if prefix not in targets and os.path.exists(prefix + ".idx") and \
+                    os.path.realpath(prefix) not in known:
+                raise UserError(
+                    f"{prefix} is there from an earlier run, and this run writes none of that "
+                    "name: the two may share documents. Delete it, or give another "
+                    "--output-prefix, or, if it is to stay, --exclude it. What was tokenized is "
+                    "kept.")
 
 
 def _refuse_bad_lines(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +13,8 @@ from megatron_direct.preprocessing import formats, splits
 from megatron_direct.preprocessing.documents import Fields
 
 SAMPLES = ("document", "window")
+LONGEST_OUTPUT = 120  # bytes of the last part of --output-prefix
+LARGEST_SHARD = 1 << 20  # MiB; a worker holds a shard in memory
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class PreprocessSettings:
         splits.parse_split(self.split)
         self._check_numbers()
         self._check_keys()
+        self._check_names()
         self._check_samples()
         self._check_tokenizer()
         self._check_domains()
@@ -53,14 +56,21 @@ class PreprocessSettings:
         if self.workers < 1:
             raise UserError(f"--workers {self.workers} leaves no process to do the work. Give 1 or "
                             "more.")
-        if not (math.isfinite(self.shard_size) and self.shard_size > 0):
+        if not 0 < self.shard_size <= LARGEST_SHARD:
             raise UserError(f"--shard-size {self.shard_size} is not a size in MiB. Give a number "
-                            "above 0; 16 suits most inputs.")
+                            f"above 0, at most {LARGEST_SHARD}; 16 suits most inputs.")
         if not 0 <= self.corrupt_fraction <= 1:
             raise UserError(f"--corrupt-fraction {self.corrupt_fraction} is not a share. Give a "
                             "number from 0 to 1.")
         if self.seed < 0:
             raise UserError(f"--seed {self.seed} is negative. Give 0 or more.")
+
+    def _check_names(self) -> None:
+        name = os.path.basename(self.output_prefix)
+        if len(name.encode()) > LONGEST_OUTPUT:
+            raise UserError(f"--output-prefix ends in a name of {len(name.encode())} bytes, which "
+                            "leaves no room for the domain in the names of files. Give one of at "
+                            f"most {LONGEST_OUTPUT}.")
 
     def _check_keys(self) -> None:
         if not self.input:
@@ -69,7 +79,8 @@ class PreprocessSettings:
             raise UserError("--json-keys names no key. Give at least the one that holds the text.")
         for flag, value in (("--json-keys", self.json_keys), ("--group-key", self.group_key),
                             ("--domain-key", self.domain_key), ("--domain", self.domain),
-                            ("--eod-token", self.eod_token)):
+                            ("--eod-token", self.eod_token), ("--exclude", self.exclude),
+                            ("--output-prefix", self.output_prefix)):
             if "" in (value if isinstance(value, tuple) else (value,)):
                 raise UserError(f"{flag} is empty. Give a name, or leave the flag out.")
 
@@ -84,11 +95,11 @@ class PreprocessSettings:
                             "sequence length of the model.")
 
     def _check_tokenizer(self) -> None:
-        if not self.train_tokenizer:
-            return
         if self.vocab_size < 1:
             raise UserError(f"--vocab-size {self.vocab_size} holds no token. Give the number of "
                             "entries that the tokenizer should have.")
+        if not self.train_tokenizer:
+            return
         if self.tokenizer_model.suffix == ".json" or self.tokenizer_model.is_dir():
             raise UserError(f"--tokenizer-model {self.tokenizer_model} names a Hugging Face "
                             "tokenizer, but --train-tokenizer writes a SentencePiece model. Name a "

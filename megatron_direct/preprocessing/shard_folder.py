@@ -109,7 +109,13 @@ def _leftover(folder: Path) -> Path:
 
 def _read_plan(folder: Path) -> dict | None:
     path = folder / "plan.json"
-    return files.read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    found = files.read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("tokenizer"), dict) or \
+            not isinstance(found["tokenizer"].get("digest"), str):
+        raise UserError(f"{path} is damaged. Delete {folder}, or choose another --output-prefix.")
+    return found
 
 
 def _as_json(plan: ShardPlan) -> dict:

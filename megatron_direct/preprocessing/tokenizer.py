@@ -21,7 +21,10 @@ from megatron_direct.errors import UserError
 from megatron_direct.preprocessing import optional
 from megatron_direct.runtime import digests, files
 
-TRAINING_DOCUMENTS = 1_000_000
+# SentencePiece's trainer leaves out, without a word, every sentence that holds the character with
+# which it marks unknown ones, or that is longer than it was told to take.
+_RESERVED = "\N{LOWER FIVE EIGHTHS BLOCK}"
+_LONGEST_SENTENCE = 1 << 20  # bytes; a character has at most four
 
 
 class SentencePiece:
@@ -30,7 +33,9 @@ class SentencePiece:
 
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            # A piece that is not UTF-8 would end the decoding of any text that it is in.
+            self._model.id_to_piece(list(range(self._model.vocab_size())))
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not a SentencePiece model ({error}). Correct "
                             "--tokenizer-model; a Hugging Face tokenizer is a .json file."
                             ) from error
@@ -95,11 +100,15 @@ def _eos_token(folder: Path) -> str | None:
         if (folder / name).is_file():
             try:
                 token = json.loads((folder / name).read_bytes()).get("eos_token")
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{folder / name} is not a JSON object ({error}). Correct it, or "
-                                "name the token with --eod-token.") from error
+                token = token["content"] if isinstance(token, dict) else token
+                if token is not None and not isinstance(token, str):
+                    raise ValueError(f"its eos_token is {token!r:.60}")
+            except (ValueError, AttributeError, KeyError, RecursionError) as error:
+                raise UserError(f"{folder / name} does not name an end of texts as a "
+                                f"tokenizer_config.json does ({error}). Correct it, or name the "
+                                "token with --eod-token.") from error
             if token is not None:
-                return token["content"] if isinstance(token, dict) else token
+                return token
     return None
 
 
@@ -165,16 +174,25 @@ def train_model(path: Path, texts: Iterator[str], vocab_size: int) -> None:
     try:
         with files.written_whole(path) as model:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_noting_errors(texts, errors), model_writer=model,
+                sentence_iterator=_noting_errors(_sentences(texts), errors), model_writer=model,
                 vocab_size=vocab_size,
                 # Text is kept as it is, line ends and indentation included: some of it is code.
                 model_type="bpe", normalization_rule_name="identity",
                 remove_extra_whitespaces=False, add_dummy_prefix=False,
                 user_defined_symbols=["\n"], byte_fallback=True, character_coverage=0.9995,
-                input_sentence_size=TRAINING_DOCUMENTS, shuffle_input_sentence=False,
-                max_sentence_length=1 << 20, num_threads=1, minloglevel=2)
+                input_sentence_size=0, shuffle_input_sentence=False,  # all of them
+                max_sentence_length=_LONGEST_SENTENCE, num_threads=1, minloglevel=2)
     except RuntimeError as error:
         raise (errors or [_training_error(str(error), vocab_size)])[0] from error
+
+
+def _sentences(texts: Iterator[str]) -> Iterator[str]:
+    """The texts, cut where the trainer would leave one out."""
+    step = _LONGEST_SENTENCE // 4
+    for text in texts:
+        for part in text.split(_RESERVED):
+            for start in range(0, len(part), step):
+                yield part[start: start + step]
 
 
 def _noting_errors(texts: Iterator[str], errors: list[Exception]) -> Iterator[str]:
@@ -197,7 +215,7 @@ def _training_error(message: str, vocab_size: int) -> UserError:
         return UserError(f"--vocab-size {vocab_size} is too small: the characters of --input and "
                          f"the 256 bytes alone take {smallest[1]} entries. Give more.")
     if "sentences_.empty()" in message:
-        return UserError("--train-tokenizer found no pool document of up to 1 MiB; longer ones are "
-                         "not used. Correct --input, or --split.")
+        return UserError("--train-tokenizer found no pool document with text. Correct --input, or "
+                         "--split.")
     return UserError(f"--train-tokenizer failed in SentencePiece ({message}). Correct --input, or "
                      f"--vocab-size {vocab_size}.")

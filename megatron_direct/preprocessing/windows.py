@@ -5,7 +5,8 @@ sequences seq_length tokens apart: every one of them then begins where a window 
 order and under whatever mask, and takes its last label from the window that follows.
 
 ``PREFIX.documents.npy``, [documents] int32, keeps the lengths of the documents that the windows
-were cut from. With it a later run finds them again, whatever their texts hold.
+were cut from, and the card the tokens that were left after the last window. With them a later run
+finds these documents again, whatever their texts hold and wherever the last window ends.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import files
+from megatron_direct.runtime import arrays, files
 
 _BLOCK = 1 << 20
 
@@ -49,31 +50,33 @@ def read_lengths(prefix: str, card: dict) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{prefix} of --exclude holds windows, whose documents cannot be found "
                         f"without {path}, which does not exist. {remedy}")
-    try:
-        lengths = np.load(path, mmap_mode="r", allow_pickle=False)
-        total = int(lengths.sum(dtype=np.int64))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}). {remedy}") from error
-    expected = card["tokens"] + card["tokens_cut"]
+    lengths = arrays.read_npy(path, remedy, mapped=True)
+    if lengths.dtype != np.dtype("<i4") or lengths.ndim != 1:
+        raise UserError(f"{path} is damaged: it holds no lengths of documents. {remedy}")
+    total = int(lengths.sum(dtype=np.int64))
+    expected = card.get("tokens", 0) + card.get("tokens_cut", 0)
     if total != expected or (len(lengths) and lengths.min() < 0):
         raise UserError(f"{path} belongs to another dataset: its documents have {total} tokens, "
                         f"but {prefix} was made from {expected}. {remedy}")
     return lengths
 
 
-def documents(prefix: str, dtype: np.dtype, lengths: np.ndarray, has_end: bool
+def documents(prefix: str, dtype: np.dtype, lengths: np.ndarray, card: dict
               ) -> Iterator[np.ndarray]:
-    """int32 tokens of the documents that lie within the windows.
+    """int32 tokens of the documents that begin within the windows.
 
-    has_end: a token was added to the end of each. The last document may be cut off; it is among
-    them if that cost it no more than its end.
+    The last of them may go on after the last window. Of a dataset whose card does not have those
+    tokens it is left out, unless it lost no more than its end.
     """
     size = os.path.getsize(f"{prefix}.bin")
     stream = np.memmap(f"{prefix}.bin", dtype, "r") if size else np.empty(0, dtype)
+    rest = np.array(card.get("rest", []), np.int32)
+    may_lack = 0 if "rest" in card else int(card.get("eod") is not None)
     end = 0
     for start in range(0, len(lengths), _BLOCK):
         for length in lengths[start: start + _BLOCK].tolist():
             begin, end = end, end + length
-            if end - len(stream) > has_end:
+            beyond = max(0, end - len(stream))
+            if begin >= len(stream) or beyond > len(rest) + may_lack:
                 return
-            yield np.array(stream[begin:end], np.int32)
+            yield np.concatenate([np.array(stream[begin:end], np.int32), rest[:beyond]])

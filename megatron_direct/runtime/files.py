@@ -11,6 +11,19 @@ import json
 import os
 from pathlib import Path
 
+from megatron_direct.errors import UserError
+from megatron_direct.runtime import digests
+
+# Bytes of what comes out of data in a file's name. File systems allow 255 for the whole name, of
+# which suffixes, and the name that a file has while it is written, take some.
+LONGEST_NAME = 180
+
+
+def shortened(name: str, of: str, room: int = LONGEST_NAME) -> str:
+    """The beginning of a name, and a digest of what it is the name of, in so many bytes."""
+    tail = f"-{digests.digest(of)[:8]}"
+    return name.encode()[: room - len(tail)].decode(errors="ignore") + tail
+
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike, mode: str = "wb"):
@@ -36,7 +49,12 @@ def write_json(path: str | os.PathLike, value) -> None:
 
 
 def read_json(path: str | os.PathLike):
-    return json.loads(Path(path).read_text())
+    """Raises UserError for a file that is not JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:  # of UTF-8 or of JSON
+        raise UserError(f"{path} cannot be read: {error}. It is damaged, or was changed by hand: "
+                        "restore it, or make again what it belongs to.") from error
 
 
 def as_json(value):

@@ -83,7 +83,14 @@ class Artefact:
     def read(self) -> dict | None:
         """{key, finished, provenance, details}, or None if nothing is there."""
         path = self.folder / _NAME
-        return files.read_json(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        found = files.read_json(path)
+        if not isinstance(found, dict) or not isinstance(found.get("key"), dict) or \
+                not isinstance(found.get("finished"), bool):
+            raise UserError(f"{path} is damaged: it does not say what {self.folder} was made of. "
+                            f"Delete {self.folder}, or choose another --run-dir.")
+        return found
 
     def state(self, key: Key) -> State:
         """Raises UserError if the folder holds one of another key."""

@@ -38,13 +38,20 @@ class RunDirectory:
                                 "directory. Choose another --run-dir.")
             return []
         found = files.read_json(path)
+        if not isinstance(found, dict):
+            raise UserError(f"{path} is damaged: it is not a record of commands. Restore it, or "
+                            "choose another --run-dir.")
         if found.get("format") != _FORMAT:
             version = _version_of(found)
             raise UserError(
                 f"{self.path} was made by megatron-direct {version}, whose run directories this "
                 f"version ({__version__}) cannot continue. Use {version} for it, or choose another "
                 "--run-dir.")
-        return found["commands"]
+        calls = found.get("commands")
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise UserError(f"{path} is damaged: it holds no list of commands. Restore it, or "
+                            "choose another --run-dir.")
+        return calls
 
     def enter(self, command: str, request) -> None:
         """Adds a call to the record. request: a dataclass of groups of settings."""
@@ -81,9 +88,12 @@ def _version(package: str) -> str:
 
 def _version_of(record: dict) -> str:
     """The version that wrote the record of an older, or newer, run directory."""
-    stages = list(record.get("stages", {}).values()) or [
-        call["provenance"] for call in record.get("commands", [])]
-    return stages[0]["versions"]["megatron-direct"] if stages else "another version"
+    try:
+        stages = list(record.get("stages", {}).values()) or [
+            call["provenance"] for call in record.get("commands", [])]
+        return stages[0]["versions"]["megatron-direct"]
+    except (AttributeError, KeyError, TypeError, IndexError):
+        return "another version"
 
 
 def _flags(request) -> dict:

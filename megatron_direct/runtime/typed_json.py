@@ -1,9 +1,9 @@
 """Dataclasses as JSON and back, so that what one program writes another reads with its types.
 
-Fields may be plain values, other dataclasses, ``tuple[X, ...]``, ``tuple[X, Y]``, ``dict[K, X]``
-with strings or whole numbers as keys, ``X | None``, and ``Any``. A field that is not an argument of
-the constructor is derived from the others: it is written for readers of the file, and recomputed
-when the file is read. Keys that the dataclass does not have are ignored.
+Fields may be plain values, other dataclasses, ``tuple[X, ...]``, ``tuple[X, Y]``, ``list[X]``,
+``dict[K, X]`` with strings or whole numbers as keys, ``X | None``, and ``Any``. A field that is not
+an argument of the constructor is derived from the others: it is written for readers of the file,
+and recomputed when the file is read. Keys that the dataclass does not have are ignored.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ def from_json(kind: type[Record], value, where: str = "") -> Record:
 
 def read_record(kind: type[Record], path: str | os.PathLike) -> Record:
     """The dataclass in a JSON file. Raises UserError if the file does not hold one."""
+    value = files.read_json(path)
     try:
-        return from_json(kind, files.read_json(path))
-    except ValueError as error:  # JSON's own errors are ValueErrors, too
+        return from_json(kind, value)
+    except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}. It is damaged, or was written by another "
                         "version of megatron-direct: create it again with this one.") from error
 
@@ -50,6 +51,8 @@ def _decode(kind, value, where: str):
         return None if value is None else _decode(inner, value, where)
     if typing.get_origin(kind) is tuple:
         return _tuple(arguments, _expect(list, value, where), where)
+    if typing.get_origin(kind) is list:
+        return list(_tuple((*arguments, ...), _expect(list, value, where), where))
     if typing.get_origin(kind) is dict:
         of_key, of_value = arguments
         return {_key(of_key, key, where): _decode(of_value, item, f"{where}[{key!r}]")
@@ -57,7 +60,7 @@ def _decode(kind, value, where: str):
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, _expect(dict, value, where), where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return _float(value, where)
     return _expect(kind, value, where)
 
 
@@ -70,7 +73,7 @@ def _dataclass(kind, value: dict, where: str):
         if field.name in value:
             arguments[field.name] = _decode(hints[field.name], value[field.name],
                                             f"{where}.{field.name}")
-        elif field.default is dataclasses.MISSING:
+        elif field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where}.{field.name} is missing")
     return kind(**arguments)
 
@@ -81,6 +84,13 @@ def _tuple(arguments, value: list, where: str) -> tuple:
         raise ValueError(f"{where}: expected {len(kinds)} values, got {len(value)}")
     return tuple(_decode(kind, item, f"{where}[{i}]")
                  for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _float(value: int, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{where}: expected a number, got one of too many digits") from None
 
 
 def _key(kind: type, key: str, where: str):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_direct.data.blend_plan import BlendPart
+from megatron_direct.errors import UserError
 from megatron_direct.runtime import files, typed_json
 from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.steps.selected import PoolComposition
@@ -55,6 +56,28 @@ def read_averages(arm: Path) -> list[ArmResult]:
     folders = sorted((path.parent for path in arm.glob("averages/*/result.json")),
                      key=lambda folder: int(folder.name))
     return [ArmResult.read(folder) for folder in folders]
+
+
+def measured_on(digests: Mapping[str, str]) -> dict:
+    """The manifest's details of an arm; digests: of its test sets, by their names."""
+    return {"test": dict(digests)}
+
+
+def require_same_tests(folder: Path, digests: Mapping[str, str]) -> None:
+    """Raises UserError where another arm of the run was measured on another test set of one name:
+    one table would show losses on two.
+
+    folder: of the arm that is to be measured; digests: of its test sets, by their names.
+    """
+    for path in sorted(folder.parent.glob("*/manifest.json")):
+        found = Artefact(path.parent, "an annealed arm").read() if path.parent != folder else None
+        known = (found or {}).get("details", {}).get("test", {})
+        for name in known.keys() & digests.keys():
+            if known[name] != digests[name]:
+                raise UserError(
+                    f"the test set {name} has changed since the arm {path.parent.name} was "
+                    f"annealed, and the two could not be compared. Restore it, or delete "
+                    f"{path.parent}, so that both are measured on the new one.")
 
 
 def write_composition(folder: Path, composition: Mapping[str, PoolComposition]) -> None:

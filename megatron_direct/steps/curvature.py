@@ -34,7 +34,7 @@ from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.per_sample import GradientModel
 from megatron_direct.mcore import grid
-from megatron_direct.runtime import files, host, parallel
+from megatron_direct.runtime import arrays, files, host, parallel
 from megatron_direct.runtime.manifest import Artefact, Key
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps.pass_plan import Drawn
@@ -330,8 +330,8 @@ def _write(folder: Path, key: SpectrumKey, found: Eigenpairs, summary: dict) -> 
 
 
 def _read(folder: Path) -> Eigenpairs:
-    with np.load(folder / "directions.npz") as data:
-        total = float(data["total_energy"])
-        return Eigenpairs(data["eigenvalues"], data["sketches"], int(data["rank"]),
-                          int(data["max_matvecs"]), bool(data["converged"]),
-                          None if np.isnan(total) else total)
+    names = ("eigenvalues", "sketches", "rank", "max_matvecs", "converged", "total_energy")
+    values, sketches, rank, max_matvecs, converged, total = arrays.read_named(
+        folder / "directions.npz", names, f"Delete {folder}, and run the command again.")
+    return Eigenpairs(values, sketches, int(rank), int(max_matvecs), bool(converged),
+                      None if np.isnan(total) else float(total))

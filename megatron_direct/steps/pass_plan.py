@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_direct.data.samples import Samples
 from megatron_direct.gradients.store import Entries, SketchStore
-from megatron_direct.runtime import files, parallel, sharing
+from megatron_direct.runtime import arrays, files, parallel, sharing
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ def _planned_before(store: SketchStore, drawn: Drawn) -> np.ndarray | None:
     if not path.is_file():
         return None
     planned = np.zeros(len(drawn.samples), dtype=bool)
-    with np.load(path) as plan:
-        for number, here in zip(dataset_numbers(store, drawn), _of_datasets(drawn), strict=True):
-            if f"dataset-{number}" in plan:
-                _unpack(plan[f"dataset-{number}"], planned[here])
+    plan = arrays.read_npz(path, arrays.MAKE_AGAIN)
+    for number, here in zip(dataset_numbers(store, drawn), _of_datasets(drawn), strict=True):
+        if f"dataset-{number}" in plan:
+            _unpack(plan[f"dataset-{number}"], planned[here])
     return planned
 
 

@@ -23,6 +23,8 @@ from megatron_direct.selection.choice import Choice, choose
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.problem import Selection
+from megatron_direct.selection.quotas import state_quotas
+from megatron_direct.selection.share import Share
 from megatron_direct.selection.treatment import CostRange
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import CurvatureConfig
@@ -77,7 +79,8 @@ def parse_quotas(texts: Sequence[str], names: Sequence[str]) -> dict[str, tuple[
         name, *bounds = text.split(":")
         try:
             least, greatest = bounds
-            quotas[name] = (int(least or 0), int(greatest) if greatest else sys.maxsize)
+            quotas[name] = (int(least or 0),
+                            min(int(greatest), sys.maxsize) if greatest else sys.maxsize)
         except ValueError:
             raise UserError(f"--quotas {text} is not NAME:LEAST:GREATEST, two integers of which "
                             "either may be empty. Correct it.") from None
@@ -110,6 +113,16 @@ class _Pool(int):
 
     def __repr__(self) -> str:
         return repr(self.name)
+
+
+def require_quotas(config: SelectionConfig, samples: Samples) -> None:
+    """Raises UserError for ``--quotas`` that no so many samples of the pools can keep."""
+    asked = limits(config, samples, samples.usable)
+    if asked:
+        with in_terms_of_flags():
+            stated = state_quotas(**asked, share=Share.of_rank(len(samples.usable)))
+            assert stated is not None
+            stated.of_selections(int(config.num_select), config.max_count)
 
 
 @contextlib.contextmanager

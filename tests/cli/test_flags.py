@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,13 +23,12 @@ from megatron_direct.settings import flag_name, flag_type
 LISTED = Path(__file__).with_name("flags.txt")
 
 
-def _parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
+@functools.cache
+def _parsers() -> list[tuple[str, argparse.ArgumentParser]]:
     commands, = (action for action in make_parser()._actions
                  if isinstance(action, argparse._SubParsersAction))
-    for name in COMMANDS:
-        yield name, commands.choices[name]
-    yield "anneal-gpt", anneal_gpt.make_parser()
-    yield "preprocess", preprocess.make_parser()
+    return [*((name, commands.choices[name]) for name in COMMANDS),
+            ("anneal-gpt", anneal_gpt.make_parser()), ("preprocess", preprocess.make_parser())]
 
 
 def listing() -> str:
@@ -104,6 +103,89 @@ def test_what_is_required_is_missed(group):
             values = {**_required(group), f.name: () if f.metadata["nargs"] else ""}
             with pytest.raises(UserError, match=f"{flag_name(f.name)} is missing"):
                 group(**values)
+
+
+# Every flag that takes a value, of every command, at these. What is accepted is stated below.
+ODD = ("0", "-1", "nan", "1e20", "inf", "")
+_NEEDED = {
+    "pretrain": {"--data-path": "a", "--save": "s"},
+    "select": {"--load": "l", "--data-path": "a", "--valid-data-path": "v", "--run-dir": "r"},
+    "anneal": {"--run-dir": "r"}, "report": {"--run-dir": "r"}, "inspect": {"--mask": "m"},
+    "evaluate": {"--load": "l", "--tasks": "t", "--tokenizer-model": "m", "--output": "o"},
+    "preprocess": {"--input": "i", "--output-prefix": "o", "--tokenizer-model": "t"}}
+_NEEDED["compare"] = {**_NEEDED["select"], "--test-data-path": "t"}
+_NEEDED["anneal-gpt"] = _NEEDED["select"]
+
+# Names, paths, patterns and keys: any text is one; whether it is there is seen when it is opened.
+_ANY_TEXT = set("""--checkpoint --data-args-path --data-path --domain --domain-key --eod-token
+    --exclude --group-key --input --json-keys --load --mask --materialize --name --output
+    --output-prefix
+    --per-split-data-args-path --run-dir --save --selection --selection-name --size-of
+    --sketch-parameters --tasks --test-data-path --tokenizer-model --valid-data-path""".split())
+# Texts with a form of their own, which depends on the model or the pools: seen when these are.
+_FORMED = {"--moe-layer-freq", "--quotas"}
+_ACCEPTED = {
+    # 0 stands for none of it, all of it, or is in the range.
+    "0": _ANY_TEXT | _FORMED | set("""--adam-beta1 --adam-beta2 --clip-grad --corrupt-fraction
+        --density-samples --kept-deviation --lr-warmup-iters --min-lr --mscale --mscale-all-dim
+        --num-curvature-samples --num-valid-samples --pilot-iters --seed --shrinkage-clusters
+        --stiff-budget --stiff-budget-fraction --weight-decay""".split()),
+    "-1": _ANY_TEXT | _FORMED, "nan": _ANY_TEXT | _FORMED,
+    # No clipping, no limit, no budget; and a step of any length.
+    "1e20": _ANY_TEXT | _FORMED | {"--clip-grad", "--max-epochs", "--stiff-budget", "--step-size"},
+    "inf": _ANY_TEXT | _FORMED | {"--stiff-budget"},
+    # As if it was not given, where that is allowed; preprocess reads "" as the folder it is in,
+    # which is neither a file nor holds a tokenizer.
+    "": {"--checkpoint", "--data-args-path", "--materialize", "--name", "--output",
+         "--per-split-data-args-path", "--tokenizer-model", "--input"},
+}
+
+
+def _is_accepted(command: str, parser: argparse.ArgumentParser, flag: str, value: str) -> bool:
+    """Until the command itself begins. Raises unless what is refused is named."""
+    others = [word for pair in _NEEDED[command].items() if pair[0] != flag for word in pair]
+    try:
+        found = parser.parse_args([*others, f"{flag}={value}"])
+        if command == "preprocess":
+            preprocess.PreprocessSettings(**{
+                name: tuple(v) if isinstance(v, list) else v for name, v in vars(found).items()})
+        else:
+            flags.request_from(anneal_gpt.LaunchRequest if command == "anneal-gpt"
+                               else COMMANDS[command].load()[0], found)
+    except SystemExit as error:
+        assert error.code == 2
+        return False
+    except UserError as error:
+        assert flag in str(error)
+        return False
+    return True
+
+
+def test_every_flag_at_every_odd_value(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    walked = 0
+    for command, parser in _parsers():
+        for action in parser._actions:
+            if not action.option_strings or action.nargs == 0 or isinstance(
+                    action, argparse._HelpAction | argparse.BooleanOptionalAction):
+                continue
+            flag = action.option_strings[0]
+            for value in ODD:
+                walked += 1
+                accepted = _is_accepted(command, parser, flag, value)
+                assert not accepted or flag in _ACCEPTED[value], (command, flag, value)
+    capsys.readouterr()
+    assert walked > 1500 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", sorted(set().union(*_ACCEPTED.values()) - _FORMED))
+def test_what_is_said_to_be_accepted_is(flag, capsys):
+    """By some command at least, so that the table holds nothing that is not so."""
+    parsers = [(command, parser) for command, parser in _parsers()
+               if flag in parser._option_string_actions]
+    for value in ODD:
+        found = any(_is_accepted(command, parser, flag, value) for command, parser in parsers)
+        assert found == (flag in _ACCEPTED[value]), (flag, value)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,23 @@ def test_launch_script_runs_under_bash_and_names_what_is_missing():
     assert done.stderr.count("error: --load is missing. Give it, or set CHECKPOINT_PATH.") == 1
 
 
+@pytest.mark.parametrize("name", ["GPUS_PER_NODE", "NUM_NODES", "NODE_RANK", "MASTER_PORT",
+                                  "TENSOR_MODEL_PARALLEL_SIZE", "PIPELINE_MODEL_PARALLEL_SIZE"])
+@pytest.mark.parametrize("value", ["PPID[$(touch x)]", "-1", "1e3", "0x10", " 2", "1\n2", "08"])
+def test_launch_script_takes_numbers_alone(tmp_path, name, value):
+    """Bash runs a command that stands in the subscript of what it computes with."""
+    environment = {**os.environ, "NUM_NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "localhost",
+                   "TORCHRUN": "touch started"}
+    done = subprocess.run(["bash", str(ROOT / "launch" / "anneal_gpt.sh")], capture_output=True,
+                          text=True, cwd=tmp_path, env={**environment, name: value})
+    assert done.returncode == 1
+    assert re.search(rf"error: {name} is .*: expected a whole number", done.stderr)
+    assert not list(tmp_path.iterdir())
+    subprocess.run(["bash", str(ROOT / "launch" / "anneal_gpt.sh")], cwd=tmp_path, check=True,
+                   env={**environment, name: "2"}, capture_output=True)
+    assert (tmp_path / "started").is_file()
+
+
 @pytest.mark.parametrize(("variables", "match"), [
     ({"ARMS": "drect"}, "ARMS is 'drect': expected direct, random or both"),
     ({"ARMS": " "}, "ARMS is '': expected"),

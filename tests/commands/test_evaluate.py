@@ -272,7 +272,7 @@ def test_ties_go_to_the_lower_number():
 
 def test_one_question_has_no_standard_error():
     answered = [{"answer": 1, "answered": {"acc": 1, "acc_norm": 0, "acc_token": 1},
-                 "bytes": [1, 1], "cut": False, "merged": False}]
+                 "bytes": [1, 1], "distinct": 2, "cut": False, "merged": False}]
     result = accuracies(answered)
     assert (result["acc"], result["acc_norm"], result["acc_stderr"]) == (1, 0, None)
 

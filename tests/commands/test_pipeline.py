@@ -456,6 +456,9 @@ def test_a_test_set_that_was_remade_between_two_arms_is_refused(folder, annealed
     try:
         with pytest.raises(RankError, match="made with other settings: other test"):
             run_on_ranks(1, _anneal, folder, Layout(), "remade")
+        with pytest.raises(RankError, match="the test set test has changed since the arm direct"):
+            run_on_ranks(1, _anneal, folder, Layout(), "remade", "random")
+        assert not arm_folder(folder / "remade", "random").exists()
     finally:
         write_dataset(folder / "test", documents(3, 12))
 

@@ -109,3 +109,9 @@ def test_a_mask_of_another_dataset_is_refused(blend):
 def test_a_weight_that_is_no_share_is_refused(weight):
     with pytest.raises(UserError, match="gives b the weight .*: it must be a finite number"):
         Blend(["a", "b"], [1.0, weight])
+
+
+@pytest.mark.parametrize(("weights", "total"), [([0.0, 0.0], "0.0"), ([1e308, 1e308], "inf")])
+def test_weights_that_cannot_be_shares_are_refused(weights, total):
+    with pytest.raises(UserError, match=f"weights of the blend sum to {total}"):
+        Blend(["a", "b"], weights)

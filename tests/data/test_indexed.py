@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -86,6 +87,43 @@ def test_an_index_that_contradicts_itself_is_refused(prefix, place, value, match
         indexed.open_indexed(prefix)
 
 
+def _write_as_others_do(prefix, documents, offsets=None, num_boundaries=None) -> str:
+    """By hand, tokens of two bytes, a sequence to a document."""
+    lengths = np.array([len(document) for document in documents], np.int32)
+    if offsets is None:
+        offsets = 2 * (np.cumsum(lengths, dtype=np.int64) - lengths)
+    boundaries = np.arange(len(lengths) + 1 if num_boundaries is None else num_boundaries)
+    with open(f"{prefix}.bin", "wb") as file:
+        file.write(np.concatenate(documents).astype(np.uint16).tobytes())
+    with open(f"{prefix}.idx", "wb") as file:
+        file.write(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, len(lengths), len(boundaries)))
+        for array, dtype in ((lengths, np.int32), (offsets, np.int64), (boundaries, np.int64)):
+            file.write(np.asarray(array, dtype).tobytes())
+    return str(prefix)
+
+
+@pytest.mark.parametrize(("change", "match"), [
+    ("none", None),
+    ("offsets of tokens of four bytes", "sequence 1 has length 23 and begins at byte 80"),
+    ("offsets that have wrapped", "sequence 6 .* begins at byte -"),
+    ("the last boundary is missing", "boundaries of its documents do not rise from 0 to its 12"),
+])
+def test_indexes_that_other_tools_have_written(tmp_path, change, match):
+    documents = [np.full(20 + 3 * number, number) for number in range(12)]
+    starts = np.cumsum([len(d) for d in documents]) - [len(d) for d in documents]
+    prefix = _write_as_others_do(tmp_path / "set", documents, **{
+        "none": {}, "offsets of tokens of four bytes": {"offsets": 4 * starts},
+        "offsets that have wrapped": {"offsets": np.where(starts < starts[6], 2 * starts,
+                                                          2 * starts - 2**32)},
+        "the last boundary is missing": {"num_boundaries": 12}}[change])
+    if match is None:
+        dataset = indexed.open_indexed(prefix)
+        assert indexed.document_tokens(dataset, 11).tolist() == [11] * 53
+        return
+    with pytest.raises(UserError, match=f"set.idx is damaged.*{match}"):
+        indexed.open_indexed(prefix)
+
+
 @pytest.mark.parametrize(("suffix", "tail", "match"), [
     (".idx", b"0", "set.idx is damaged: its header promises"),
     (".bin", b"0000", "set.bin is damaged: .*set.idx promises 40 bytes, it has 44"),
@@ -111,3 +149,14 @@ def test_digest_changes_with_tokens_and_with_boundaries(tmp_path, prefix):
 def test_names_are_short_where_they_can_be():
     assert indexed.prefix_names(["a/x", "b/y"]) == {"a/x": "x", "b/y": "y"}
     assert indexed.prefix_names(["a/x", "b/x"]) == {"a/x": "a__x", "b/x": "b__x"}
+
+
+@pytest.mark.parametrize("prefixes", [
+    ["a/b__c", "a__b/c", "x/c", "x/b__c"], ["/data/a", "data/a"],
+    ["p/" + "é" * 200, "q/" + "é" * 200, "r/" + "é" * 200 + "x"],
+], ids=["underscores", "absolute", "long"])
+def test_names_are_unique_and_short_enough_for_a_file(prefixes, tmp_path):
+    names = indexed.prefix_names(prefixes)
+    assert len(set(names.values())) == len(prefixes)
+    for name in names.values():
+        (tmp_path / f".{name}.mask.npz.1234567.partial").touch()

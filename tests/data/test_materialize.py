@@ -11,6 +11,7 @@ from indexed_files import random_documents, write_dataset
 
 from megatron_direct import SampleMask
 from megatron_direct.data import indexed
+from megatron_direct.data.cards import read_card
 from megatron_direct.data.materialize import materialize
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import files
@@ -46,7 +47,7 @@ def test_the_card_is_carried_over(prefix, tmp_path):
     keep = np.arange(40) % 5 == 2  # 2, 7, 12, ...
     written = materialize(prefix, SampleMask(keep, indexed.dataset_digest(prefix), "runs/x"),
                           str(tmp_path / "some"))
-    card = indexed.read_card(str(tmp_path / "some"))
+    card = read_card(str(tmp_path / "some"))
     assert (card["domain"], card["documents"], card["tokens"], card["corrupted"]) == \
         ("d", 8, written.tokens, [0, 1])
     assert card["materialized_from"]["run"] == "runs/x"
@@ -68,7 +69,8 @@ def test_the_mask_is_unpacked_a_few_times_however_many_documents_are_corrupted(
     """Unpacking takes a byte a document: once for each corrupted one would be quadratic."""
     prefix = write_dataset(tmp_path / "set", [[[1, 2]] for _ in range(300)])
     corrupted = list(range(0, 300, 2))
-    files.write_json(prefix + ".json", {"domain": "x", "corrupted": corrupted})
+    files.write_json(prefix + ".json", {
+        "tokenizer_digest": "x", "vocab_size": 9, "documents": 300, "corrupted": corrupted})
     keep = np.arange(300) % 3 == 0
     mask = SampleMask(keep, indexed.dataset_digest(prefix))
     unpacked = []
@@ -78,5 +80,5 @@ def test_the_mask_is_unpacked_a_few_times_however_many_documents_are_corrupted(
     materialize(prefix, mask, str(tmp_path / "some"))
     assert len(unpacked) < 5
     kept = np.flatnonzero(keep).tolist()
-    assert indexed.read_card(str(tmp_path / "some"))["corrupted"] == [
+    assert read_card(str(tmp_path / "some"))["corrupted"] == [
         kept.index(document) for document in corrupted if keep[document]]

@@ -44,7 +44,8 @@ def _read(tmp_path, *lines) -> list[Question]:
         "HellaSwag", "HellaSwag whole"])
 def test_forms_of_records(tmp_path, record, context):
     question, = _read(tmp_path, record)
-    assert question == Question(context, COLOURS, 1, 1)
+    gap = " " if record.get("context") else ""
+    assert question == Question(context, COLOURS, 1, 1, gap)
 
 
 @pytest.mark.parametrize(("support", "before"), [("It is day.", "It is day.\n"), ("", "")])
@@ -68,11 +69,44 @@ def test_one_space_parts_context_and_choice_and_is_not_counted():
     assert [question.num_bytes(n) for n in range(3)] == [3, 4, 4]
 
 
+@pytest.mark.parametrize(("context", "choice", "whole"), [
+    ("def area(side):\n", "    return side", "def area(side):\n    return side"),
+    ("def area(side):", "    return side", "def area(side):    return side"),
+    ("The answer is:\n\n", "blue", "The answer is:\n\nblue"),
+    ("The answer is:", "blue", "The answer is: blue"),
+    ("The sky is ", "blue", "The sky is blue"), ("The sky is\t ", " blue", "The sky is\t  blue"),
+])
+def test_the_text_is_scored_as_it_stands(tmp_path, context, choice, whole):
+    """The white space between the two belongs to the choice."""
+    question, = _read(tmp_path, {"context": context, "choices": [choice, "no"], "answer": 0})
+    assert question.with_choice(0) == whole
+    assert question.context == context.rstrip()
+
+
+@pytest.mark.parametrize(("choices", "answer", "expected", "distinct"), [
+    (["red", "red", "blue"], 1, 0, 2), (["red", "blue", " red"], 2, 0, 2),
+    (["red", "blue", "red"], "C", 0, 2), (["red", "blue"], 1, 1, 2),
+])
+def test_equal_choices_are_one(tmp_path, choices, answer, expected, distinct):
+    question, = _read(tmp_path, {"context": "c", "choices": choices, "answer": answer})
+    assert (question.answer, question.num_distinct) == (expected, distinct)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_task(tmp_path):
+    line = json.dumps({"context": "The sky is", "choices": ["blue", "green"], "answer": 0})
+    (tmp_path / "task.jsonl").write_text("\ufeff" + line + "\n\ufeff" + line)  # two files joined
+    assert [q.line for q in multiple_choice.read_questions(tmp_path / "task.jsonl")] == [1, 2]
+
+
 GOOD = {"context": "c", "choices": COLOURS, "answer": 0}
 
 
 @pytest.mark.parametrize(("line", "match"), [
     ('{"context": ', r"task.jsonl:3: expected a JSON object \(Expecting value"),
+    ('{"context": "c", "choices": ["a", "gr\\ud83deen"], "answer": 0}',
+     "task.jsonl:3: half of a surrogate pair"),
+    ("[" * 10**5, r"task.jsonl:3: expected a JSON object"),
+    (GOOD | {"choices": ["a", " a"]}, "task.jsonl:3: all choices are the same text"),
     ('[{"context": "c"}]', "task.jsonl:3: expected a JSON object, found a list.*jq -c"),
     ({"text": "t"}, "expected the keys .*answerKey.*; found text. Correct"),
     ({"context": "c", "answer": 0}, "expected the keys .*; found context, answer"),

@@ -111,6 +111,32 @@ def test_no_masked_token_reaches_a_batch_in_any_layout(tmp_path_factory, layout)
         assert len(taken) == 24 // layout.dp
 
 
+def _train_on_wrong_tokens(model, layout, prefix, folder):
+    """The ends of a large dataset are checked before any work; here its middle is meant."""
+    from megatron_direct.data import indexed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexed, "require_tokens_below", lambda *_: None)
+        return _train(model, layout, [prefix], {}, folder)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=str)
+@pytest.mark.parametrize("token", [-1, VOCAB + 1])
+def test_a_token_outside_the_vocabulary_is_refused_wherever_it_stands(tmp_path_factory, layout,
+                                                                      token):
+    """-1 is what Megatron pads with here; at TP 2 each rank looks up nothing for what is not its
+    own."""
+    folder = tmp_path_factory.mktemp("wrong")
+    documents = random_documents(60, VOCAB, seed=1)
+    for document in documents:
+        document[0][0] = token
+    model = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=4,
+                        ffn_hidden_size=24, seq_length=LENGTH, vocab_size=VOCAB + 1)
+    prefix = write_dataset(folder / "pool", documents)
+    with pytest.raises(RankError, match=f"pool.bin holds token {token}, but the tokenizer has 61"):
+        on_layout(layout, _train_on_wrong_tokens, model, prefix, folder)
+
+
 def _check_cache(folder):
     prefixes, masks = make_pools(folder, counts=(50,))
     prefix, = prefixes

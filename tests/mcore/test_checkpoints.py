@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import json
 import pickle
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from trained_checkpoint import CASES, require_equal, resume, save
 
 from megatron_direct.config import Job, ModelConfig
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import checkpoint, compat
+from megatron_direct.mcore import checkpoint, compat, integrity
 
 LLAMA = MODELS["llama-tied"]
 
@@ -42,6 +44,48 @@ def bare(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bare")
     on_layout(Layout(), _save_bare, LLAMA, str(folder))
     return folder
+
+
+def _load_bare(model, layout, folder):
+    from megatron_direct.mcore import model as models
+
+    found = checkpoint.open_checkpoint(folder)
+    checkpoint.load_model(found.path, models.build(Job(model, layout)))
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2)], ids=str)
+def test_a_damaged_file_is_named_with_an_older_checkpoint(bare, tmp_path, layout):
+    """One flipped bit anywhere, a file that is cut short, and one that is gone."""
+    folder = shutil.copytree(bare, tmp_path / "theta")
+    newest = folder / "iter_0000007"
+    shutil.copytree(newest, folder / "iter_0000003")
+    names = sorted(path.name for path in newest.iterdir())
+    assert json.loads((newest / integrity.MANIFEST).read_text())["files"].keys() == \
+        set(names) - {integrity.MANIFEST}
+    on_layout(layout, _load_bare, LLAMA, folder)
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(name for name in names if name != integrity.MANIFEST):
+        whole = (newest / name).read_bytes()
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        if number == 1:
+            damaged = damaged[:-1]
+        (newest / name).write_bytes(damaged)
+        if number == 2:
+            (newest / name).unlink()
+        match = re.escape(name) + ".* is damaged.*iter_0000003: write 3 into its latest_check"
+        # metadata.json tells the format, which is looked at first.
+        if name == "metadata.json":
+            match = re.escape(name)
+        with pytest.raises(RankError, match=match):
+            on_layout(layout, _load_bare, LLAMA, folder)
+        (newest / name).write_bytes(whole)
+    on_layout(layout, _load_bare, LLAMA, folder)
+    (newest / integrity.MANIFEST).write_text('{"algorithm": "sha256", "files": []}')
+    with pytest.raises(RankError, match="integrity.json is damaged"):
+        on_layout(layout, _load_bare, LLAMA, folder)
+    (newest / integrity.MANIFEST).unlink()  # as of an older version, or of another tool
+    on_layout(layout, _load_bare, LLAMA, folder)
 
 
 def _read_on_rank_zero_alone(folder):

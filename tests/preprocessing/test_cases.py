@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from preprocess_runs import read, run
 
-from megatron_direct.data import indexed
+from megatron_direct.data.cards import read_card
 from megatron_direct.errors import UserError
 from megatron_direct.preprocessing import documents, reading, tokenizer
 from megatron_direct.preprocessing.documents import Fields
@@ -75,8 +75,23 @@ def test_a_held_out_document_is_found_in_windows_whatever_it_quotes(tmp_path, mo
     assert len(read(tmp_path / "v_held_pool")) > 4
     run([_write(tmp_path / "pool.jsonl", [FERRY[0], *QUOTED])], tmp_path / "x", model,
         "--append-eod", "--exclude", f"{tmp_path}/v_held_pool", "--drop-duplicates")
-    card = indexed.read_card(f"{tmp_path}/x_pool_pool")
+    card = read_card(f"{tmp_path}/x_pool_pool")
     assert (card["documents"], card["leaked"], card["dropped"]) == (1, 4, 4)
+
+
+@pytest.mark.parametrize("end", [(), ("--append-eod",)])
+@pytest.mark.parametrize("length", [*range(2, 24), 90])
+def test_a_document_that_the_last_window_cuts_is_held_out(tmp_path, model, end, length):
+    """Every document with a token in a window, wherever the last window ends."""
+    run([_write(tmp_path / "held.jsonl", QUOTED)], tmp_path / "v", model, "--samples", "window",
+        "--seq-length", str(length), *end)
+    lengths = np.load(tmp_path / "v_held_pool.documents.npy")
+    begins = np.cumsum(lengths) - lengths
+    held = int(np.sum(begins < lengths.sum() // length * length))
+    run([_write(tmp_path / "pool.jsonl", [FERRY[0], *QUOTED])], tmp_path / "x", model,
+        "--exclude", f"{tmp_path}/v_held_pool", "--drop-duplicates")
+    assert read_card(f"{tmp_path}/x_pool_pool")["leaked"] == held
+    assert (held == len(QUOTED)) or length == 90
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.jsonlines", "a.JsonLines", "a.ndjson",
@@ -101,7 +116,7 @@ def test_a_byte_order_mark_is_not_text(text, tmp_path, shard_size):
     assert text.texts(tmp_path / "x_a_pool") == [*FERRY, FERRY[0]]
     assert text.texts(tmp_path / "x_joined_pool") == text.texts(tmp_path / "x_b_pool") == FERRY
     assert not (tmp_path / "x_empty_pool.idx").exists()
-    assert indexed.read_card(f"{tmp_path}/x_a_pool")["duplicates"] == 1
+    assert read_card(f"{tmp_path}/x_a_pool")["duplicates"] == 1
 
 
 @pytest.mark.parametrize("flags", [(), ("--group-key", "book"), ("--domain-key", "book")])
@@ -144,6 +159,25 @@ def test_rows_without_a_group_have_nothing_in_common(tmp_path):
     assert [line for line, _ in bad] == [1, 2]
 
 
+def test_rows_that_python_cannot_hold_are_bad_lines(text, tmp_path):
+    """A string that is not UTF-8, and a day after the year 9999 as the group."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [b"The tide came in.", b"half of \xff\xfe", b"It went out.", b"Nothing is left."]
+    ends = np.cumsum([0, *map(len, texts)]).astype(np.int32)
+    strings = pyarrow.StringArray.from_buffers(len(texts), pyarrow.py_buffer(ends.tobytes()),
+                                               pyarrow.py_buffer(b"".join(texts)))
+    days = pyarrow.array([1, 2, 3, 2**31 - 1], pyarrow.int32()).view(pyarrow.date32())
+    parquet.write_table(pyarrow.table({"text": strings, "day": days}), tmp_path / "a.parquet")
+    flags = ("--group-key", "day")
+    with pytest.raises(SystemExit, match="a.parquet:2 is not a row .*utf-8"):
+        text.run(tmp_path / "x", *flags, inputs=[tmp_path / "a.parquet"])
+    text.run(tmp_path / "x", *flags, "--skip-bad-lines", inputs=[tmp_path / "a.parquet"])
+    assert text.texts(tmp_path / "x_a_pool") == ["The tide came in.", "It went out."]
+    assert [line.split(": ")[0].rpartition(":")[2] for line in
+            (tmp_path / "x_bad_lines.txt").read_text().splitlines()] == ["2", "4"]
+
+
 def test_a_vocabulary_that_the_text_does_not_give(tmp_path):
     """The largest and the smallest size that the messages name are indeed those that fit."""
     small = _write(tmp_path / "small.jsonl", [
@@ -169,6 +203,21 @@ def test_a_vocabulary_that_the_text_does_not_give(tmp_path):
         assert train(size) == ""
         assert tokenizer.load_tokenizer(model, None, False).vocab_size == size
         model.unlink()
+
+
+@pytest.mark.parametrize("between", ["\u2585", "\t", "\0", "\u2581", " zebra" * 2**18])
+def test_no_text_is_left_out_of_training(tmp_path, between):
+    """The word stands only in documents with a character that SentencePiece keeps for itself, or
+    in such as are longer than it takes."""
+    plain = ["plain words of a text"] * 9
+    with_word = [*plain, *[f"zebra{between}zebra zebra"] * (40 if len(between) == 1 else 2)]
+
+    def pieces_of_word(texts: list[str]) -> int:
+        tokenizer.train_model(tmp_path / "tokenizer.model", iter(texts), 280)
+        found = tokenizer.load_tokenizer(tmp_path / "tokenizer.model", None, append_eod=False)
+        return len(found.encode([" zebra"])[0])
+
+    assert pieces_of_word(with_word) < pieces_of_word(plain)
 
 
 def test_bad_input_of_training_is_named(text, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from preprocess_runs import write_shards
 
 from megatron_direct.preprocessing import catalogue
+from megatron_direct.runtime import files
 
 
 @pytest.mark.parametrize("entries_at_a_time", [1, 3, 1000])
@@ -36,6 +37,16 @@ def test_each_dataset_has_its_parts_in_the_order_of_the_input(tmp_path, monkeypa
                          if (domain, split) == (target.domain, target.split)]
         assert target.tokens == sum(len(tokens) for _, _, tokens in found)
     assert sorted(numbers) == list(range(contents.documents))
+
+
+def test_names_of_domains_are_unique_and_short_enough_for_a_file(tmp_path):
+    domains = {"wiki", "C++ / code", "C++ . code", "C++ _ code", "é" * 300, "é" * 300 + "x"}
+    prefix = str(tmp_path / ("o" * 120))
+    names = catalogue._file_names(domains, prefix)
+    assert names["wiki"] == "wiki" and names["C++ . code"].startswith("C++_._code")
+    assert len(set(names.values())) == len(domains)
+    for name in names.values():
+        files.write_json(f"{prefix}_{name}_valid.documents.npy", {})
 
 
 def test_each_manifest_is_read_once(tmp_path, monkeypatch):

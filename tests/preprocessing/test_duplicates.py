@@ -100,7 +100,8 @@ def test_the_end_of_a_document_does_not_count(tmp_path, documents, leaked):
 @pytest.mark.parametrize(("eod", "leaked"), [(9, [[5, 6], [8]]), (None, [[5, 6, 9]])])
 def test_the_card_says_what_ends_the_documents(tmp_path, eod, leaked):
     prefix = write_dataset(tmp_path / "excluded", [[[5, 6, 9]], [[8, 9]]])
-    Path(prefix + ".json").write_text(json.dumps({"eod": eod, "tokenizer_digest": "digest"}))
+    Path(prefix + ".json").write_text(json.dumps(
+        {"eod": eod, "tokenizer_digest": "digest", "vocab_size": 99}))
     assert _leaked(tmp_path, prefix) == leaked
 
 
@@ -111,7 +112,8 @@ def _window_dataset(folder: Path, documents: list[list[int]], length: int, eod: 
         [stream[start: start + length]] for start in range(0, whole, length)])
     windows.write_lengths(prefix, np.array([len(tokens) for tokens in documents], np.int32))
     Path(prefix + ".json").write_text(json.dumps({
-        "samples": "window", "eod": eod, "tokenizer_digest": "digest", "tokens": whole,
+        "samples": "window", "eod": eod, "tokenizer_digest": "digest", "vocab_size": 99,
+        "tokens": whole,
         "tokens_cut": len(stream) - whole}))
     return prefix
 
@@ -143,7 +145,7 @@ def test_windows_without_their_documents_are_refused(tmp_path):
 
 def test_datasets_of_another_tokenizer_are_refused(tmp_path):
     prefix = write_dataset(tmp_path / "excluded", [[[5, 6]]])
-    Path(prefix + ".json").write_text(json.dumps({"tokenizer_digest": "other"}))
+    Path(prefix + ".json").write_text(json.dumps({"tokenizer_digest": "other", "vocab_size": 99}))
     with pytest.raises(UserError, match="excluded of --exclude was made with another tokenizer"):
         ExcludedDataset(prefix, "digest", ENDS)
 

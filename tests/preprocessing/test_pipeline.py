@@ -7,7 +7,7 @@ import json
 import pytest
 from preprocess_runs import read
 
-from megatron_direct.data import indexed
+from megatron_direct.data.cards import read_card
 
 SPLITS = ("pool", "valid", "test")
 
@@ -17,7 +17,7 @@ def test_text_comes_back_from_the_tokens(text, tmp_path):
     documents = read(tmp_path / "x_notes_pool")
     assert text.texts(tmp_path / "x_notes_pool") == [r["text"] for r in text.records]
     assert {d[-1] for d in documents} == {text.tokenizer.eos_id()}
-    card = indexed.read_card(f"{tmp_path}/x_notes_pool")
+    card = read_card(f"{tmp_path}/x_notes_pool")
     assert card["documents"] == 300 and card["tokens"] == sum(map(len, documents))
     assert card["vocab_size"] == text.tokenizer.vocab_size()
     assert card["eod"] == text.tokenizer.eos_id()
@@ -38,7 +38,7 @@ def test_a_hugging_face_tokenizer(text, tmp_path):
     documents = read(tmp_path / "x_notes_pool")
     assert [model.decode(list(d), skip_special_tokens=False) for d in documents] == [
         t + "<end>" for t in texts]
-    assert indexed.read_card(f"{tmp_path}/x_notes_pool")["vocab_size"] == model.get_vocab_size()
+    assert read_card(f"{tmp_path}/x_notes_pool")["vocab_size"] == model.get_vocab_size()
 
 
 def test_pool_valid_and_test_share_no_document_and_no_group(text, tmp_path):
@@ -62,7 +62,7 @@ def test_a_dotted_domain_key_divides_the_records(text, tmp_path):
     text.run(tmp_path / "x", "--domain-key", "meta.set", inputs=[text.notes])
     for name, domain in (("Web", "Web"), ("C++___code", "C++ / code")):
         prefix = f"{tmp_path}/x_{name}_pool"
-        assert indexed.read_card(prefix)["domain"] == domain
+        assert read_card(prefix)["domain"] == domain
         assert text.texts(prefix) == [r["text"] for r in text.records
                                       if r["meta"]["set"] == domain]
 
@@ -70,7 +70,7 @@ def test_a_dotted_domain_key_divides_the_records(text, tmp_path):
 def test_files_of_one_domain_follow_one_another(text, tmp_path):
     text.run(tmp_path / "x", "--domain", "all")
     assert text.texts(tmp_path / "x_all_pool")[:300] == [r["text"] for r in text.records]
-    assert indexed.read_card(f"{tmp_path}/x_all_pool")["documents"] == 380
+    assert read_card(f"{tmp_path}/x_all_pool")["documents"] == 380
 
 
 def test_windows_hold_the_tokens_of_the_documents(text, tmp_path):
@@ -100,10 +100,10 @@ def test_bad_lines_are_listed_and_skipped_on_request(text, tmp_path, capsys):
 
 def test_duplicates_are_counted_and_dropped_on_request(text, tmp_path):
     text.run(tmp_path / "x", inputs=[text.plain])
-    card = indexed.read_card(f"{tmp_path}/x_plain_pool")
+    card = read_card(f"{tmp_path}/x_plain_pool")
     assert (card["documents"], card["duplicates"], card["dropped"]) == (80, 20, 0)
     text.run(tmp_path / "y", "--drop-duplicates", inputs=[text.plain])
-    card = indexed.read_card(f"{tmp_path}/y_plain_pool")
+    card = read_card(f"{tmp_path}/y_plain_pool")
     assert (card["documents"], card["duplicates"], card["dropped"]) == (60, 20, 20)
     assert read(tmp_path / "y_plain_pool") == read(tmp_path / "x_plain_pool")[:60]
 
@@ -121,9 +121,7 @@ def test_held_out_documents_are_refused(text, tmp_path, samples):
     assert not (tmp_path / "x_notes_pool.idx").exists()
     text.run(tmp_path / "x", *flags, "--drop-duplicates", inputs=[text.notes])
     left, texts = text.texts(tmp_path / "x_notes_pool"), [r["text"] for r in text.records]
-    # The last document is cut off with what is left of the last window, and so is not held out.
-    last = 110 if samples == ("document",) else 109
-    assert left == texts[:100] + texts[last:]
+    assert left == texts[:100] + texts[110:]  # also the one that the last window cuts
 
 
 def test_a_held_out_document_of_another_group_is_refused(text, tmp_path):
@@ -163,14 +161,22 @@ def test_files_and_tokens_that_are_missing_are_named(text, tmp_path, flags, matc
     text.run(tmp_path / "x", "--seed", "7", inputs=[text.notes])  # no unfinished run is in the way
 
 
-@pytest.mark.parametrize(("values", "match"), [
-    (["a b", "a/b"], "domains 'a b' and 'a/b' would both be written as"),
-    (["short", "x" * 201], "domain 'x{40}'... is too long for the name of a file"),
-    ([str(number) for number in range(1001)], "--domain-key gives more than 1000 domains"),
-])
-def test_domains_that_cannot_be_files_are_refused(text, tmp_path, values, match):
-    notes = tmp_path / "in.jsonl"
-    notes.write_text("".join(json.dumps({"text": f"one text {n}", "set": value}) + "\n"
-                             for n, value in enumerate(values)))
-    with pytest.raises(SystemExit, match=match):
-        text.run(tmp_path / "x", "--domain-key", "set", inputs=[notes])
+def _records_of(folder, domains):
+    notes = folder / "in.jsonl"
+    notes.write_text("".join(json.dumps({"text": f"one text {n}", "set": domain}) + "\n"
+                             for n, domain in enumerate(domains)))
+    return notes
+
+
+def test_domains_of_any_name_are_written_apart(text, tmp_path):
+    domains = ["a b", "a/b", "short", "x" * 300, "x" * 300 + "y"]
+    text.run(tmp_path / "x", "--domain-key", "set", inputs=[_records_of(tmp_path, domains)])
+    cards = [read_card(str(path).removesuffix(".idx")) for path in tmp_path.glob("x_*.idx")]
+    assert sorted(card["domain"] for card in cards) == sorted(domains)
+    assert all(card["documents"] == 1 for card in cards)
+
+
+def test_too_many_domains_are_refused(text, tmp_path):
+    domains = [str(number) for number in range(1001)]
+    with pytest.raises(SystemExit, match="--domain-key gives more than 1000 domains"):
+        text.run(tmp_path / "x", "--domain-key", "set", inputs=[_records_of(tmp_path, domains)])

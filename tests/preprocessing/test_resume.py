@@ -167,6 +167,21 @@ def test_shards_without_a_plan_are_refused(text, tmp_path):
     assert outputs(tmp_path / "x") == done
 
 
+def test_a_split_that_a_run_no_longer_writes_is_not_left_beside_it(text, tmp_path):
+    """Its documents would be in the new pool, too."""
+    text.run(tmp_path / "x", "--split", "80,10,10", "--drop-duplicates", inputs=[text.plain])
+    match = "x_plain_test is there from an earlier run.*share documents. Delete it.*--exclude"
+    with pytest.raises(SystemExit, match=match):
+        text.run(tmp_path / "x", "--split", "90,10,0", inputs=[text.plain])
+    kept = ("--exclude", f"{tmp_path}/x_plain_test", "--drop-duplicates")
+    text.run(tmp_path / "x", "--split", "90,10,0", *kept, inputs=[text.plain])
+    test, pool = (set(read(tmp_path / f"x_plain_{split}")) for split in ("test", "pool"))
+    assert test and pool and not test & pool
+    for path in tmp_path.glob("x_plain_test.*"):
+        path.unlink()
+    text.run(tmp_path / "x", "--split", "90,10,0", inputs=[text.plain])
+
+
 def test_an_identity_tells_what_tokens_depend_on(hugging_face):
     known = tokenizer.identify(hugging_face, tokenizer.load_tokenizer(hugging_face, None, True))
     other = tokenizer.identify(hugging_face, tokenizer.load_tokenizer(hugging_face, "<b>", True))

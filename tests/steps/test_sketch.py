@@ -8,7 +8,9 @@ import flat_requests
 import numpy as np
 import pytest
 import torch
-from ranks import Layout, RankError, run_on_ranks
+import trained_checkpoint
+from ranks import Layout, RankError, on_layout, run_on_ranks
+from tiny_models import MODELS
 from trained import SMALL
 from weights import assemble, pieces
 
@@ -287,3 +289,32 @@ def _scales_of(folder):
     with grid.model_parallel(Layout().config()), torch.no_grad():
         chunks = model.build(Job(MODEL, Layout().config()))
         adam_scales(checkpoint.latest(folder / "bare"), chunks, parameter_shards(chunks))
+
+
+def _moments_of_experts(model_of_case, layout, folder):
+    """For each parameter the scales, and Adam's second moments, which optimizers that are chained
+    hold: experts have one of their own."""
+    chunks = model.build(Job(model_of_case, layout))
+    trainer = training.make_trainer(chunks, OPTIMIZER, BATCH)
+    found = checkpoint.latest(folder)
+    checkpoint.load_training(found, chunks, trainer.optimizer, trainer.scheduler)
+    shards = parameter_shards(chunks)
+    state = {parameter: of_one for optimizer in trainer.optimizer.chained_optimizers
+             for parameter, of_one in optimizer.optimizer.state.items()}
+    scales = adam_scales(found, chunks, shards)
+    return {s.name: (scales[s.name].numpy(), state[s.parameter]["exp_avg_sq"].numpy())
+            for s in shards}
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2, ep=2),
+                                    pytest.param(Layout(tp=2, sp=True), marks=pytest.mark.slow)],
+                         ids=str)
+def test_experts_have_second_moments_too(tmp_path, layout):
+    case = trained_checkpoint.Case("qwen2-moe", Layout(dp=2, ep=2), layout)
+    trained_checkpoint.save(case, tmp_path)
+    for of_rank in on_layout(layout, _moments_of_experts, MODELS[case.model], tmp_path):
+        assert any("experts" in name for name in of_rank)
+        for scales, moments in of_rank.values():
+            seen = moments > 0
+            np.testing.assert_allclose(scales[seen] ** -4, moments[seen], rtol=1e-4)
+            assert not scales[~seen].any()

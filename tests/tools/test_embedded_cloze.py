@@ -47,6 +47,7 @@ def test_a_pool_is_refused(tmp_path):
     prefix = write_dataset(tmp_path / "a", [[[1, 2, 3]]])
     with pytest.raises(UserError, match="a is no split known, not a test set"):
         embedded_cloze.passages(prefix, None)
-    (tmp_path / "a.json").write_text(json.dumps({"split": "pool"}))
+    (tmp_path / "a.json").write_text(json.dumps({
+        "split": "pool", "tokenizer_digest": "x", "vocab_size": 9}))
     with pytest.raises(UserError, match="a is pool, not a test set"):
         embedded_cloze.passages(prefix, None)
