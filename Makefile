@@ -49,7 +49,11 @@ ANNEAL_FLAGS := $(SELECT_FLAGS) --lr-wsd-decay-iters 75
 COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random perplexity-middle \
 	gradient-dot gradient-cosine flat-energy direct
 
-.PHONY: compare study anneal evaluate test test-slow test-gpu test-megatron test-checkpoints \
+# What needs root, and programs that pip does not install, has targets of its own.
+QUICK := "not slow and not slurm and not nodes"
+
+.PHONY: compare study anneal evaluate test test-slow test-slurm test-nodes test-image test-gpu \
+	test-megatron test-checkpoints \
 	lint data theta clean bench-solver bench-curvature bench-sketch bench-data bench-select \
 	bench-gpu
 
@@ -71,14 +75,29 @@ data: $(DATA)/.done
 theta: $(THETA)/.done
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(QUICK)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
+# A Slurm of two virtual nodes, from Debian's packages slurmctld, slurmd, slurm-client and munge; two
+# network namespaces. Both as root.
+test-slurm: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm --durations=0 tests/launch
+
+test-nodes: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nodes --durations=0 tests/launch
+
+# Dockerfile and Kubernetes example by their rules; the Dockerfile's own steps, in an environment
+# that stands for the image, without a GPU.
+test-image: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[cluster]"
+	$(BIN)/python -m pytest tests/launch/test_pytorchjob.py tests/tools/test_try_dockerfile.py
+	$(BIN)/python tools/try_dockerfile.py --folder $(BUILD)/image $(FLAGS)
+
 # With any megatron-core that is supported: make test-megatron CORE=0.18.2 PYTHON=python3.12
 test-megatron: $(CORE_VENV)/.ready
-	OMP_NUM_THREADS=1 $(CORE_VENV)/bin/python -m pytest -m "not slow" $(TESTS)
+	OMP_NUM_THREADS=1 $(CORE_VENV)/bin/python -m pytest -m $(QUICK) $(TESTS)
 
 # Between all versions that test-megatron has installed: what one has saved, the others train on.
 test-checkpoints:

