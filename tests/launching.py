@@ -1,7 +1,7 @@
 """Launches for tests: a small selection as a user starts it, under one launcher and another.
 
-The selection is of ``small_folder`` (tests/conftest.py); its files hold no path of the run and no
-time, so that two launches of equal layout must write the same bytes.
+The selection is of ``small_folder`` (tests/conftest.py). Its files hold no time, and of paths only
+their own: two launches of equal layout that write to one place must write the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
 COMMAND = [sys.executable, "-m", "megatron_direct"]
 RANKS = 4
 # TP 2 within a node, PP 2 across, where there are two nodes.
@@ -43,7 +44,7 @@ def torchrun(ranks: int = RANKS, *more: str) -> list[str]:
 
 def mpich(ranks: int = RANKS) -> list[str] | None:
     """mpirun of the package mpich, where it is installed."""
-    found = shutil.which("mpirun", path=str(Path(sys.executable).parent))
+    found = shutil.which("mpirun", path=str(BIN))
     return found and [found, "-np", str(ranks)]
 
 
@@ -56,6 +57,12 @@ def run(command: Sequence[str], variables: Mapping[str, str] | None = None, time
         ) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout,
                           env=environment() if variables is None else dict(variables))
+
+
+def run_folder(folder: Path) -> Path:
+    """Where all launches of a test write, one after another."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    return folder / "run"
 
 
 def selected_bytes(run_dir: Path) -> dict[str, bytes]:

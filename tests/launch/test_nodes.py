@@ -37,15 +37,14 @@ def two_hosts(tmp_path):
 @pytest.fixture(scope="module")
 def expected(small_folder) -> dict[str, bytes]:
     """What four ranks of one node select, which is what one rank selects."""
-    done = launching.run([*launching.torchrun(), *launching.COMMAND[1:], *launching.select_flags(
-        small_folder, small_folder / "one-node", *LAYOUT)])
-    assert done.returncode == 0, done.stderr
-    alone = launching.run([*launching.COMMAND, *launching.select_flags(
-        small_folder, small_folder / "one-rank")])
-    assert alone.returncode == 0, alone.stderr
-    np.testing.assert_array_equal(_kept(small_folder / "one-node"),
-                                  _kept(small_folder / "one-rank"))
-    return launching.selected_bytes(small_folder / "one-node")
+    run, alone = launching.run_folder(small_folder), small_folder / "one-rank"
+    for launcher, to, layout in ((launching.torchrun(), run, LAYOUT),
+                                 (launching.torchrun(1), alone, [])):
+        done = launching.run([*launcher, *launching.COMMAND[1:], *launching.select_flags(
+            small_folder, to, *layout)])
+        assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(_kept(run), _kept(alone))
+    return launching.selected_bytes(run)
 
 
 def _kept(run: Path) -> np.ndarray:
@@ -82,7 +81,7 @@ def _torchrun(*words: str) -> list[str]:
 
 def test_the_launch_script_on_two_nodes_selects_what_one_node_selects(
         small_folder, expected, two_hosts):
-    run = small_folder / "two-nodes"
+    run = launching.run_folder(small_folder)
     words = ["bash", str(ROOT / "launch" / "anneal_gpt.sh"),
              *launching.select_flags(small_folder, run, *LAYOUT)[1:], "--lr-wsd-decay-iters", "2"]
     with _launched(two_hosts, words, ARMS="direct",
@@ -96,7 +95,7 @@ def test_the_launch_script_on_two_nodes_selects_what_one_node_selects(
 def test_a_link_that_is_cut_in_mid_sketch_is_reported_and_the_run_resumes(
         small_folder, expected, two_hosts):
     """On a slow link, which changes nothing else."""
-    run = small_folder / "cut"
+    run = launching.run_folder(small_folder)
     words = _torchrun(*launching.select_flags(
         small_folder, run, *LAYOUT, "--micro-batch-size", "1", "--distributed-timeout-minutes",
         str(LIMIT_MINUTES)))

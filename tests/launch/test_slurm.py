@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -32,16 +31,17 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def variables(cluster) -> dict[str, str]:
     # The commands of this environment, as a user's job finds them.
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{launching.BIN}:{os.environ['PATH']}"
     return launching.environment(**cluster.variables, PATH=path)
 
 
 @pytest.fixture(scope="module")
 def expected(small_folder) -> dict[str, bytes]:
+    run = launching.run_folder(small_folder)
     done = launching.run([*launching.torchrun(), *COMMAND[1:], *launching.select_flags(
-        small_folder, small_folder / "torchrun", *LAYOUT)])
+        small_folder, run, *LAYOUT)])
     assert done.returncode == 0, done.stderr
-    return launching.selected_bytes(small_folder / "torchrun")
+    return launching.selected_bytes(run)
 
 
 def _submit(variables, *words: str) -> str:
@@ -51,10 +51,11 @@ def _submit(variables, *words: str) -> str:
 
 
 def test_srun_selects_what_torchrun_selects(small_folder, expected, variables):
+    run = launching.run_folder(small_folder)
     done = launching.run(["srun", *TASKS, *COMMAND, *launching.select_flags(
-        small_folder, small_folder / "srun", *LAYOUT)], variables)
+        small_folder, run, *LAYOUT)], variables)
     assert done.returncode == 0, done.stderr
-    assert launching.selected_bytes(small_folder / "srun") == expected
+    assert launching.selected_bytes(run) == expected
 
 
 def test_the_doctor_sees_both_nodes_tasks(variables, tmp_path):
@@ -78,7 +79,7 @@ def test_a_batch_script_without_srun_is_refused(small_folder, cluster, variables
 
 def test_a_job_that_is_requeued_in_mid_run_resumes(
         small_folder, expected, cluster, variables, tmp_path):
-    run, log = small_folder / "requeued", tmp_path / "log"
+    run, log = launching.run_folder(small_folder), tmp_path / "log"
     words = launching.select_flags(small_folder, run, *LAYOUT)[1:]
     job = _submit({**variables, "GPUS_PER_NODE": "2", "ARMS": "direct"}, "--output", str(log),
                   str(ROOT / "launch" / "sbatch_anneal_gpt.sh"), *words,
