@@ -26,9 +26,8 @@ def show(calls: list[tuple[str, Any]], planned: Any) -> None:
     """
     lines = ["commands, on every rank:"]
     lines += [f"  {command_line(name, request)}" for name, request in calls]
-    layout = getattr(planned, "layout", None)
-    if layout is not None:
-        placed = placement(planned, layout)
+    if hasattr(planned, "given") or hasattr(planned, "model"):  # else no model is built
+        placed = placement(planned, planned.layout)
         lines += [*placed.lines(), *(line for estimate in ESTIMATES
                                      for line in estimate(planned, placed))]
     parallel.say("\n".join(lines))
@@ -89,11 +88,14 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 def _model(request: Any) -> ModelConfig | None:
     """That of the request, or of its checkpoint if there is one already."""
+    # Where the size of the vocabulary is read from datasets later: one that every layout divides.
+    some_size = request.layout.tensor_model_parallel_size * 128
     if isinstance(getattr(request, "model", None), ModelConfig):
-        return request.model
+        model = request.model
+        return dataclasses.replace(model, vocab_size=model.vocab_size or some_size)
     load = getattr(getattr(request, "onset", None), "load", "")
     if not load or not os.path.exists(load):
         return None
     checkpoint = read_checkpoint(load)
-    vocab_size = checkpoint.arguments.get("vocab_size") or 1  # no layer depends on it
+    vocab_size = checkpoint.arguments.get("vocab_size") or some_size
     return checkpoint.settings(ModelConfig, {**request.given.model, "vocab_size": vocab_size})

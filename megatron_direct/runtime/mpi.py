@@ -64,5 +64,6 @@ def _mpi(launcher: str) -> ModuleType:
 def shut_down() -> None:
     """Ends MPI where it was set up; all ranks call this."""
     if _world.cache_info().currsize:
-        importlib.import_module("mpi4py.MPI").Finalize()
-        _world.cache_clear()
+        module = importlib.import_module("mpi4py.MPI")
+        if not module.Is_finalized():
+            module.Finalize()

@@ -69,7 +69,7 @@ class Placement:
     def _content(self, stage: int) -> str:
         stages = self.layout.pipeline_model_parallel_size
         if self.model is None:
-            parts = [f"layers, part {stage + 1} of {stages}"]
+            parts = ["all layers" if stages == 1 else f"layers, part {stage + 1} of {stages}"]
         else:
             parts = [_span("layer", *chunk) for chunk in self.layers(stage)]
         if stage == 0:

@@ -80,6 +80,8 @@ def test_the_layout_in_words():
     assert large[0] == "4096 ranks on 512 nodes: TP 8 x PP 4 x DP 128" and len(large) == 5
     assert large[1] == ("  ranks 0-1023   nodes 0-127 copies 0-127 stage 0: embedding, layers, "
                         "part 1 of 4")
+    assert list(Placement(ParallelConfig(), 1, 1).lines())[1].endswith(
+        "stage 0: embedding, all layers, output layer")
     across = list(Placement(ParallelConfig(4), 6 * 4, 6).lines())
     assert "6 ranks a node are no multiple of TP 4" in across[-1]
 
@@ -100,6 +102,15 @@ def test_the_number_of_ranks_is_the_launch_scripts(small_folder):
             dry_run.placement(request, ParallelConfig(), {"NUM_NODES": "two"})
         with pytest.raises(UserError, match="needs a multiple of 4 ranks, but 2 were started"):
             dry_run.placement(request, ParallelConfig(2, 2), {"GPUS_PER_NODE": "2"})
+
+
+def test_a_vocabulary_that_only_datasets_know_is_no_obstacle():
+    from megatron_direct.runtime import parallel
+
+    request = _parsed(["pretrain", "--data-path", "a", "--save", "s",
+                       "--tensor-model-parallel-size", "4"])
+    with parallel.process_group():
+        assert dry_run.placement(request, request.layout, {}).num_ranks == 4
 
 
 def test_the_script_prints_torchruns_command_and_computes_nothing(small_folder, tmp_path):
