@@ -49,10 +49,13 @@ ANNEAL_FLAGS := $(SELECT_FLAGS) --lr-wsd-decay-iters 75
 COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random perplexity-middle \
 	gradient-dot gradient-cosine flat-energy direct
 
+# What needs root, and programs that pip does not install, has targets of its own.
+QUICK := "not slow and not slurm and not nodes"
+
 .PHONY: anneal data theta clean lint \
 	compare evaluate how-many study study-gpu study-packages \
-	test test-agreement test-checkpoints test-fuzz test-gpu test-megatron test-megatron-lm \
-	test-slow \
+	test test-agreement test-checkpoints test-fuzz test-gpu test-image test-megatron \
+	test-megatron-lm test-nodes test-slow test-slurm \
 	bench-curvature bench-data bench-estimates bench-gpu bench-scale bench-select \
 	bench-sketch bench-solver
 
@@ -79,7 +82,7 @@ TEST_PROCESSES ?= 2
 PYTEST := -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m $(QUICK)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow
@@ -93,9 +96,24 @@ test-fuzz: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check ".[fuzz]"
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/guided.py --seconds $(FUZZ_SECONDS)
 
+# A Slurm of two virtual nodes, from Debian's packages slurmctld, slurmd, slurm-client and munge; two
+# network namespaces. Both as root.
+test-slurm: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm --durations=0 tests/launch
+
+test-nodes: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nodes --durations=0 tests/launch
+
+# Dockerfile and Kubernetes example by their rules; the Dockerfile's own steps, in an environment
+# that stands for the image, without a GPU.
+test-image: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[cluster]"
+	$(BIN)/python -m pytest tests/launch/test_pytorchjob.py tests/tools/test_try_dockerfile.py
+	$(BIN)/python tools/try_dockerfile.py --folder $(BUILD)/image $(FLAGS)
+
 # With any megatron-core that is supported: make test-megatron CORE=0.18.2 PYTHON=python3.12
 test-megatron: $(CORE_VENV)/.ready
-	OMP_NUM_THREADS=1 $(CORE_VENV)/bin/python $(PYTEST) -m "not slow" $(TESTS)
+	OMP_NUM_THREADS=1 $(CORE_VENV)/bin/python $(PYTEST) -m $(QUICK) $(TESTS)
 
 # Megatron-LM's own loop, tools and dataset tests, from a checkout; CORE is of the same version:
 # make test-megatron-lm MEGATRON_LM_PATH=../Megatron-LM CORE=0.18.2 PYTHON=python3.12

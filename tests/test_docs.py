@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 from test_house import ROOMS
 
 import megatron_direct
-from megatron_direct.cli import anneal_gpt, preprocess
+from megatron_direct.cli import anneal_gpt, doctor, preprocess
 from megatron_direct.cli import main as cli
 from megatron_direct.plugins import megatron_lm
 
@@ -35,7 +36,13 @@ FOREIGN_FLAGS = {
     # Megatron-LM: kinds of data that take no masks.
     "--fim-data", "--mock-data", "--sft",
     # torchrun, git and pytest.
-    "--branch", "--depth", "--nproc-per-node",
+    "--branch", "--depth", "--nproc-per-node", "--noconftest", "--standalone",
+    # Megatron-LM: what its checkpoints have to be.
+    "--ckpt-format",
+    # Slurm, Docker and the NeMo-Run recipe.
+    "--account", "--container-image", "--flags", "--ntasks", "--partition",
+    "--array", "--build-arg", "--dependency", "--gpus-per-node", "--nodes", "--ntasks-per-node",
+    "--parsable", "--signal",
     # Scripts in benchmarks/.
     "--device", "--megatron-path", "--results",
 }
@@ -89,7 +96,7 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def known_flags() -> set[str]:
     return {*_options(cli.make_parser()), *_options(preprocess.make_parser()),
-            *_options(anneal_gpt.make_parser()),
+            *_options(anneal_gpt.make_parser()), *_options(doctor.make_parser()),
             *_options(megatron_lm.add_arguments(argparse.ArgumentParser()))}
 
 
@@ -160,6 +167,23 @@ def test_every_public_name_has_a_section_and_an_example():
         section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
         assert section, name
         assert re.search(rf"```python\n.*?\b{name}\b.*?```", section[1], re.S), name
+
+
+def _literals() -> set[str]:
+    """Every literal text of the package, and the literal parts of every f-string."""
+    return {node.value for path in PACKAGE.rglob("*.py") for node in ast.walk(
+        ast.parse(path.read_text())) if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)}
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_source():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.M)
+    assert len(messages) > 20
+    literals = _literals()
+    lost = [part for message in messages for part in message.split("...")
+            if part.strip(" ,.:()") and not any(part.strip() in text for text in literals)]
+    assert not lost
 
 
 def test_contributing_lists_the_rooms_in_their_order():

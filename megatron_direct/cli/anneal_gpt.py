@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from megatron_direct.cli import flags
+from megatron_direct.cli import dry_run, flags
 from megatron_direct.cli import main as cli
 from megatron_direct.commands.anneal import RANDOM, AnnealConfig, AnnealRequest, anneal
 from megatron_direct.commands.report import ReportConfig, ReportRequest, report
@@ -50,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="anneal_gpt.sh", allow_abbrev=False,
         description="select, anneal on the selection and on a random one, report")
     flags.add_flags(parser, LaunchRequest)
+    cli.add_dry_run(parser)
     for action in parser._actions:  # what is required may come from the environment
         if action.dest in _ENVIRONMENT:
             action.required = False
@@ -62,15 +66,28 @@ def _run(found: argparse.Namespace) -> None:
     request = flags.request_from(LaunchRequest, found)
     arms = os.environ.get(_ARMS, f"{request.name.selection_name} {RANDOM}").split()
     _require_arms(arms, request.name.selection_name)
-    select(SelectRequest(**{f.name: getattr(request, f.name)
-                            for f in dataclasses.fields(SelectRequest)}),
-           request.anneal.lr_wsd_decay_iters)
-    for arm in arms:
-        anneal(AnnealRequest(
-            dataclasses.replace(request.anneal, selection=arm,
-                                size_of=request.name.selection_name),
-            request.layout, request.given))
-    report(ReportRequest(ReportConfig(request.onset.run_dir)))
+    calls = _calls(request, arms)
+    if found.dry_run:
+        dry_run.show(calls, request)
+        return
+    functions: dict[str, Callable[[Any], None]] = {
+        "select": functools.partial(select, annealing_iters=request.anneal.lr_wsd_decay_iters),
+        "anneal": anneal, "report": report}
+    for name, of_stage in calls:
+        functions[name](of_stage)
+
+
+def _calls(request: LaunchRequest, arms: list[str]) -> list[tuple[str, Any]]:
+    """The commands in order, with what each is asked."""
+    selection = SelectRequest(**{f.name: getattr(request, f.name)
+                                 for f in dataclasses.fields(SelectRequest)})
+    # Of what a checkpoint supplies, an annealing takes its own groups alone, and the model's run.
+    annealings = [AnnealRequest(
+        dataclasses.replace(request.anneal, run_dir=request.onset.run_dir, selection=arm,
+                            size_of=request.name.selection_name),
+        request.layout, request.given) for arm in arms]
+    return [("select", selection), *(("anneal", annealing) for annealing in annealings),
+            ("report", ReportRequest(ReportConfig(request.onset.run_dir)))]
 
 
 def _require_arms(arms: list[str], selection_name: str) -> None:

@@ -1,21 +1,22 @@
-"""The command ``megatron-direct``: one sub-command per stage, alone or under torchrun."""
+"""The command ``megatron-direct``: one sub-command per stage, on one rank or many."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import megatron_direct
 from megatron_direct.cli import flags
 from megatron_direct.cli.registry import COMMANDS
-from megatron_direct.errors import UserError
 
 # Entries of their own, with flags of their own: name -> (help, module with a main()).
 _ENTRIES = {
     "preprocess": ("text into Megatron indexed datasets", "megatron_direct.cli.preprocess"),
+    "doctor": ("what is there, what works and what to do, on the ranks of this launch",
+               "megatron_direct.cli.doctor"),
     "anneal-gpt": ("select, anneal and report: the Python half of launch/anneal_gpt.sh",
                    "megatron_direct.cli.anneal_gpt"),
 }
@@ -50,6 +51,7 @@ def make_parser(wanted: list[str] | None = None) -> argparse.ArgumentParser:
         of_command = commands.add_parser(name, help=command.help, allow_abbrev=False)
         if wanted is None or name in wanted:
             flags.add_flags(of_command, command.load()[0])
+            add_dry_run(of_command)
     for name, (help_text, _) in _ENTRIES.items():
         commands.add_parser(name, help=help_text, add_help=False)
     return parser
@@ -57,8 +59,19 @@ def make_parser(wanted: list[str] | None = None) -> argparse.ArgumentParser:
 
 def call(found: argparse.Namespace) -> None:
     """The command of parsed flags; all ranks call this."""
-    request, function = COMMANDS[found.command].load()
-    function(flags.request_from(request, found))
+    kind, function = COMMANDS[found.command].load()
+    request = flags.request_from(kind, found)
+    if found.dry_run:
+        from megatron_direct.cli import dry_run
+
+        dry_run.show([(found.command, request)], request)
+        return
+    function(request)
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print the exact command, and which rank would hold what; do nothing")
 
 
 def run(work: Callable[[], None], timeout_minutes: int | None = None) -> int:
@@ -66,18 +79,15 @@ def run(work: Callable[[], None], timeout_minutes: int | None = None) -> int:
 
     An error is reported once: by rank 0 if it met it, else by the first rank that did.
     """
+    from megatron_direct.cli import outcome
+
+    return outcome.exit_status(work, _connected(max(1, timeout_minutes or 10)), "megatron-direct")
+
+
+@contextlib.contextmanager
+def _connected(timeout_minutes: int) -> Iterator[None]:
     from megatron_direct.mcore.without_gpu import megatron_runtime
     from megatron_direct.runtime import parallel
 
-    with megatron_runtime(), parallel.process_group(max(1, timeout_minutes or 10)):
-        try:
-            work()
-        except UserError as error:
-            if parallel.first_to_speak():
-                print(f"megatron-direct: error: {error}", file=sys.stderr, flush=True)
-            return 1
-        except Exception:
-            if parallel.first_to_speak():
-                traceback.print_exc()
-            return 1
-    return 0
+    with megatron_runtime(), parallel.process_group(timeout_minutes):
+        yield

@@ -1,23 +1,27 @@
 """The command ``megatron-direct preprocess``: text into indexed datasets.
 
-Nothing here imports torch or megatron, so that it starts at once and runs where neither is needed.
+Nothing here imports megatron, and torch is imported only where there are several ranks, so that it
+starts at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
+from megatron_direct.cli import outcome
 from megatron_direct.errors import UserError
-from megatron_direct.preprocessing.mpi import Ranks
 from megatron_direct.preprocessing.pipeline import preprocess
 from megatron_direct.preprocessing.settings import SAMPLES, PreprocessSettings
+from megatron_direct.preprocessing.shares import Ranks
 from megatron_direct.preprocessing.splits import SPLITS
+from megatron_direct.runtime.ranks import discover
 
 PROG = "megatron-direct preprocess"
+# A rank waits for one that has more to do; one that has died is noticed by its closed connection.
+_LONGEST_MINUTES = 30 * 24 * 60
 
 
 def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
@@ -94,19 +98,14 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> None:
     flags: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(make_parser(prog).parse_args(arguments)).items()}
-    ranks = None
     try:
-        settings = PreprocessSettings(**flags)
-        ranks = Ranks()
-        preprocess(settings, ranks)
+        settings, here = PreprocessSettings(**flags), discover()
+        if here.world_size == 1:
+            preprocess(settings, Ranks(here))
+            return
     except UserError as error:
-        message = f"{prog}: error: {error}"
-        if ranks is not None and ranks.count > 1:
-            print(message, file=sys.stderr, flush=True)
-            ranks.stop_all()
-        sys.exit(message)
-    except Exception:
-        if ranks is not None and ranks.count > 1:
-            traceback.print_exc()
-            ranks.stop_all()
-        raise
+        sys.exit(f"{prog}: error: {error}")
+    from megatron_direct.runtime import parallel
+
+    sys.exit(outcome.exit_status(lambda: preprocess(settings, Ranks(here)),
+                        parallel.process_group(_LONGEST_MINUTES, "gloo"), prog))

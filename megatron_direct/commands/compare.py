@@ -105,7 +105,7 @@ def compare(request: CompareRequest) -> None:
     if parallel.on_rank_zero(lambda: artefact.state(key)) is State.NEW:
         parallel.on_rank_zero(lambda: artefact.begin(key, _paths(setting)))
     before = _before(setting)
-    for seed in setting.seeds:
+    for seed in setting.seeds_of_this_call:
         missing = parallel.on_rank_zero(
             lambda seed=seed: [name for name in chosen if not any(
                 (setting.arm_folder(name, seed) / file).is_file()
@@ -116,8 +116,9 @@ def compare(request: CompareRequest) -> None:
             for name in missing:
                 _run_arm(_Run(setting, name, seed), case,
                          {key: before[key] for key in ("valid", "test")})
-    parallel.on_rank_zero(lambda: _report(setting, chosen))
-    parallel.on_rank_zero(lambda: artefact.finish(key, _paths(setting)))
+    if setting.config.only_replicate is None:  # else others may be at work beside this one
+        parallel.on_rank_zero(lambda: _report(setting, chosen))
+        parallel.on_rank_zero(lambda: artefact.finish(key, _paths(setting)))
 
 
 def _setting(request: CompareRequest) -> Setting:

@@ -47,6 +47,10 @@ class CompareConfig(Settings):
                        "dataset:NAME, a pool by the last part of its prefix, which makes up half "
                        "of the training data beside the whole pool", nargs="+")
     num_seeds: int = flag(5, "replicates of each arm", at_least=1)
+    only_replicate: int | None = flag(
+        None, "run this one of them alone, from 0 on, and write no report: for an array of jobs "
+        "over one run directory; without this flag the command then writes the report", type=int,
+        at_least=0)
     lr_wsd_decay_iters: int = flag(100, "iterations of each annealing", at_least=1)
     name: str = flag("", "name of this comparison in the report; default: the name of the "
                         "run directory")
@@ -59,6 +63,9 @@ class CompareConfig(Settings):
         if unknown:
             raise UserError(f"--arms {' '.join(unknown)}: unknown arm; the arms are "
                             f"{', '.join(arms.REGISTRY)}.")
+        if self.only_replicate is not None and self.only_replicate >= self.num_seeds:
+            raise UserError(f"--only-replicate is {self.only_replicate}: it must be below "
+                            f"--num-seeds {self.num_seeds}, since replicates are counted from 0.")
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,11 @@ class Setting:
     @property
     def seeds(self) -> list[int]:
         return [self.measure.sketch.seed + number for number in range(self.config.num_seeds)]
+
+    @property
+    def seeds_of_this_call(self) -> list[int]:
+        only = self.config.only_replicate
+        return self.seeds if only is None else [self.seeds[only]]
 
     @property
     def num_sequences(self) -> int:

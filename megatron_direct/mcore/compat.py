@@ -34,6 +34,13 @@ def version() -> str:
     return importlib.metadata.version("megatron-core")
 
 
+def imported_version() -> str:
+    """The same, once the import has shown that it is whole."""
+    import megatron.core  # noqa: F401
+
+    return version()
+
+
 # --- models ------------------------------------------------------------------------------------
 
 

@@ -129,8 +129,7 @@ def run_script(script: str = "pretrain_gpt",
         with _entry_script(script, instead) as path:
             runpy.run_path(path, run_name="__main__")
     except UserError as error:
-        if not _is_distributed() or parallel.first_to_speak():
-            print(f"megatron-direct: error: {error}", file=sys.stderr, flush=True)
+        parallel.speak_once(f"megatron-direct: error: {error}")
         sys.exit(1)
 
 
@@ -183,12 +182,6 @@ def _with_arguments(parse: Callable) -> Callable:
 def _chained(extra_args_provider: Callable | None) -> Callable:
     return lambda parser: add_arguments(extra_args_provider(parser) if extra_args_provider
                                         else parser)
-
-
-def _is_distributed() -> bool:
-    from torch import distributed
-
-    return distributed.is_initialized()
 
 
 @contextlib.contextmanager

@@ -24,9 +24,9 @@ from megatron_direct.preprocessing import (
 from megatron_direct.preprocessing.catalogue import Catalogue, PlannedDataset
 from megatron_direct.preprocessing.excluded import ExcludedDataset
 from megatron_direct.preprocessing.merge import Card, Merger
-from megatron_direct.preprocessing.mpi import Ranks
 from megatron_direct.preprocessing.reading import Shard, Stream
 from megatron_direct.preprocessing.settings import PreprocessSettings
+from megatron_direct.preprocessing.shares import Ranks
 from megatron_direct.preprocessing.tokenizer import TokenizerIdentity
 from megatron_direct.preprocessing.tokenizing import ShardTokenizer, expand
 from megatron_direct.runtime import files

@@ -14,9 +14,13 @@ def has_gpu() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this rank: its own GPU where there is one, else the CPU."""
+    """The device of this rank: its own GPU where there is one, else the CPU.
+
+    Slurm may show each task its own GPU alone (``--gpus-per-task``), which then is number 0.
+    """
     if has_gpu():
-        return torch.device("cuda", ranks.discover().local_rank)
+        number = ranks.discover().local_rank if torch.cuda.device_count() > 1 else 0
+        return torch.device("cuda", number)
     return torch.device("cpu")
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import pickle
+import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import host, ranks
+from megatron_direct.runtime import host, ranks, rendezvous
 
 # After so long a rank that waits for rank 0 looks again whether there is anything to wait for.
 _PATIENCE_SECONDS = 20.0
@@ -39,22 +41,32 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def process_group(timeout_minutes: int = 10):
-    """torch.distributed for the ranks that were launched, or for this process alone."""
+def process_group(timeout_minutes: int = 10, backend: str = ""):
+    """torch.distributed for the ranks that were launched, or for this process alone.
+
+    backend: of collectives; left out, the one of this host's devices. Raises UserError where the
+    ranks do not find each other.
+    """
     if dist.is_initialized():
         yield
         return
     timeout = datetime.timedelta(minutes=timeout_minutes)
+    backend = backend or host.collective_backend()
     here = ranks.discover()
     # The device is named where there is one, so that NCCL need not guess it at the first barrier.
-    device: dict[str, Any] = {"device_id": host.device()} if host.has_gpu() else {}
-    if here.is_launched:
-        dist.init_process_group(host.collective_backend(), timeout=timeout, **device)
+    device: dict[str, Any] = {"device_id": host.device()} if backend == "nccl" else {}
+    if here.world_size > 1:
+        meeting = rendezvous.meet(here, timeout)
     else:
-        dist.init_process_group(host.collective_backend(), store=dist.HashStore(), rank=0,
-                                world_size=1, timeout=timeout, **device)
+        meeting = rendezvous.Meeting(here, dist.HashStore())
+    if meeting.store is None:
+        dist.init_process_group(backend, timeout=timeout, **device)
+    else:
+        dist.init_process_group(backend, store=meeting.store, rank=here.rank,
+                                world_size=here.world_size, timeout=timeout, **device)
     try:
         yield
+        meeting.leave()
     finally:
         dist.destroy_process_group()
 
@@ -110,13 +122,8 @@ def _wait_for_rank_zero() -> None:
     if dist.get_rank() == 0:
         store.set(key, "done")
         return
-    while True:
-        try:
-            store.wait([key], datetime.timedelta(seconds=_PATIENCE_SECONDS))
-            return
-        except RuntimeError as error:  # a DistStoreError, or a file store's own
-            if "timeout" not in str(error).lower():
-                raise  # the store is gone, and rank 0 with it
+    while not _has_come(store, key, _PATIENCE_SECONDS):
+        pass
 
 
 def kept_on_rank_zero(work: Callable):
@@ -129,19 +136,53 @@ def kept_on_rank_zero(work: Callable):
     return kept[0] if kept else None
 
 
-def first_to_speak(patience_seconds: float = 3.0) -> bool:
-    """True on one rank of those that met an error: rank 0 if it is among them.
+def speak_once(text: str, patience_seconds: float = 3.0) -> None:
+    """Prints to stderr on one rank of those that met an error: on rank 0 if it is among them.
 
     Other ranks give rank 0 some time to speak first; if it does not, the error is theirs alone.
     """
+    def speak():
+        print(text, file=sys.stderr, flush=True)
+
+    if not dist.is_initialized():
+        speak()
+        return
     store = dist.distributed_c10d._get_default_store()
-    if dist.get_rank() == 0:
-        store.set("error/spoken", "yes")
+    try:
+        if dist.get_rank() == 0:
+            speak()  # before the others hear of it: they end, and may take this rank with them
+            store.set("error/spoken", "yes")
+        elif not _has_come(store, "error/spoken", patience_seconds) and \
+                store.add("error/speakers", 1) == 1:
+            speak()
+    except RuntimeError:  # the store is gone, or out of reach: one of each node speaks
+        if dist.get_rank() != 0 and ranks.discover().local_rank == 0:
+            speak()
+
+
+def _has_come(store: dist.Store, key: str, patience_seconds: float) -> bool:
+    try:
+        store.wait([key], datetime.timedelta(seconds=patience_seconds))
         return True
-    with contextlib.suppress(dist.DistStoreError):
-        store.wait(["error/spoken"], datetime.timedelta(seconds=patience_seconds))
+    except RuntimeError as error:  # a DistStoreError, or a file store's own
+        if "timeout" not in str(error).lower():
+            raise  # the store is gone, and rank 0 with it
         return False
-    return store.add("error/speakers", 1) == 1
+
+
+# What gloo, NCCL and the store say when they wait in vain for another rank.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting",
+         "Broken pipe", "No route to host", "ncclRemoteError", "remote process exited",
+         "Connection was likely closed", "Watchdog caught collective operation timeout")
+
+
+def lost_rank(error: BaseException) -> str:
+    """In words, if the error is another rank's absence; else ""."""
+    if not isinstance(error, RuntimeError) or not any(words in str(error) for words in _LOST):
+        return ""
+    reason = str(error).splitlines()[0].split(". This is typically")[0]
+    return (f"rank {dist.get_rank()} on {socket.gethostname()} waited in vain for another rank "
+            f"({reason}).")
 
 
 def portable(error: Exception) -> Exception:

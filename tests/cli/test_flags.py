@@ -1,7 +1,8 @@
 """The flags of every command: which there are, and that a wrong value is reported as such.
 
 ``flags.txt`` lists them all, so that a new one, or one that goes, is a decision. After such a
-decision: ``python tests/cli/test_flags.py > tests/cli/flags.txt``.
+decision: ``python tests/cli/test_flags.py > tests/cli/flags.txt``, and
+``python tools/commands_page.py > docs/commands.md``.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import argparse
 import dataclasses
 import functools
 import math
+import runpy
 from pathlib import Path
 
 import pytest
 
-from megatron_direct.cli import anneal_gpt, flags, preprocess
+from megatron_direct.cli import anneal_gpt, doctor, flags, preprocess
 from megatron_direct.cli.main import make_parser
 from megatron_direct.cli.registry import COMMANDS
 from megatron_direct.errors import UserError
@@ -28,7 +30,8 @@ def _parsers() -> list[tuple[str, argparse.ArgumentParser]]:
     commands, = (action for action in make_parser()._actions
                  if isinstance(action, argparse._SubParsersAction))
     return [*((name, commands.choices[name]) for name in COMMANDS),
-            ("anneal-gpt", anneal_gpt.make_parser()), ("preprocess", preprocess.make_parser())]
+            ("anneal-gpt", anneal_gpt.make_parser()), ("preprocess", preprocess.make_parser()),
+            ("doctor", doctor.make_parser())]
 
 
 def listing() -> str:
@@ -42,6 +45,13 @@ def listing() -> str:
 
 def test_every_flag_is_listed():
     assert listing() == LISTED.read_text(), "python tests/cli/test_flags.py > tests/cli/flags.txt"
+
+
+def test_the_page_of_commands_is_what_the_parsers_say():
+    tool = Path(__file__).parents[2] / "tools" / "commands_page.py"
+    page = runpy.run_path(str(tool))["page"]()
+    assert page == (tool.parents[1] / "docs" / "commands.md").read_text(), \
+        "python tools/commands_page.py > docs/commands.md"
 
 
 def test_every_flag_says_what_it_is():

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import launching
 import pytest
 from preprocess_runs import COMMAND, main, outputs
 
@@ -50,10 +48,12 @@ def test_parquet_changes_no_byte(text, tmp_path, reference, changes):
     assert outputs(tmp_path / "x") == reference
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (3, 1), (2, 2)])
-def test_mpi_ranks_change_no_byte(text, tmp_path, reference, changes, ranks, workers):
-    pytest.importorskip("mpi4py")
-    done = _mpirun(ranks, text.flags(tmp_path / "x", *changes, "--shard-size", "0.002",
+@pytest.mark.parametrize(("launcher", "ranks", "workers"), [
+    (launching.mpich, 3, 1), (launching.torchrun, 2, 2),
+    pytest.param(launching.open_mpi, 2, 1, marks=pytest.mark.slow)],
+    ids=lambda value: getattr(value, "__name__", str(value)))
+def test_ranks_change_no_byte(text, tmp_path, reference, changes, launcher, ranks, workers):
+    done = _launched(launcher(ranks), text.flags(tmp_path / "x", *changes, "--shard-size", "0.002",
                                      "--workers", str(workers)))
     assert done.returncode == 0, done.stderr
     assert outputs(tmp_path / "x") == reference
@@ -62,20 +62,23 @@ def test_mpi_ranks_change_no_byte(text, tmp_path, reference, changes, ranks, wor
             assert done.stdout.count(f"/x{name.removesuffix('.idx')}: ") == 1, done.stdout
 
 
-def test_an_error_ends_all_mpi_ranks(text, tmp_path):
-    pytest.importorskip("mpi4py")
+@pytest.mark.parametrize("launcher", [launching.mpich, launching.torchrun],
+                         ids=lambda launcher: launcher.__name__)
+def test_an_error_ends_all_ranks(text, tmp_path, launcher):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot json\n')
-    done = _mpirun(2, text.flags(tmp_path / "x", inputs=[text.notes, tmp_path / "bad.jsonl"]))
+    done = _launched(launcher(2), text.flags(
+        tmp_path / "x", inputs=[text.notes, tmp_path / "bad.jsonl"]))
     assert done.returncode != 0 and "bad.jsonl:2 is not a JSON object" in done.stderr
     assert not (tmp_path / "x_notes_pool.idx").exists()
 
 
-def _mpirun(ranks: int, flags: list[str]) -> subprocess.CompletedProcess:
-    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if mpirun is None:
-        pytest.skip("there is no mpirun")
-    return subprocess.run([mpirun, "-n", str(ranks), *COMMAND, *flags],
-                          capture_output=True, text=True, timeout=100)
+def _launched(launcher: list[str] | None, flags: list[str]) -> subprocess.CompletedProcess:
+    if launcher is None:
+        pytest.skip("there is no such mpirun")
+    if "torch.distributed.run" in launcher:  # it starts Python itself
+        return launching.run([*launcher, *COMMAND[1:], *flags])
+    pytest.importorskip("mpi4py")
+    return launching.run([*launcher, *COMMAND, *flags])
 
 
 def _killed(flags: list[str], shards: Path, pattern: str, count: int) -> None:

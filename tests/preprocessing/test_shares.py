@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from megatron_direct.errors import UserError
-from megatron_direct.preprocessing import mpi, optional
+from megatron_direct.preprocessing import optional, shares
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shares_cover_all_once_and_are_even(size):
     sizes = [(7 * n) % 23 + 1 for n in range(60)]
-    shares = [mpi.share(sizes, rank, size) for rank in range(size)]
-    assert sorted(index for mine in shares for index in mine) == list(range(60))
-    assert all(mine == sorted(mine) for mine in shares)
-    loads = [sum(sizes[index] for index in mine) for mine in shares]
+    dealt = [shares.share(sizes, rank, size) for rank in range(size)]
+    assert sorted(index for mine in dealt for index in mine) == list(range(60))
+    assert all(mine == sorted(mine) for mine in dealt)
+    loads = [sum(sizes[index] for index in mine) for mine in dealt]
     # The rank with the most got its last item as the one with the least.
     assert max(loads) - min(loads) <= max(sizes)
 

@@ -1,0 +1,101 @@
+"""``--dry-run``: the exact commands, and which rank would hold what; nothing is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from megatron_direct.config import ModelConfig, ParallelConfig
+from megatron_direct.errors import UserError
+from megatron_direct.mcore.checkpoint import read_checkpoint
+from megatron_direct.runtime import parallel, ranks
+from megatron_direct.settings import Settings, flag_name
+from megatron_direct.steps.placement import Placement
+
+# What else is known of a launch: lines on a request (memory and time, for instance) in a placement.
+ESTIMATES: list[Callable[[Any, Placement], list[str]]] = []
+
+
+def show(calls: list[tuple[str, Any]], planned: Any) -> None:
+    """Prints on rank 0; all ranks call this.
+
+    calls: commands and their requests, in order. planned: the request whose layout and model count.
+    """
+    lines = ["commands, on every rank:"]
+    lines += [f"  {command_line(name, request)}" for name, request in calls]
+    if hasattr(planned, "given") or hasattr(planned, "model"):  # else no model is built
+        placed = placement(planned, planned.layout)
+        lines += [*placed.lines(), *(line for estimate in ESTIMATES
+                                     for line in estimate(planned, placed))]
+    parallel.say("\n".join(lines))
+
+
+def command_line(name: str, request: Any) -> str:
+    """The command whose flags make this request; those that are at their defaults are left out."""
+    words = ["megatron-direct", name]
+    seen: set[str] = set()
+    for f in dataclasses.fields(request):
+        for key, value in _set_in(getattr(request, f.name), f.metadata.get("groups")).items():
+            if key not in seen:
+                words += _flag(key, value)
+                seen.add(key)
+    return shlex.join(words)
+
+
+def placement(request: Any, layout: ParallelConfig,
+              environment: Mapping[str, str] = os.environ) -> Placement:
+    """Of the ranks of this launch; of a process alone, of the launch script's variables."""
+    hosts = parallel.gather_objects(ranks.discover().node)
+    if len(hosts) > 1:
+        count, per_node = len(hosts), hosts.count(0)
+    else:
+        smallest = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
+        per_node = _number(environment, "GPUS_PER_NODE", smallest)
+        count = per_node * _number(environment, "NUM_NODES", 1)
+    model = _model(request)
+    if model is not None:
+        layout.require_fits(model, count)
+    return Placement(layout, count, per_node, model)
+
+
+def _set_in(group: Any, of_checkpoint: Sequence[str] | None) -> dict[str, Any]:
+    """What of a group of flags is not at its default; of a checkpoint's settings, what was given.
+
+    of_checkpoint: those of its groups that the command takes; None for all.
+    """
+    if isinstance(group, Settings):
+        return {f.name: getattr(group, f.name) for f in dataclasses.fields(group)
+                if f.metadata and getattr(group, f.name) != f.default}
+    return {key: value for part, values in vars(group).items()
+            if of_checkpoint is None or part in of_checkpoint for key, value in values.items()}
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [flag_name(key if value else f"no_{key}")]
+    return [flag_name(key), *map(str, value if isinstance(value, tuple | list) else [value])]
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name) or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{name} is {text!r}: expected a whole number of 1 or more.")
+    return int(text)
+
+
+def _model(request: Any) -> ModelConfig | None:
+    """That of the request, or of its checkpoint if there is one already."""
+    # Where the size of the vocabulary is read from datasets later: one that every layout divides.
+    some_size = request.layout.tensor_model_parallel_size * 128
+    if isinstance(getattr(request, "model", None), ModelConfig):
+        model = request.model
+        return dataclasses.replace(model, vocab_size=model.vocab_size or some_size)
+    load = getattr(getattr(request, "onset", None), "load", "")
+    if not load or not os.path.exists(load):
+        return None
+    checkpoint = read_checkpoint(load)
+    vocab_size = checkpoint.arguments.get("vocab_size") or some_size
+    return checkpoint.settings(ModelConfig, {**request.given.model, "vocab_size": vocab_size})

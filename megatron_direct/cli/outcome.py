@@ -1,0 +1,62 @@
+"""How a command on ranks ends: an error is reported once, and every rank fails."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from megatron_direct.errors import UserError
+from megatron_direct.runtime import parallel, ranks
+
+
+class _ReportedError(Exception):
+    """Leaves the context otherwise than by its normal end, at which ranks wait for each other."""
+
+
+def exit_status(work: Callable[[], Any], context: contextlib.AbstractContextManager, prog: str
+                ) -> int:
+    """That of ``work()`` in a context in which the ranks are connected."""
+    try:
+        with context:
+            _report_errors(work, prog)
+        return 0
+    except _ReportedError:
+        pass
+    except UserError as error:
+        _say_on_each_node(f"{prog}: error: {error}")
+    except Exception:
+        _say_on_each_node(f"{prog}: error: the ranks could not be connected.\n"
+                          f"{traceback.format_exc()}")
+    return 1
+
+
+def _report_errors(work: Callable[[], Any], prog: str) -> None:
+    try:
+        work()
+    except Exception as error:
+        parallel.speak_once(f"{prog}: error: {_words(error)}")
+        raise _ReportedError from error
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    lost = parallel.lost_rank(error)
+    if lost:
+        return (f"{lost} What was finished is kept: repeat the command, which resumes. Other "
+                "messages above or on that node tell why; a rank that is slow rather than gone "
+                "needs a larger --distributed-timeout-minutes.")
+    return f"this was not expected.\n{''.join(traceback.format_exception(error))}"
+
+
+def _say_on_each_node(text: str) -> None:
+    """Where no rank hears another, one of each node speaks."""
+    try:
+        speaks = ranks.discover().local_rank == 0
+    except UserError:
+        speaks = True
+    if speaks:
+        print(text, file=sys.stderr, flush=True)
