@@ -50,7 +50,7 @@ COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random 
 	gradient-dot gradient-cosine flat-energy direct
 
 .PHONY: compare study anneal evaluate test test-slow test-gpu test-megatron test-checkpoints \
-	lint data theta clean bench-solver bench-curvature bench-sketch bench-data bench-select \
+	test-faults lint data theta clean bench-solver bench-curvature bench-sketch bench-data bench-select \
 	bench-gpu
 
 anneal: $(READY) data theta
@@ -75,6 +75,11 @@ test: $(READY)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# Kills, full disks, lost ranks (docs/faults.md); resumes, and prints a table. About FAULT_MINUTES.
+FAULT_MINUTES ?= 25
+test-faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults --minutes $(FAULT_MINUTES) $(FLAGS)
 
 # With any megatron-core that is supported: make test-megatron CORE=0.18.2 PYTHON=python3.12
 test-megatron: $(CORE_VENV)/.ready

@@ -33,7 +33,7 @@ FOREIGN_FLAGS = {
     # Megatron-LM: kinds of data that take no masks.
     "--fim-data", "--mock-data", "--sft",
     # torchrun, git and pytest.
-    "--branch", "--depth", "--nproc-per-node", "--noconftest",
+    "--branch", "--depth", "--max-restarts", "--nproc-per-node", "--noconftest",
     # Scripts in benchmarks/.
     "--device", "--megatron-path", "--results",
 }

@@ -62,22 +62,34 @@ def call(found: argparse.Namespace) -> None:
 
 
 def run(work: Callable[[], None], timeout_minutes: int | None = None) -> int:
-    """``work()`` on all ranks, in Megatron's runtime and a process group; returns the exit status.
+    """``work()`` on all ranks, in Megatron's runtime and a process group; returns the exit status:
+    0, 1 after an error, or that of a process that a signal ended.
 
     An error is reported once: by rank 0 if it met it, else by the first rank that did.
     """
     from megatron_direct.mcore.without_gpu import megatron_runtime
-    from megatron_direct.runtime import parallel
+    from megatron_direct.runtime import files, parallel, stopping
 
     with megatron_runtime(), parallel.process_group(max(1, timeout_minutes or 10)):
         try:
             work()
+            parallel.barrier()  # nobody takes one that is done for one that is lost
+            return 0
+        except stopping.Stopped as stopped:
+            parallel.say(f"megatron-direct: {stopped}")
+            parallel.leave_early()
+            return stopped.exit_code
         except UserError as error:
-            if parallel.first_to_speak():
-                print(f"megatron-direct: error: {error}", file=sys.stderr, flush=True)
-            return 1
-        except Exception:
-            if parallel.first_to_speak():
-                traceback.print_exc()
-            return 1
-    return 0
+            message = f"megatron-direct: error: {error}\n"
+        except Exception as error:
+            parallel.await_verdict()
+            if (number := stopping.requested()) is not None:  # others have left: this is why
+                parallel.leave_early()
+                return stopping.Stopped(number).exit_code
+            message = traceback.format_exc()
+            if isinstance(error, OSError) and error.filename and files.is_of_disk(error):
+                message = f"megatron-direct: error: {files.cannot_write(error.filename, error)}\n"
+        if parallel.first_to_speak():
+            print(message, end="", file=sys.stderr, flush=True)
+        parallel.leave_early("another rank ended with an error")
+        return 1

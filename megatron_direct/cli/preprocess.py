@@ -16,6 +16,7 @@ from megatron_direct.preprocessing.mpi import Ranks
 from megatron_direct.preprocessing.pipeline import preprocess
 from megatron_direct.preprocessing.settings import SAMPLES, PreprocessSettings
 from megatron_direct.preprocessing.splits import SPLITS
+from megatron_direct.runtime import files, stopping
 
 PROG = "megatron-direct preprocess"
 
@@ -98,7 +99,16 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> None:
     try:
         settings = PreprocessSettings(**flags)
         ranks = Ranks()
-        preprocess(settings, ranks)
+        with stopping.signals_noted(), stopping.interruptible():
+            preprocess(settings, ranks)
+    except stopping.Stopped as stopped:
+        print(f"{prog}: {stopped}", file=sys.stderr, flush=True)
+        sys.exit(stopped.exit_code)
+    except OSError as error:
+        if not files.is_of_disk(error):
+            raise
+        path = error.filename or flags["output_prefix"]
+        sys.exit(f"{prog}: error: {files.cannot_write(path, error)}")
     except UserError as error:
         message = f"{prog}: error: {error}"
         if ranks is not None and ranks.count > 1:

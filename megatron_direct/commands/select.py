@@ -66,8 +66,11 @@ def select(request: SelectRequest) -> None:
     onset.job.require_runs_on(parallel.world_size(), trains=request.pilot.pilot_iters > 0)
     solve_step.num_to_select(request.selection, len(onset.pool.usable))
     run = RunDirectory(request.onset.run_dir)
-    parallel.on_rank_zero(lambda: run.enter("select", request))
+    with run.entered("select", request):
+        _select(request, onset, run)
 
+
+def _select(request: SelectRequest, onset: Onset, run: RunDirectory) -> None:
     measured = measure(MeasureSettings(request.pilot, request.sketch, request.curvature), onset,
                        run.path)
     key = solve_step.selection_key(request.selection, request.curvature, measured,

@@ -8,7 +8,9 @@ checkpoint carries, under ``args``, the flags that it was made with.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import os
 import pickle
 import shutil
@@ -116,21 +118,48 @@ def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[Any], optim
     from megatron.core import dist_checkpointing
 
     target = Path(folder) / f"iter_{iteration:07d}"
-    if parallel.is_rank_zero():
-        shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed while saving
-        target.mkdir(parents=True)
-    parallel.barrier()
+    parallel.on_rank_zero(lambda: _make_room(target))
     state = _model_state(chunks)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, metadata=checkpoint_metadata())
         state["opt_param_scheduler"] = scheduler.state_dict()
     state.update(args=argparse.Namespace(**args), iteration=iteration, checkpoint_version=3.0)
-    dist_checkpointing.save(state, str(target))
+    compat.start_saver()
+    with _disk_errors_told(target):
+        dist_checkpointing.save(state, str(target))
     parallel.barrier()
-    if parallel.is_rank_zero():
-        with files.written_whole(Path(folder) / TRACKER, "w") as tracker:
-            tracker.write(str(iteration))
-    parallel.barrier()
+    parallel.on_rank_zero(lambda: _declare_whole(target, iteration))
+
+
+def _make_room(target: Path) -> None:
+    """An empty folder, and none left by a run that was killed while saving (rank 0)."""
+    whole = latest(target.parent)
+    try:
+        for path in target.parent.glob("iter_*"):
+            if path == target or whole is None or path.name > whole.name:
+                shutil.rmtree(path)
+        target.mkdir(parents=True)
+    except OSError as error:
+        raise files.cannot_write(error.filename or target, error) from error
+
+
+def _declare_whole(target: Path, iteration: int) -> None:
+    """From here on the checkpoint is the newest one (rank 0)."""
+    files.sync_files(target)  # Megatron leaves a part of it to the operating system
+    with files.written_whole(target.parent / TRACKER, "w") as tracker:
+        tracker.write(str(iteration))
+
+
+@contextlib.contextmanager
+def _disk_errors_told(target: Path) -> Iterator[None]:
+    """Megatron writes in other processes, and says in its own words what became of it."""
+    try:
+        yield
+    except Exception as error:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+            if os.strerror(number) in str(error):
+                raise files.cannot_write(target, OSError(number, os.strerror(number))) from error
+        raise
 
 
 def load_model(checkpoint: Path, chunks: Sequence[Any]) -> None:

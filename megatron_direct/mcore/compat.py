@@ -12,9 +12,14 @@ import functools
 import importlib.metadata
 import inspect
 import logging
+import multiprocessing
+import os
 from collections.abc import Iterator
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
+
+from megatron_direct.runtime import watch
 
 _COMMON_FILE = "common.pt"
 
@@ -132,3 +137,23 @@ def load_sharded(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
     with _without_deprecations():
         return dist_checkpointing.load(state, str(checkpoint))
+
+
+@functools.cache
+def start_saver() -> None:
+    """Before a checkpoint is saved: what Megatron starts for it ends with this process.
+
+    It keeps a server process from its first save on, and forks writers for each. All of them would
+    outlive a rank that is killed, and a writer might write into the folder of the next run.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    os.register_at_fork(after_in_child=_end_with_parent)
+    if getattr(filesystem_async, "_results_queue", ()) is None:  # as Megatron would make it
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(watch.end_with_parent, (os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()
+
+
+def _end_with_parent() -> None:
+    watch.end_with_parent(os.getppid())

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import pickle
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import host, ranks
+from megatron_direct.runtime import host, meeting, ranks, stopping
+from megatron_direct.runtime.lock import Lock
+from megatron_direct.runtime.watch import Watch
 
 # After so long a rank that waits for rank 0 looks again whether there is anything to wait for.
-_PATIENCE_SECONDS = 20.0
+_PATIENCE_SECONDS = 2.0
+# No selection problem that was ever solved here took a hundredth of it.
+_LONGEST_HOURS_OF_RANK_ZERO = 12.0
+_SECONDS_OF_A_STORE_THAT_HANGS = 30.0
+# A collective fails at once where a rank has died; the watch tells who, a little later.
+_SECONDS_UNTIL_A_VERDICT = 4.0
 
 
 def world_size() -> int:
@@ -45,18 +54,95 @@ def process_group(timeout_minutes: int = 10):
         yield
         return
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    here = ranks.discover()
     # The device is named where there is one, so that NCCL need not guess it at the first barrier.
     device: dict[str, Any] = {"device_id": host.device()} if host.has_gpu() else {}
-    if here.is_launched:
-        dist.init_process_group(host.collective_backend(), timeout=timeout, **device)
+    if ranks.discover().is_launched:
+        store, rank, size = meeting.launched_store(timeout)
     else:
-        dist.init_process_group(host.collective_backend(), store=dist.HashStore(), rank=0,
-                                world_size=1, timeout=timeout, **device)
+        store, rank, size = dist.HashStore(), 0, 1
+    with stopping.signals_noted() as signals, _watched(store, rank, size, signals):
+        dist.init_process_group(host.collective_backend(), store=store, rank=rank,
+                                world_size=size, timeout=timeout, **device)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+_watch: Watch | None = None
+
+
+@contextlib.contextmanager
+def _watched(store, rank: int, size: int, signals) -> Iterator[None]:
+    global _watch
+    launched = None
+    if size > 1 or ranks.discover().is_launched:
+        launched = store.clone()  # a connection of its own: the main thread waits on the first
+        launched.set_timeout(datetime.timedelta(seconds=_SECONDS_OF_A_STORE_THAT_HANGS))
+    _watch = Watch(launched, rank, size, signals)
+    _watch.start()
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        _watch.end()
+        _watch = None
+
+
+def at(stage: str) -> None:
+    """What this rank is at, in words: others name it should the rank be lost."""
+    if _watch is not None:
+        _watch.at(stage)
+
+
+def leave_early(verdict: str = "") -> None:
+    """This rank leaves although others may not have done their work. verdict: why they have to
+    leave, too."""
+    if _watch is not None:
+        _watch.leave(verdict)
+
+
+def await_verdict() -> None:
+    """After an error that may be the consequence of another rank's death: the watch ends this
+    process if it is."""
+    if _watch is not None and dist.get_world_size() > 1:
+        time.sleep(_SECONDS_UNTIL_A_VERDICT)
+
+
+def stop_is_agreed(group=None) -> bool:
+    """Whether the ranks of a group, which all ask here, stop at this point, as one of them was
+    asked to. group: None for all ranks."""
+    asked = stopping.requested() or 0
+    if dist.get_world_size(group) > 1:
+        number = torch.tensor([asked], dtype=torch.int32, device=host.device())
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
+        asked = int(number)
+    if asked and _watch is not None:
+        _watch.reach_safe_point()
+    if asked:
+        stopping.request(asked)
+    return asked > 0
+
+
+def stop() -> None:
+    """Leaves at a safe point, once that is agreed."""
+    raise stopping.Stopped(stopping.requested() or signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def while_rank_zero_holds(lock: Lock) -> Iterator[None]:
+    """All ranks call this. If the folder of the lock goes away, all ranks leave."""
+    on_rank_zero(lock.acquire)
+    watched = _watch if is_rank_zero() else None
+    if watched is not None:
+        watched.add_condition(lock.what_is_lost)
+    try:
+        yield
+        on_rank_zero(lock.require_held)
+    finally:
+        if watched is not None:
+            watched.remove_condition(lock.what_is_lost)
+        if is_rank_zero():
+            lock.release()
 
 
 def sum_over_world(array: np.ndarray) -> np.ndarray:
@@ -79,16 +165,17 @@ def on_rank_zero(work: Callable):
     """What ``work()`` returns on rank 0, on every rank; what it raises there is raised everywhere.
 
     So a mistake that only rank 0 can see ends all ranks with the same message, and none waits. The
-    work may take as long as it needs: the others wait for word that it is done, not in a
-    collective, which would give up.
+    work may take hours: the others wait for word that it is done, not in a collective, which would
+    give up. A request to stop interrupts it.
     """
     if not dist.is_initialized():  # alone, in a program that is no launch
         return work()
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            outcome[0] = work()
-        except Exception as error:
+            with stopping.interruptible():
+                outcome[0] = work()
+        except (Exception, stopping.Stopped) as error:
             outcome[1] = _portable(error)
     if dist.get_world_size() > 1:
         _wait_for_rank_zero()
@@ -110,13 +197,17 @@ def _wait_for_rank_zero() -> None:
     if dist.get_rank() == 0:
         store.set(key, "done")
         return
-    while True:
+    longest = time.monotonic() + 3600 * _LONGEST_HOURS_OF_RANK_ZERO
+    while time.monotonic() < longest:
         try:
             store.wait([key], datetime.timedelta(seconds=_PATIENCE_SECONDS))
             return
         except RuntimeError as error:  # a DistStoreError, or a file store's own
             if "timeout" not in str(error).lower():
                 raise  # the store is gone, and rank 0 with it
+    raise UserError(f"rank 0 has been at work for {_LONGEST_HOURS_OF_RANK_ZERO:.0f} hours while "
+                    "the other ranks waited. See what it is doing (py-spy dump shows it), and run "
+                    "the command again: it resumes where it stopped.")
 
 
 def kept_on_rank_zero(work: Callable):
@@ -144,7 +235,7 @@ def first_to_speak(patience_seconds: float = 3.0) -> bool:
     return store.add("error/speakers", 1) == 1
 
 
-def _portable(error: Exception) -> Exception:
+def _portable(error: BaseException) -> BaseException:
     """The error itself if it survives the way to another rank, else its words."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -16,7 +16,7 @@ from megatron_direct.curvature.density import SpectralDensity, spectral_density
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
 from megatron_direct.curvature.hessian import HessianOperator
-from megatron_direct.curvature.krylov import SymmetricOperator
+from megatron_direct.curvature.krylov import KrylovState, SymmetricOperator
 from megatron_direct.curvature.lanczos import AsymmetricOperator, Spectrum, leading_eigenpairs
 from megatron_direct.curvature.preconditioner import PreconditionedOperator
 from megatron_direct.curvature.resume import LanczosLog
@@ -239,7 +239,7 @@ class _Lanczos:
             try:
                 spectrum = leading_eigenpairs(operator, target, space.random_signs(self._seed),
                                               state=None if log is None else log.load(),
-                                              on_step=None if log is None else log.write)
+                                              on_step=None if log is None else self._after_step)
             except AsymmetricOperator as error:
                 raise UserError(f"--curvature {config.curvature}: {error}"
                                 f"{self._likely_cause()}") from error
@@ -248,6 +248,13 @@ class _Lanczos:
             return spectrum, spectral_density(
                 operator, config.density_samples, config.density_steps,
                 eigenvalues=spectrum.eigenvalues, eigenvectors=spectrum.eigenvectors)
+
+    def _after_step(self, state: KrylovState) -> None:
+        assert self.log is not None
+        self.log.write(state)
+        parallel.at(f"curvature, product {state.num_matvecs}")
+        if parallel.stop_is_agreed():
+            parallel.stop()
 
     def _likely_cause(self) -> str:
         """The kind of layer at which the asymmetry is largest, where the space has layers."""

@@ -13,6 +13,7 @@ from megatron_direct.config import BatchConfig, Job, ModelConfig
 from megatron_direct.evaluation.losses import dataset_losses
 from megatron_direct.mcore import checkpoint, training
 from megatron_direct.mcore.checkpoint import Checkpoint
+from megatron_direct.runtime import parallel
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,13 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
 
     def after_step(step: training.Step) -> None:
         log.write(step)
-        if plan.save_interval and (step.iteration % plan.save_interval == 0
-                                   or step.iteration == plan.iterations):
+        is_last = step.iteration == plan.iterations
+        stops = not is_last and parallel.stop_is_agreed()
+        if plan.save_interval and (step.iteration % plan.save_interval == 0 or is_last or stops):
             checkpoint.save(folder, step.iteration, chunks, trainer.optimizer, trainer.scheduler,
                             arguments)
+        if stops:
+            parallel.stop()
 
     for segment, iterations in plan.stretches(done):
         training.train(trainer, training.Feed(

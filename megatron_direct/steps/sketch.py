@@ -179,6 +179,9 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
                               samples - drawn.samples.first[which], losses)
             # The other data-parallel ranks are about as far.
             progress.update(min(len(samples) * grid.data_size(), num_left - progress.n))
+            parallel.at(f"sketch {drawn.what}, about {progress.n} of {num_left} samples")
+            if grid.copy_stops():
+                parallel.stop()
     if writer is not None:
         writer.close()
     parallel.barrier()
