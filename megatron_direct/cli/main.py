@@ -88,7 +88,7 @@ def run(work: Callable[[], None], timeout_minutes: int | None = None) -> int:
                 return stopping.Stopped(number).exit_code
             message = traceback.format_exc()
             if isinstance(error, OSError) and error.filename and files.is_of_disk(error):
-                message = f"megatron-direct: error: {files.cannot_write(error.filename, error)}\n"
+                message = f"megatron-direct: error: {files.cannot_use(error.filename, error)}\n"
         if parallel.first_to_speak():
             print(message, end="", file=sys.stderr, flush=True)
         parallel.leave_early("another rank ended with an error")

@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> None:
         if not files.is_of_disk(error):
             raise
         path = error.filename or flags["output_prefix"]
-        sys.exit(f"{prog}: error: {files.cannot_write(path, error)}")
+        sys.exit(f"{prog}: error: {files.cannot_use(path, error)}")
     except UserError as error:
         message = f"{prog}: error: {error}"
         if ranks is not None and ranks.count > 1:

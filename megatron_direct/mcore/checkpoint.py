@@ -118,6 +118,7 @@ def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[Any], optim
     from megatron.core import dist_checkpointing
 
     target = Path(folder) / f"iter_{iteration:07d}"
+    parallel.at(f"saving {target}")
     parallel.on_rank_zero(lambda: _make_room(target))
     state = _model_state(chunks)
     if optimizer is not None:
@@ -132,11 +133,10 @@ def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[Any], optim
 
 
 def _make_room(target: Path) -> None:
-    """An empty folder, and none left by a run that was killed while saving (rank 0)."""
-    whole = latest(target.parent)
+    """An empty folder, and none that a run left which was killed while saving (rank 0)."""
     try:
         for path in target.parent.glob("iter_*"):
-            if path == target or whole is None or path.name > whole.name:
+            if path == target or not (path / FORMAT_FILE).is_file():  # which is written last
                 shutil.rmtree(path)
         target.mkdir(parents=True)
     except OSError as error:

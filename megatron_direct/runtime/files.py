@@ -34,11 +34,16 @@ _REMEDIES = {
 }
 
 
-def cannot_write(path: str | os.PathLike, error: OSError) -> UserError:
+def cannot_write(path: str | os.PathLike, error: OSError, verb: str = "written") -> UserError:
     """What a user is told of a file that cannot be written."""
     remedy = _REMEDIES.get(error.errno or errno.ENOSPC, "Check the disk")
-    return UserError(f"{path} cannot be written ({error.strerror or error}). {remedy}, and run the "
+    return UserError(f"{path} cannot be {verb} ({error.strerror or error}). {remedy}, and run the "
                      "command again: it resumes where it stopped.")
+
+
+def cannot_use(path: str | os.PathLike, error: OSError) -> UserError:
+    """Of a file of which it is not known what was to be done with it."""
+    return cannot_write(path, error, "read or written")
 
 
 def is_of_disk(error: OSError) -> bool:
@@ -65,7 +70,7 @@ def written_whole(path: str | os.PathLike, mode: str = "wb"):
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
-        if error.filename is not None and not _is_below(error.filename, path.parent):
+        if error.filename is not None and not _is_on_the_way(error.filename, partial):
             raise  # of another file, which the block wanted to read
         raise cannot_write(path, error) from error
     finally:
@@ -160,6 +165,7 @@ def _host() -> str:
     return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
-def _is_below(path, folder: Path) -> bool:
-    return isinstance(path, str | os.PathLike) and Path(path).absolute().is_relative_to(
-        folder.absolute())
+def _is_on_the_way(found, path: Path) -> bool:
+    """Whether it is the path, or a folder that it lies in."""
+    return isinstance(found, str | os.PathLike) and path.absolute().is_relative_to(
+        Path(found).absolute())

@@ -23,8 +23,8 @@ from megatron_direct.runtime import host, meeting, ranks, stopping
 from megatron_direct.runtime.lock import Lock
 from megatron_direct.runtime.watch import Watch
 
-# After so long a rank that waits for rank 0 looks again whether there is anything to wait for.
-_PATIENCE_SECONDS = 2.0
+# After so long, at the latest, a rank that waits for rank 0 looks again.
+_LONGEST_PAUSE_SECONDS = 0.25
 # No selection problem that was ever solved here took a hundredth of it.
 _LONGEST_HOURS_OF_RANK_ZERO = 12.0
 _SECONDS_OF_A_STORE_THAT_HANGS = 30.0
@@ -197,17 +197,23 @@ def _wait_for_rank_zero() -> None:
     if dist.get_rank() == 0:
         store.set(key, "done")
         return
-    longest = time.monotonic() + 3600 * _LONGEST_HOURS_OF_RANK_ZERO
-    while time.monotonic() < longest:
-        try:
-            store.wait([key], datetime.timedelta(seconds=_PATIENCE_SECONDS))
-            return
-        except RuntimeError as error:  # a DistStoreError, or a file store's own
-            if "timeout" not in str(error).lower():
-                raise  # the store is gone, and rank 0 with it
+    if _comes(store, key, 3600 * _LONGEST_HOURS_OF_RANK_ZERO):
+        return
     raise UserError(f"rank 0 has been at work for {_LONGEST_HOURS_OF_RANK_ZERO:.0f} hours while "
                     "the other ranks waited. See what it is doing (py-spy dump shows it), and run "
                     "the command again: it resumes where it stopped.")
+
+
+def _comes(store, key: str, seconds: float) -> bool:
+    """Waits for a key for so long. By looking again and again: a wait of the store's own is deaf to
+    signals, and complains on stderr when its time is up."""
+    until, pause = time.monotonic() + seconds, 0.001
+    while not store.check([key]):
+        if time.monotonic() > until:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+    return True
 
 
 def kept_on_rank_zero(work: Callable):
@@ -229,8 +235,7 @@ def first_to_speak(patience_seconds: float = 3.0) -> bool:
     if dist.get_rank() == 0:
         store.set("error/spoken", "yes")
         return True
-    with contextlib.suppress(dist.DistStoreError):
-        store.wait(["error/spoken"], datetime.timedelta(seconds=patience_seconds))
+    if _comes(store, "error/spoken", patience_seconds):
         return False
     return store.add("error/speakers", 1) == 1
 

@@ -57,6 +57,7 @@ class RunDirectory:
         is at work in the directory.
         """
         own = lock.Lock(self.path / lock.NAME, self.path, f"megatron-direct {command}")
+        parallel.at(command)
         with parallel.while_rank_zero_holds(own):
             parallel.on_rank_zero(lambda: self._enter(command, request))
             yield

@@ -41,6 +41,8 @@ _SECONDS_STOPPED = 30.0
 _SECONDS_SUSPENDED = 5.0
 # Of the 30 that torchrun and Slurm leave between SIGTERM and SIGKILL.
 _SECONDS_TO_A_SAFE_POINT = 20.0
+# Between the last message of all ranks and the end of this one.
+_SECONDS_TO_END = 10.0
 _RESUMES = "Run the command again: it resumes where it stopped."
 
 
@@ -73,7 +75,8 @@ class Watch:
         self._conditions: list[Callable[[], str | None]] = []
         process = psutil.Process()
         self._sign = Sign(process.pid, socket.gethostname(), _machine(), process.create_time(), "",
-                          0)
+                          0)  # the last one
+        self._stage, self._has_left = "", False
         self._neighbour = _Neighbour(self._before)
         self._ended = threading.Event()
         self._reader, self._writer = socket.socketpair()  # to end the thread in its sleep
@@ -89,22 +92,27 @@ class Watch:
         self._ended.set()
         self._writer.send(b"x")
         self._thread.join()
+        self._has_left = True
+        if self._store is not None:
+            with contextlib.suppress(Exception):  # the store may be gone
+                self._show(self._store)
         self._reader.close()
         self._writer.close()
 
     def leave(self, verdict: str = "") -> None:
         """This rank leaves before the others. verdict: why they have to leave too, if they have."""
+        self._has_left = True
+        self._ended.set()
         if self._store is not None:
             with contextlib.suppress(Exception):  # the store may be gone
                 store = self._store.clone()
                 if verdict:
                     store.compare_set("verdict", "", verdict)
-                self._show(store, has_left=True)
-        self._ended.set()
+                self._show(store)
 
     def at(self, stage: str) -> None:
         """What the rank is at, for the message that tells of its loss."""
-        self._sign = dataclasses.replace(self._sign, stage=stage)
+        self._stage = stage
 
     def reach_safe_point(self) -> None:
         """From here on the rank may take its time to leave."""
@@ -153,9 +161,9 @@ class Watch:
         try:
             self._look_at_store(now)
         except Exception as error:  # the store is gone, and its host with it
-            if not self._ended.wait(2.0):
-                _say(f"rank {self._rank} lost the launcher's store, and with it the other ranks "
-                     f"({str(error).splitlines()[0]}). {_RESUMES}")
+            if not self._ended.wait(_SECONDS_TO_END):
+                _say(f"error: rank {self._rank} lost the launcher's store, and with it the other "
+                     f"ranks ({str(error).splitlines()[0]}). {_RESUMES}")
                 _exit(1)
 
     def _look_at_store(self, now: float) -> None:
@@ -172,18 +180,23 @@ class Watch:
         key = f"alive/{self._before}"
         if self._before == self._rank or not self._store.check([key]):
             return  # not begun yet
-        words = self._neighbour.what_is_wrong(Sign(**json.loads(self._store.get(key))), now)
-        if words is not None and not self._ended.is_set():
+        words = self._neighbour.what_is_wrong(self._sign_at(key), now)
+        # It may have left between its last sign and the look at its process.
+        if words is not None and not self._sign_at(key).has_left and not self._ended.is_set():
             self._lose(f"{words} {_RESUMES}")
+
+    def _sign_at(self, key: str) -> Sign:
+        return Sign(**json.loads(self._store.get(key)))
 
     def _lose(self, words: str) -> None:
         """All ranks leave; the first to find out says why."""
         if self._store is None or self._store.compare_set("verdict", "", words) == words.encode():
-            _say(words)
+            _say(f"error: {words}")
         _exit(1)
 
-    def _show(self, store, has_left: bool = False) -> None:
-        self._sign = dataclasses.replace(self._sign, count=self._sign.count + 1, has_left=has_left)
+    def _show(self, store) -> None:
+        self._sign = dataclasses.replace(self._sign, count=self._sign.count + 1, stage=self._stage,
+                                         has_left=self._has_left)
         store.set(f"alive/{self._rank}", json.dumps(dataclasses.asdict(self._sign)))
 
 
@@ -239,7 +252,7 @@ def _machine() -> str:
 
 
 def _say(text: str) -> None:
-    print(f"megatron-direct: error: {text}", file=sys.stderr, flush=True)
+    print(f"megatron-direct: {text}", file=sys.stderr, flush=True)
 
 
 def _exit(code: int) -> None:

@@ -164,6 +164,7 @@ def leading_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path, 
     valid_rows: [M, k] sketches of the validation samples. gradients: None will do for the sketched
     Fisher, which needs no pass.
     """
+    parallel.at("curvature")
     if config.curvature == SKETCHED_FISHER:
         numbers = valid.numbers
         work = _Lanczos(config, SketchedFisherOperator(valid_rows, numbers), key)

@@ -169,6 +169,7 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
                      f"{len(drawn.numbers)} samples are already done")
     dataset_numbers = _dataset_numbers(store, drawn)
     writer = store.writer(grid.data_rank()) if grid.is_first_model_rank() else None
+    parallel.at(f"sketch {drawn.what}")
     begun = time.perf_counter()
     with tqdm(total=num_left, desc=f"sketch {drawn.what}", unit="sample",
               disable=None if parallel.is_rank_zero() else True) as progress:

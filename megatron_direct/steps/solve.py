@@ -113,6 +113,7 @@ def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, fold
 
     Raises UserError, on all ranks, if no K samples keep the budget and the quotas.
     """
+    parallel.at("selection problem")
     if parallel.on_rank_zero(lambda: _is_spread(config, measured)):
         share = _Share(measured, sketch_step.read_sketches(
             measured.store, measured.pool, *parallel.rank_and_size()), parallel.sum_over_world)

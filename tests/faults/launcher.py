@@ -39,10 +39,11 @@ class Request:
 @dataclass(frozen=True)
 class Outcome:
     """codes: exit status of each rank, negative where a signal ended it. seconds: until the last
-    had ended."""
+    had ended; cpu: seconds of all ranks and what they waited for."""
 
     codes: list[int]
     seconds: float
+    cpu: float = 0.0
 
 
 def serve() -> None:
@@ -56,6 +57,7 @@ def serve() -> None:
     cli.quiet_imports()
     for command in cli.COMMANDS.values():
         command.load()
+    import matplotlib.figure  # noqa: F401
     import megatron.core.distributed
     import megatron.core.models.gpt
     import megatron.core.optimizer  # noqa: F401
@@ -87,11 +89,12 @@ def _launch(request: Request) -> None:
         os.setpgid(ranks[rank], ranks[0])  # one group, so that all can be killed at once
     (folder / "pids.json").write_text(json.dumps(ranks))
     codes: dict[int, int] = {}
+    cpu = 0.0
     while len(codes) < len(ranks):
-        pid, status = os.wait()
-        if pid in ranks:
-            codes[ranks.index(pid)] = os.waitstatus_to_exitcode(status)
-    outcome = Outcome([codes[rank] for rank in range(len(ranks))], time.monotonic() - began)
+        pid, status, used = os.wait4(-1, 0)
+        cpu += used.ru_utime + used.ru_stime
+        codes[ranks.index(pid)] = os.waitstatus_to_exitcode(status)
+    outcome = Outcome([codes[rank] for rank in range(len(ranks))], time.monotonic() - began, cpu)
     partial = folder / "outcome.partial"
     partial.write_text(json.dumps(dataclasses.asdict(outcome)))
     partial.rename(folder / "outcome.json")
@@ -111,6 +114,7 @@ def _fork_rank(request: Request, rank: int, port: int) -> int:
 
         sys.argv = ["megatron-direct", *request.arguments]
         main(request.arguments)
+        code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
         if isinstance(end.code, str):
