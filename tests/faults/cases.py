@@ -19,7 +19,8 @@ from faults.jobs import JOBS, Job
 from faults.launcher import FULL_FOR_GOOD, FULL_ONCE, KILL_ALL
 
 KINDS = ("killed at an operation", "killed at random", "disk full once", "disk full for good",
-         "two runs", "rank killed", "rank stopped", "restarted by torchrun", "asked to stop")
+         "two runs", "rank killed", "rank stopped", "launcher killed", "restarted by torchrun",
+         "asked to stop")
 # What the log of operations shows once a stage has begun.
 STAGES = {"pilot": (0, "pilot/metrics.jsonl"), "sketches": (0, "sketches/entries-"),
           "curvature": (0, "curvature/lanczos/rank-"), "selection": (0, "selections/direct"),
@@ -55,6 +56,7 @@ def all_cases(bench: Bench) -> Iterator[Case]:
             if number == len(stage) % 2:  # for half a minute nothing happens
                 yield lost(four, stage, rank, signal.SIGSTOP)
         yield _stopped(JOBS["two ranks"], stage, signal.SIGTERM)
+        yield _orphaned(JOBS["two ranks"], stage)
     yield _stopped(JOBS["two ranks"], "annealing", signal.SIGINT)
     yield from (_restarted(attempt) for attempt in range(4))
 
@@ -138,6 +140,18 @@ def lost(job: Job, stage: str, rank: int, sign: signal.Signals) -> Case:
 
     return Case("rank killed" if sign == signal.SIGKILL else "rank stopped", job,
                 f"{stage}, rank {rank}", run)
+
+
+def _orphaned(job: Job, stage: str) -> Case:
+    number, place = STAGES[stage]
+
+    def run(bench: Bench) -> Verdict:
+        verdict = bench.lose_launcher(job, number, lambda log: place in log)
+        if verdict.result == "same" and verdict.seconds > 10.0:
+            return Verdict("error", f"took long; {verdict.note}", verdict.seconds)
+        return verdict
+
+    return Case("launcher killed", job, stage, run)
 
 
 def _stopped(job: Job, stage: str, sign: signal.Signals) -> Case:

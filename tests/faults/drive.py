@@ -201,7 +201,10 @@ class Bench:
 
     def compare(self, job: Job, number: int) -> Verdict:
         expected = jobs.contents(self.after(job, number + 1))
-        found = jobs.contents(self.run)
+        try:
+            found = jobs.contents(self.run)
+        except Exception as error:  # something cannot be read at all
+            return Verdict("differs", repr(error))
         different = sorted(name for name in expected.keys() | found.keys()
                            if expected.get(name) != found.get(name))
         return Verdict("differs", ", ".join(different)) if different else Verdict("same")
@@ -210,12 +213,7 @@ class Bench:
                   when: Callable[[str], bool]) -> Verdict:
         """A rank is sent a signal once ``when`` holds of the log of operations. Nobody else ends
         the ranks: they have to by themselves."""
-        self.reset(job, number)
-        run = self.start(job, job.commands[number])
-        run.pids  # noqa: B018
-        while not (run.folder / "outcome.json").is_file() and not (
-                run.operations.is_file() and when(run.operations.read_text())):
-            time.sleep(0.01)
+        run = self._start_until(job, number, when)
         with contextlib.suppress(ProcessLookupError):
             os.kill(run.pids[rank], sign)
         began = time.monotonic()
@@ -229,6 +227,32 @@ class Bench:
             note += f", no word of it: {run.output[-500:]}"
         verdict = self.again(job, number)
         return dataclasses.replace(verdict, note=f"{note}; {verdict.note}", seconds=seconds)
+
+
+    def lose_launcher(self, job: Job, number: int, when: Callable[[str], bool]) -> Verdict:
+        """The launcher is killed, and with it the store: the ranks leave by themselves."""
+        run = self._start_until(job, number, when)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            status = Path(f"/proc/{run.pids[0]}/stat").read_text()
+            os.kill(int(status.rpartition(")")[2].split()[1]), signal.SIGKILL)
+        began = time.monotonic()
+        while left := _of_group(run.pids[0]):
+            if time.monotonic() > began + LIMIT_SECONDS:
+                run.kill()
+                return Verdict("jam", f"left behind: {left}")
+            time.sleep(0.05)
+        seconds = time.monotonic() - began
+        return dataclasses.replace(self.again(job, number), seconds=seconds)
+
+    def _start_until(self, job: Job, number: int, when: Callable[[str], bool]) -> Run:
+        """A command, as soon as ``when`` holds of the log of its operations."""
+        self.reset(job, number)
+        run = self.start(job, job.commands[number])
+        run.pids  # noqa: B018
+        while not (run.folder / "outcome.json").is_file() and not (
+                run.operations.is_file() and when(run.operations.read_text())):
+            time.sleep(0.01)
+        return run
 
 
 def _of_group(group: int) -> list[int]:

@@ -59,7 +59,7 @@ def test_what_rank_zero_raises_is_raised_everywhere():
 
 
 def _slow_work_on_rank_zero():
-    """Longer than the others wait between two looks, and longer than a collective's limit would be."""
+    """Longer than the others wait between two looks, and than a collective's limit would be."""
     from datetime import timedelta
 
     with pytest.MonkeyPatch.context() as patch:

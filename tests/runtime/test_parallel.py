@@ -1,4 +1,4 @@
-"""The others wait for rank 0 outside of collectives (tests/mcore/test_grid.py), and not for ever."""
+"""The others wait for rank 0 outside of collectives (tests/mcore/test_grid.py), not for ever."""
 
 from __future__ import annotations
 
