@@ -29,7 +29,14 @@ static int log_descriptor = -1, what, victim;
 static long at;
 static long *count; /* shared with the processes that are forked */
 
-#define REAL(name) ((__typeof__(name) *)dlsym(RTLD_NEXT, #name))
+/* Looked up once: a fork may happen while another thread holds the loader's lock. */
+#define REAL(name)                                                                                \
+    ({                                                                                            \
+        static __typeof__(name) *real;                                                            \
+        if (!real)                                                                                \
+            real = (__typeof__(name) *)dlsym(RTLD_NEXT, #name);                                   \
+        real;                                                                                     \
+    })
 
 void faults_arm(const char *folder, int log, int kind, long number, int pid) {
     count = mmap(NULL, sizeof *count, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
