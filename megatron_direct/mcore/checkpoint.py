@@ -25,7 +25,7 @@ from megatron_direct.errors import UserError
 from megatron_direct.mcore import arguments, compat, main_parameters, torch_adam
 from megatron_direct.mcore.checkpoint_formats import FORMAT_FILE, TRACKER, require_readable
 from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
-from megatron_direct.runtime import digests, files, parallel
+from megatron_direct.runtime import digests, files, parallel, stopping
 from megatron_direct.settings import Settings, flag_name
 
 _PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.", "mtp.")
@@ -119,17 +119,18 @@ def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[Any], optim
 
     target = Path(folder) / f"iter_{iteration:07d}"
     parallel.at(f"saving {target}")
-    parallel.on_rank_zero(lambda: _make_room(target))
     state = _model_state(chunks)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, metadata=checkpoint_metadata())
         state["opt_param_scheduler"] = scheduler.state_dict()
     state.update(args=argparse.Namespace(**args), iteration=iteration, checkpoint_version=3.0)
     compat.start_saver()
-    with _disk_errors_told(target):
-        dist_checkpointing.save(state, str(target))
-    parallel.barrier()
-    parallel.on_rank_zero(lambda: _declare_whole(target, iteration))
+    with stopping.postponed():
+        parallel.on_rank_zero(lambda: _make_room(target))
+        with _disk_errors_told(target):
+            dist_checkpointing.save(state, str(target))
+        parallel.barrier()
+        parallel.on_rank_zero(lambda: _declare_whole(target, iteration))
 
 
 def _make_room(target: Path) -> None:

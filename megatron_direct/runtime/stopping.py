@@ -41,6 +41,7 @@ class Stopped(BaseException):
 _SECONDS_OF_ONE = 1.0
 _requested: int | None = None
 _requested_at = 0.0
+_is_postponed = False
 _can_interrupt = False
 
 
@@ -86,11 +87,22 @@ def interruptible() -> Iterator[None]:
     global _can_interrupt
     before, _can_interrupt = _can_interrupt, True
     try:
-        if _requested is not None:
+        if _requested is not None and not _is_postponed:
             raise Stopped(_requested)
         yield
     finally:
         _can_interrupt = before
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """Nothing is interrupted inside: for the saving of what a resumed run begins with."""
+    global _is_postponed
+    before, _is_postponed = _is_postponed, True
+    try:
+        yield
+    finally:
+        _is_postponed = before
 
 
 def _note(signal_number: int, _frame) -> None:
@@ -101,5 +113,5 @@ def _note(signal_number: int, _frame) -> None:
             os._exit(128 + signal_number)
         return
     _requested, _requested_at = signal_number, now
-    if _can_interrupt:
+    if _can_interrupt and not _is_postponed:
         raise Stopped(signal_number)

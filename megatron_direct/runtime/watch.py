@@ -108,6 +108,8 @@ class Watch:
                 store = self._store.clone()
                 if verdict:
                     store.compare_set("verdict", "", verdict)
+                if (asked := stopping.requested()) is not None:
+                    store.set("stop", str(int(asked)))
                 self._show(store)
 
     def at(self, stage: str) -> None:

@@ -51,6 +51,10 @@ class SketchConfig(Settings):
                      at_least=0, at_most=2**32 - 1)
 
 
+# The question waits for what is queued on a GPU.
+_PASSES_BETWEEN_STOPS = 4
+
+
 @dataclass(frozen=True)
 class SketchesKey(Key):
     """What a row depends on, beside the document that it is of."""
@@ -173,7 +177,8 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
     begun = time.perf_counter()
     with tqdm(total=num_left, desc=f"sketch {drawn.what}", unit="sample",
               disable=None if parallel.is_rank_zero() else True) as progress:
-        for rows, samples, losses in sketch_samples(gradients, drawn.samples, planned, done):
+        for number, (rows, samples, losses) in enumerate(
+                sketch_samples(gradients, drawn.samples, planned, done)):
             if writer is not None:
                 which = drawn.samples.dataset_of(samples)
                 writer.append(rows, dataset_numbers[which],
@@ -181,7 +186,7 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
             # The other data-parallel ranks are about as far.
             progress.update(min(len(samples) * grid.data_size(), num_left - progress.n))
             parallel.at(f"sketch {drawn.what}, about {progress.n} of {num_left} samples")
-            if grid.copy_stops():
+            if number % _PASSES_BETWEEN_STOPS == 0 and grid.copy_stops():
                 parallel.stop()
     if writer is not None:
         writer.close()

@@ -31,6 +31,16 @@ def test_long_work_of_one_rank_is_interrupted():
         pytest.fail("it went on")
 
 
+def test_what_a_resumed_run_begins_with_is_saved_first():
+    with stopping.signals_noted(), pytest.raises(stopping.Stopped):
+        with stopping.postponed(), stopping.interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+            saved = True
+        assert saved
+        with stopping.interruptible():
+            pytest.fail("it went on")
+
+
 def test_a_second_sigterm_changes_nothing():
     """It comes by two ways, where a launcher passes on what its scheduler sends to everyone."""
     with stopping.signals_noted():
