@@ -163,6 +163,9 @@ def _stopped(job: Job, stage: str, sign: signal.Signals) -> Case:
         codes = f"codes {[128 + sign] * job.ranks}"
         if verdict.result == "same" and not verdict.note.startswith((codes, "codes [0, 0]")):
             return Verdict("error", verdict.note, verdict.seconds)
+        annealed = re.search(r"annealed (\d+), saved (\d+)", verdict.note)
+        if annealed and annealed[1] != annealed[2]:
+            return Verdict("error", f"steps were lost: {verdict.note}", verdict.seconds)
         return verdict
 
     return Case("asked to stop", job, f"{stage}, {sign.name}", run)

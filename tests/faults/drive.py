@@ -212,7 +212,8 @@ class Bench:
     def lose_rank(self, job: Job, number: int, rank: int, sign: signal.Signals,
                   when: Callable[[str], bool]) -> Verdict:
         """A rank is sent a signal once ``when`` holds of the log of operations. Nobody else ends
-        the ranks: they have to by themselves."""
+        the ranks: they have to by themselves. The note also says how far an annealing came, and
+        what of it was saved."""
         run = self._start_until(job, number, when)
         with contextlib.suppress(ProcessLookupError):
             os.kill(run.pids[rank], sign)
@@ -225,6 +226,11 @@ class Bench:
         note = f"codes {outcome.codes}" + (f", left behind: {left}" if left else "")
         if f"rank {rank} (process {run.pids[rank]} on " not in run.output and any(outcome.codes):
             note += f", no word of it: {run.output[-500:]}"
+        metrics = self.run / "anneal" / "direct" / "metrics.jsonl"
+        if metrics.is_file():
+            tracker = metrics.parent / "checkpoints" / "latest_checkpointed_iteration.txt"
+            note += f", annealed {len(metrics.read_text().splitlines())}, saved " + (
+                tracker.read_text() if tracker.is_file() else "0")
         verdict = self.again(job, number)
         return dataclasses.replace(verdict, note=f"{note}; {verdict.note}", seconds=seconds)
 
