@@ -76,6 +76,7 @@ def signals_noted() -> Iterator[socket.socket | None]:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
+        _requested = None
         reader.close()
         writer.close()
 

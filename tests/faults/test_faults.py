@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 
@@ -27,7 +28,8 @@ def test_a_draw(tmp_path):
              cases.Fault(KILL_ALL, 2 * len(operations) // 3, failing="zeroed"),
              cases.Fault(FULL_FOR_GOOD, len(operations) // 2)]
     verdicts = [bench.meet(text, 0, fault) for fault in drawn]
-    verdicts.append(cases.lost(JOBS["two ranks"], "sketches", 1, cases.signal.SIGKILL).run(bench))
+    select = dataclasses.replace(JOBS["two ranks"], name="select alone", commands=("select",))
+    verdicts.append(cases.lost(select, "sketches", 1, cases.signal.SIGKILL).run(bench))
     bench.close()
     assert [verdict.result for verdict in verdicts] == ["same"] * 4, verdicts
     assert "codes [-9]" in verdicts[0].note and "codes [1]" in verdicts[2].note

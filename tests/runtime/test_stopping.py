@@ -22,6 +22,7 @@ def test_a_signal_is_a_request(number, code):
             pass
     assert stopped.value.exit_code == code
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert stopping.requested() is None
 
 
 def test_long_work_of_one_rank_is_interrupted():
