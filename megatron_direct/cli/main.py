@@ -68,7 +68,7 @@ def run(work: Callable[[], None], timeout_minutes: int | None = None) -> int:
     An error is reported once: by rank 0 if it met it, else by the first rank that did.
     """
     from megatron_direct.mcore.without_gpu import megatron_runtime
-    from megatron_direct.runtime import files, parallel, stopping
+    from megatron_direct.runtime import attendance, files, parallel, stopping
 
     with megatron_runtime(), parallel.process_group(max(1, timeout_minutes or 10)):
         try:
@@ -77,19 +77,19 @@ def run(work: Callable[[], None], timeout_minutes: int | None = None) -> int:
             return 0
         except stopping.Stopped as stopped:
             parallel.say(f"megatron-direct: {stopped}")
-            parallel.leave_early()
+            attendance.leave_early()
             return stopped.exit_code
         except UserError as error:
             message = f"megatron-direct: error: {error}\n"
         except Exception as error:
-            parallel.await_verdict()
+            attendance.await_verdict()
             if (number := stopping.requested()) is not None:  # others have left: this is why
-                parallel.leave_early()
+                attendance.leave_early()
                 return stopping.Stopped(number).exit_code
             message = traceback.format_exc()
             if isinstance(error, OSError) and error.filename and files.is_of_disk(error):
                 message = f"megatron-direct: error: {files.cannot_use(error.filename, error)}\n"
         if parallel.first_to_speak():
             print(message, end="", file=sys.stderr, flush=True)
-        parallel.leave_early("another rank ended with an error")
+        attendance.leave_early("another rank ended with an error")
         return 1

@@ -25,7 +25,7 @@ from megatron_direct.errors import UserError
 from megatron_direct.mcore import arguments, compat, main_parameters, torch_adam
 from megatron_direct.mcore.checkpoint_formats import FORMAT_FILE, TRACKER, require_readable
 from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
-from megatron_direct.runtime import digests, files, parallel, stopping
+from megatron_direct.runtime import attendance, digests, files, parallel, stopping
 from megatron_direct.settings import Settings, flag_name
 
 _PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.", "mtp.")
@@ -118,7 +118,7 @@ def save(folder: str | os.PathLike, iteration: int, chunks: Sequence[Any], optim
     from megatron.core import dist_checkpointing
 
     target = Path(folder) / f"iter_{iteration:07d}"
-    parallel.at(f"saving {target}")
+    attendance.at(f"saving {target}")
     state = _model_state(chunks)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, metadata=checkpoint_metadata())

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_direct.config import BatchConfig, OptimizerConfig
 from megatron_direct.mcore import grid
-from megatron_direct.runtime import files, host, parallel
+from megatron_direct.runtime import attendance, files, host, parallel
 
 
 @dataclass
@@ -153,7 +153,7 @@ def train(trainer: Trainer, feed: Feed, iterations: range, description: str,
     progress = tqdm(iterations, desc=description, unit="it",
                     disable=None if parallel.is_rank_zero() else True)
     for index, iteration in enumerate(progress):
-        parallel.at(f"{description}, iteration {iteration}")
+        attendance.at(f"{description}, iteration {iteration}")
         loss, grad_norm = _step(trainer, feed, index)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of iteration {iteration} is {loss}. "

@@ -19,17 +19,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import host, meeting, ranks, stopping
+from megatron_direct.runtime import attendance, host, meeting, ranks, stopping
 from megatron_direct.runtime.lock import Lock
-from megatron_direct.runtime.watch import Watch
 
 # After so long, at the latest, a rank that waits for rank 0 looks again.
 _LONGEST_PAUSE_SECONDS = 0.25
 # No selection problem that was ever solved here took a hundredth of it.
 _LONGEST_HOURS_OF_RANK_ZERO = 12.0
-_SECONDS_OF_A_STORE_THAT_HANGS = 30.0
-# A collective fails at once where a rank has died; the watch tells who, a little later.
-_SECONDS_UNTIL_A_VERDICT = 4.0
 
 
 def world_size() -> int:
@@ -60,52 +56,13 @@ def process_group(timeout_minutes: int = 10):
         store, rank, size = meeting.launched_store(timeout)
     else:
         store, rank, size = dist.HashStore(), 0, 1
-    with stopping.signals_noted() as signals, _watched(store, rank, size, signals):
+    with stopping.signals_noted() as signals, attendance.kept(store, rank, size, signals):
         dist.init_process_group(host.collective_backend(), store=store, rank=rank,
                                 world_size=size, timeout=timeout, **device)
         try:
             yield
         finally:
             dist.destroy_process_group()
-
-
-_watch: Watch | None = None
-
-
-@contextlib.contextmanager
-def _watched(store, rank: int, size: int, signals) -> Iterator[None]:
-    global _watch
-    launched = None
-    if size > 1 or ranks.discover().is_launched:
-        launched = store.clone()  # a connection of its own: the main thread waits on the first
-        launched.set_timeout(datetime.timedelta(seconds=_SECONDS_OF_A_STORE_THAT_HANGS))
-    _watch = Watch(launched, rank, size, signals)
-    _watch.start()
-    try:
-        yield
-    finally:
-        _watch.end()
-        _watch = None
-
-
-def at(stage: str) -> None:
-    """What this rank is at, in words: others name it should the rank be lost."""
-    if _watch is not None:
-        _watch.at(stage)
-
-
-def leave_early(verdict: str = "") -> None:
-    """This rank leaves although others may not have done their work. verdict: why they have to
-    leave, too."""
-    if _watch is not None:
-        _watch.leave(verdict)
-
-
-def await_verdict() -> None:
-    """After an error that may be the consequence of another rank's death: the watch ends this
-    process if it is."""
-    if _watch is not None and dist.get_world_size() > 1:
-        time.sleep(_SECONDS_UNTIL_A_VERDICT)
 
 
 def stop_is_agreed(group=None) -> bool:
@@ -116,9 +73,8 @@ def stop_is_agreed(group=None) -> bool:
         number = torch.tensor([asked], dtype=torch.int32, device=host.device())
         dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
         asked = int(number)
-    if asked and _watch is not None:
-        _watch.reach_safe_point()
     if asked:
+        attendance.reach_safe_point()
         stopping.request(asked)
     return asked > 0
 
@@ -132,15 +88,11 @@ def stop() -> None:
 def while_rank_zero_holds(lock: Lock) -> Iterator[None]:
     """All ranks call this. If the folder of the lock goes away, all ranks leave."""
     on_rank_zero(lock.acquire)
-    watched = _watch if is_rank_zero() else None
-    if watched is not None:
-        watched.add_condition(lock.what_is_lost)
     try:
-        yield
+        with attendance.leave_if(lock.what_is_lost):
+            yield
         on_rank_zero(lock.require_held)
     finally:
-        if watched is not None:
-            watched.remove_condition(lock.what_is_lost)
         if is_rank_zero():
             lock.release()
 

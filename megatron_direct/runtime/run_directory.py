@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_direct import __version__
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import files, lock, parallel, ranks
+from megatron_direct.runtime import attendance, files, lock, parallel, ranks
 
 _RECORD = "run.json"
 _FORMAT = 2
@@ -57,7 +57,7 @@ class RunDirectory:
         is at work in the directory.
         """
         own = lock.Lock(self.path / lock.NAME, self.path, f"megatron-direct {command}")
-        parallel.at(command)
+        attendance.at(command)
         with parallel.while_rank_zero_holds(own):
             parallel.on_rank_zero(lambda: self._enter(command, request))
             yield

@@ -34,7 +34,7 @@ from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.per_sample import GradientModel
 from megatron_direct.mcore import grid
-from megatron_direct.runtime import files, parallel
+from megatron_direct.runtime import attendance, files, parallel
 from megatron_direct.runtime.manifest import Artefact, Key
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps.sketch import Drawn, SketchesKey
@@ -164,7 +164,7 @@ def leading_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path, 
     valid_rows: [M, k] sketches of the validation samples. gradients: None will do for the sketched
     Fisher, which needs no pass.
     """
-    parallel.at("curvature")
+    attendance.at("curvature")
     if config.curvature == SKETCHED_FISHER:
         numbers = valid.numbers
         work = _Lanczos(config, SketchedFisherOperator(valid_rows, numbers), key)
@@ -253,7 +253,7 @@ class _Lanczos:
     def _after_step(self, state: KrylovState) -> None:
         assert self.log is not None
         self.log.write(state)
-        parallel.at(f"curvature, product {state.num_matvecs}")
+        attendance.at(f"curvature, product {state.num_matvecs}")
         if parallel.stop_is_agreed():
             parallel.stop()
 

@@ -21,7 +21,7 @@ from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.gradients.store import DTYPES, Entries, Sketches, SketchStore
 from megatron_direct.mcore import checkpoint, grid, model
 from megatron_direct.mcore.shards import ParameterShard, parameter_shards
-from megatron_direct.runtime import files, parallel
+from megatron_direct.runtime import attendance, files, parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps.pilot import GradientPoint
@@ -173,7 +173,7 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
                      f"{len(drawn.numbers)} samples are already done")
     dataset_numbers = _dataset_numbers(store, drawn)
     writer = store.writer(grid.data_rank()) if grid.is_first_model_rank() else None
-    parallel.at(f"sketch {drawn.what}")
+    attendance.at(f"sketch {drawn.what}")
     begun = time.perf_counter()
     with tqdm(total=num_left, desc=f"sketch {drawn.what}", unit="sample",
               disable=None if parallel.is_rank_zero() else True) as progress:
@@ -185,7 +185,7 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
                               samples - drawn.samples.first[which], losses)
             # The other data-parallel ranks are about as far.
             progress.update(min(len(samples) * grid.data_size(), num_left - progress.n))
-            parallel.at(f"sketch {drawn.what}, about {progress.n} of {num_left} samples")
+            attendance.at(f"sketch {drawn.what}, about {progress.n} of {num_left} samples")
             if number % _PASSES_BETWEEN_STOPS == 0 and grid.copy_stops():
                 parallel.stop()
     if writer is not None:

@@ -16,7 +16,7 @@ from megatron_direct.data import indexed
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.store import Sketches
-from megatron_direct.runtime import parallel
+from megatron_direct.runtime import attendance, parallel
 from megatron_direct.runtime.manifest import Key
 from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection, treatment
 from megatron_direct.selection.config import SelectionConfig
@@ -113,7 +113,7 @@ def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, fold
 
     Raises UserError, on all ranks, if no K samples keep the budget and the quotas.
     """
-    parallel.at("selection problem")
+    attendance.at("selection problem")
     if parallel.on_rank_zero(lambda: _is_spread(config, measured)):
         share = _Share(measured, sketch_step.read_sketches(
             measured.store, measured.pool, *parallel.rank_and_size()), parallel.sum_over_world)

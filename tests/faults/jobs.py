@@ -117,7 +117,8 @@ def contents(run: Path) -> dict[str, str]:
 def _without_times(value):
     if isinstance(value, dict):
         return {key: _without_times(item) for key, item in value.items()
-                if "seconds" not in key and key not in ("provenance", "ranks", "versions")}
+                if not any(word in key for word in ("seconds", "passes"))
+                and key not in ("provenance", "ranks", "versions")}
     return [_without_times(item) for item in value] if isinstance(value, list) else value
 
 
