@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import attendance, host, meeting, ranks, stopping
+from megatron_direct.runtime import attempts, attendance, host, ranks, stopping
 from megatron_direct.runtime.lock import Lock
 
 # After so long, at the latest, a rank that waits for rank 0 looks again.
@@ -53,7 +53,7 @@ def process_group(timeout_minutes: int = 10):
     # The device is named where there is one, so that NCCL need not guess it at the first barrier.
     device: dict[str, Any] = {"device_id": host.device()} if host.has_gpu() else {}
     if ranks.discover().is_launched:
-        store, rank, size = meeting.launched_store(timeout)
+        store, rank, size = attempts.torchrun_store(timeout)
     else:
         store, rank, size = dist.HashStore(), 0, 1
     with stopping.signals_noted() as signals, attendance.kept(store, rank, size, signals):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 _SECONDS_BETWEEN_LOOKS = 0.05
 
 
-def launched_store(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
+def torchrun_store(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
     """(store, rank, number of ranks) by the launcher's variables."""
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     store.set_timeout(timeout)
@@ -36,21 +36,21 @@ def fresh_part(store: dist.Store, rank: int, size: int) -> dist.Store:
     confirms a list that has its own token; a list that all have confirmed is this attempt's.
     """
     token = uuid.uuid4().hex
-    store.set(f"meeting/token/{rank}", token)
+    store.set(f"attempt/token/{rank}", token)
     name, tokens = "", list[str]()
     while True:
         if rank == 0:
-            found = [store.get(f"meeting/token/{r}").decode() for r in range(size)]
+            found = [store.get(f"attempt/token/{r}").decode() for r in range(size)]
             if found != tokens:
                 name, tokens = hashlib.blake2b("".join(found).encode()).hexdigest()[:16], found
-                store.set("meeting/tokens", " ".join([name, *tokens]))
-            if store.check([f"meeting/{name}/{r}" for r in range(1, size)]):
-                store.set(f"meeting/{name}/all", "yes")
-                return dist.PrefixStore(f"attempt/{name}", store)
+                store.set("attempt/tokens", " ".join([name, *tokens]))
+            if store.check([f"attempt/{name}/{r}" for r in range(1, size)]):
+                store.set(f"attempt/{name}/all", "yes")
+                return dist.PrefixStore(f"attempt-{name}", store)
         else:
-            name, *tokens = store.get("meeting/tokens").decode().split()
+            name, *tokens = store.get("attempt/tokens").decode().split()
             if tokens[rank: rank + 1] == [token]:
-                store.set(f"meeting/{name}/{rank}", "here")
-                if store.check([f"meeting/{name}/all"]):
-                    return dist.PrefixStore(f"attempt/{name}", store)
+                store.set(f"attempt/{name}/{rank}", "here")
+                if store.check([f"attempt/{name}/all"]):
+                    return dist.PrefixStore(f"attempt-{name}", store)
         time.sleep(_SECONDS_BETWEEN_LOOKS)

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from megatron_direct.runtime import meeting
+from megatron_direct.runtime import attempts
 
 
 def _attempt(store, size, delays=None):
@@ -18,7 +18,7 @@ def _attempt(store, size, delays=None):
     def come(rank):
         if delays:
             threading.Event().wait(delays[rank])
-        found[rank] = meeting.fresh_part(store.clone(), rank, size)
+        found[rank] = attempts.fresh_part(store.clone(), rank, size)
 
     threads = [threading.Thread(target=come, args=(rank,), daemon=True)
                for rank in range(size)]
@@ -37,7 +37,7 @@ def test_each_attempt_has_a_part_of_its_own(delays):
     first[1].set("key", "of the first")
     assert first[2].get("key") == b"of the first"
     for rank in (1, 2):  # of an attempt whose rank 0 died before it came
-        store.set(f"meeting/token/{rank}", f"stale-{rank}")
+        store.set(f"attempt/token/{rank}", f"stale-{rank}")
     second = _attempt(store, 3, delays=delays)
     assert len(second) == 3
     assert not second[0].check(["key"])
