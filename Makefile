@@ -54,8 +54,8 @@ QUICK := "not slow and not slurm and not nodes"
 
 .PHONY: anneal data theta clean lint \
 	compare evaluate how-many study study-gpu study-packages \
-	test test-agreement test-checkpoints test-fuzz test-gpu test-image test-megatron \
-	test-megatron-lm test-nodes test-slow test-slurm \
+	test test-agreement test-checkpoints test-faults test-fuzz test-gpu test-image \
+	test-megatron test-megatron-lm test-nodes test-slow test-slurm \
 	bench-curvature bench-data bench-estimates bench-gpu bench-scale bench-select \
 	bench-sketch bench-solver
 
@@ -110,6 +110,11 @@ test-image: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[cluster]"
 	$(BIN)/python -m pytest tests/launch/test_pytorchjob.py tests/tools/test_try_dockerfile.py
 	$(BIN)/python tools/try_dockerfile.py --folder $(BUILD)/image $(FLAGS)
+
+# Kills, full disks, lost ranks (docs/faults.md); resumes, and prints a table. About FAULT_MINUTES.
+FAULT_MINUTES ?= 25
+test-faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults --minutes $(FAULT_MINUTES) $(FLAGS)
 
 # With any megatron-core that is supported: make test-megatron CORE=0.18.2 PYTHON=python3.12
 test-megatron: $(CORE_VENV)/.ready

@@ -75,7 +75,8 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 
 def run(work: Callable[[], None], timeout_minutes: int | None = None) -> int:
-    """``work()`` on all ranks, in Megatron's runtime and a process group; returns the exit status.
+    """``work()`` on all ranks, in Megatron's runtime and a process group; returns the exit status:
+    0, 1 after an error, or that of a process that a signal ended.
 
     An error is reported once: by rank 0 if it met it, else by the first rank that did.
     """

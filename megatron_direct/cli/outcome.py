@@ -9,22 +9,27 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import parallel, ranks
+from megatron_direct.runtime import attendance, files, parallel, ranks, stopping
 
 
-class _ReportedError(Exception):
+class _Ended(Exception):
     """Leaves the context otherwise than by its normal end, at which ranks wait for each other."""
+
+    def __init__(self, status: int):
+        super().__init__(status)
+        self.status = status
 
 
 def exit_status(work: Callable[[], Any], context: contextlib.AbstractContextManager, prog: str
                 ) -> int:
-    """That of ``work()`` in a context in which the ranks are connected."""
+    """That of ``work()`` in a context in which the ranks are connected: 0, 1 after an error, or
+    that of a process that a signal ended."""
     try:
         with context:
             _report_errors(work, prog)
         return 0
-    except _ReportedError:
-        pass
+    except _Ended as ended:
+        return ended.status
     except UserError as error:
         _say_on_each_node(f"{prog}: error: {error}")
     except Exception:
@@ -36,14 +41,28 @@ def exit_status(work: Callable[[], Any], context: contextlib.AbstractContextMana
 def _report_errors(work: Callable[[], Any], prog: str) -> None:
     try:
         work()
+        parallel.barrier()  # nobody takes one that is done for one that is lost
+        return
+    except stopping.Stopped as stopped:
+        parallel.say(f"{prog}: {stopped}")
+        attendance.leave_early()
+        raise _Ended(stopped.exit_code) from stopped
+    except UserError as error:
+        words = str(error)
     except Exception as error:
-        parallel.speak_once(f"{prog}: error: {_words(error)}")
-        raise _ReportedError from error
+        attendance.await_verdict()
+        if (number := stopping.requested()) is not None:  # others have left: this is why
+            attendance.leave_early()
+            raise _Ended(stopping.Stopped(number).exit_code) from error
+        words = _words(error)
+    parallel.speak_once(f"{prog}: error: {words}")
+    attendance.leave_early("another rank ended with an error")
+    raise _Ended(1)
 
 
 def _words(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
+    if isinstance(error, OSError) and error.filename and files.is_of_disk(error):
+        return str(files.cannot_use(error.filename, error))
     lost = parallel.lost_rank(error)
     if lost:
         return (f"{lost} What was finished is kept: repeat the command, which resumes. Other "

@@ -17,7 +17,8 @@ from megatron_direct.preprocessing.pipeline import preprocess
 from megatron_direct.preprocessing.settings import SAMPLES, PreprocessSettings
 from megatron_direct.preprocessing.shares import Ranks
 from megatron_direct.preprocessing.splits import SPLITS
-from megatron_direct.runtime.ranks import discover
+from megatron_direct.runtime import files, stopping
+from megatron_direct.runtime.ranks import Rank, discover
 
 PROG = "megatron-direct preprocess"
 # A rank waits for one that has more to do; one that has died is noticed by its closed connection.
@@ -101,11 +102,25 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> None:
     try:
         settings, here = PreprocessSettings(**flags), discover()
         if here.world_size == 1:
-            preprocess(settings, Ranks(here))
+            with stopping.signals_noted():
+                _preprocess(settings, here)
             return
+    except stopping.Stopped as stopped:
+        print(f"{prog}: {stopped}", file=sys.stderr, flush=True)
+        sys.exit(stopped.exit_code)
+    except OSError as error:
+        if not files.is_of_disk(error):
+            raise
+        path = error.filename or flags["output_prefix"]
+        sys.exit(f"{prog}: error: {files.cannot_use(path, error)}")
     except UserError as error:
         sys.exit(f"{prog}: error: {error}")
     from megatron_direct.runtime import parallel
 
-    sys.exit(outcome.exit_status(lambda: preprocess(settings, Ranks(here)),
-                        parallel.process_group(_LONGEST_MINUTES, "gloo"), prog))
+    sys.exit(outcome.exit_status(lambda: _preprocess(settings, here),
+                                 parallel.process_group(_LONGEST_MINUTES, "gloo"), prog))
+
+
+def _preprocess(settings: PreprocessSettings, here: Rank) -> None:
+    with stopping.interruptible():
+        preprocess(settings, Ranks(here))

@@ -99,6 +99,11 @@ class AnnealConfig(Settings):
                 "at least 2 can be averaged. Change either.")
 
     @property
+    def selection_name(self) -> str:
+        """Of the selection that the arm takes its samples, or their number, from."""
+        return self.size_of if self.selection == RANDOM else self.selection
+
+    @property
     def arm(self) -> str:
         """The name of its folder."""
         if self.selection != RANDOM or self.size_of == "direct":
@@ -185,13 +190,19 @@ def anneal(request: AnnealRequest) -> None:
     config = request.anneal
     read_object_stores(config.object_storage_cache_path)
     run = RunDirectory(config.run_dir)
-    name = config.size_of if config.selection == RANDOM else config.selection
     parallel.on_rank_zero(run.require)
-    origin, summary = parallel.on_rank_zero(lambda: selected.find_selection(run.path, name))
+    origin, summary = parallel.on_rank_zero(
+        lambda: selected.find_selection(run.path, config.selection_name))
     arm = _check(request, origin)
-    parallel.on_rank_zero(lambda: run.enter("anneal", request))
+    with run.entered("anneal", request):
+        _anneal(arm, run, summary)
+
+
+def _anneal(arm: _Arm, run: RunDirectory, summary: SelectionSummary) -> None:
+    config = arm.config
     masks = _drawn_masks(arm, summary) if config.selection == RANDOM else selected.load_masks(
-        selected.selection_folder(run.path, name), origin.data_path, summary.mask_digests)
+        selected.selection_folder(run.path, config.selection_name), arm.origin.data_path,
+        summary.mask_digests)
     key, artefact = arm.key(masks), Artefact(arm.folder, "an annealed arm")
     state = parallel.on_rank_zero(lambda: artefact.state(key))
     if state is State.FINISHED:

@@ -100,8 +100,12 @@ def compare(request: CompareRequest) -> None:
     setting = _setting(request)
     chosen = _arms(setting)
     run, artefact = RunDirectory(setting.folder), Artefact(setting.folder, "a comparison")
+    with run.entered("compare", request):
+        _compare(setting, chosen, artefact)
+
+
+def _compare(setting: Setting, chosen: list[str], artefact: Artefact) -> None:
     key = _key(setting)
-    parallel.on_rank_zero(lambda: run.enter("compare", request))
     if parallel.on_rank_zero(lambda: artefact.state(key)) is State.NEW:
         parallel.on_rank_zero(lambda: artefact.begin(key, _paths(setting)))
     before = _before(setting)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from megatron_direct.config import ParallelConfig
 from megatron_direct.errors import UserError
 from megatron_direct.mcore.merging import Average
-from megatron_direct.runtime import parallel
 from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps.merged import find_states, make_average
@@ -63,6 +62,6 @@ def merge(request: MergeRequest) -> None:
                         f"{', '.join(str(state.path) for state in states)}. Give one for each.")
     total = sum(weights)
     run = RunDirectory(config.save)
-    parallel.on_rank_zero(lambda: run.enter("merge", request))
-    make_average(Average(states, [weight / total for weight in weights],
-                         config.merge_optimizer == "last"), run.path)
+    with run.entered("merge", request):
+        make_average(Average(states, [weight / total for weight in weights],
+                             config.merge_optimizer == "last"), run.path)

@@ -84,16 +84,17 @@ def pretrain(request: PretrainRequest) -> None:
         tokenizer_digest, job.model, job.optimizer, job.batch.global_batch_size, job.batch.seed,
         job.precision)
     run, artefact = RunDirectory(config.save), Artefact(config.save, "a checkpoint")
-    parallel.on_rank_zero(lambda: run.enter("pretrain", request))
-    state = parallel.on_rank_zero(lambda: artefact.state(key))
-    if state is State.FINISHED:
-        parallel.say(f"{config.save} has already been trained for {config.train_iters} iterations.")
-        return
-    if state is State.NEW:
-        parallel.on_rank_zero(lambda: artefact.begin(key))
-    with grid.model_parallel(job.layout, job.num_model_chunks):
-        _train(config, job, asked, tokenizer_digest)
-    parallel.on_rank_zero(lambda: artefact.finish(key))
+    with run.entered("pretrain", request):
+        state = parallel.on_rank_zero(lambda: artefact.state(key))
+        if state is State.FINISHED:
+            parallel.say(f"{config.save} has already been trained for {config.train_iters} "
+                         "iterations.")
+            return
+        if state is State.NEW:
+            parallel.on_rank_zero(lambda: artefact.begin(key))
+        with grid.model_parallel(job.layout, job.num_model_chunks):
+            _train(config, job, asked, tokenizer_digest)
+        parallel.on_rank_zero(lambda: artefact.finish(key))
 
 
 def _train(config: PretrainConfig, job: Job, asked: Blend, tokenizer_digest: str | None) -> None:
@@ -113,9 +114,13 @@ def _train(config: PretrainConfig, job: Job, asked: Blend, tokenizer_digest: str
 
     def after_step(step: training.Step) -> None:
         log.write(step)
-        if step.iteration % config.save_interval == 0 or step.iteration == config.train_iters:
+        is_last = step.iteration == config.train_iters
+        stops = not is_last and parallel.stop_is_agreed()
+        if step.iteration % config.save_interval == 0 or is_last or stops:
             checkpoint.save(config.save, step.iteration, chunks, trainer.optimizer,
                             trainer.scheduler, arguments)
+        if stops:
+            parallel.stop()
 
     training.train(trainer, training.Feed(dataset, batch, start * batch.global_batch_size),
                    range(start + 1, config.train_iters + 1), "pretrain", after_step)

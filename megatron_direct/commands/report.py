@@ -10,6 +10,7 @@ from megatron_direct.reports import run_page
 from megatron_direct.reports.run_files import read_report_files
 from megatron_direct.reports.tables import text_table
 from megatron_direct.runtime import parallel
+from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.settings import Settings, flag
 
 
@@ -28,7 +29,10 @@ class ReportRequest:
 
 def report(request: ReportRequest) -> None:
     """Writes ``report.html`` and prints the losses; all ranks may call this."""
-    parallel.on_rank_zero(lambda: _report(request.report))
+    run = RunDirectory(request.report.run_dir)
+    parallel.on_rank_zero(run.require)
+    with run.entered("report"):
+        parallel.on_rank_zero(lambda: _report(request.report))
 
 
 def _report(config: ReportConfig) -> None:

@@ -78,8 +78,11 @@ def select(request: SelectRequest, annealing_iters: int | None = None) -> None:
         request = dataclasses.replace(request, selection=dataclasses.replace(
             request.selection, anneal_tokens=tokens))
     run = RunDirectory(request.onset.run_dir)
-    parallel.on_rank_zero(lambda: run.enter("select", request))
+    with run.entered("select", request):
+        _select(request, onset, run)
 
+
+def _select(request: SelectRequest, onset: Onset, run: RunDirectory) -> None:
     measured = measure(MeasureSettings(request.pilot, request.sketch, request.curvature), onset,
                        run.path)
     key = solve_step.selection_key(request.selection, request.curvature, measured,

@@ -12,7 +12,6 @@ on eight ranks is carried on by four.
 
 from __future__ import annotations
 
-import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -184,9 +183,13 @@ class SketchWriter:
 
     def __init__(self, store: SketchStore, number: int, count: int):
         self._store = store
-        store.folder.mkdir(parents=True, exist_ok=True)
-        self._rows = _cut_to(store._rows_path(number), count * store._row_bytes)
-        self._entries = _cut_to(store._entries_path(number), count * _ENTRY.itemsize)
+        try:
+            store.folder.mkdir(parents=True, exist_ok=True)
+            self._rows = _cut_to(store._rows_path(number), count * store._row_bytes)
+            self._entries = _cut_to(store._entries_path(number), count * _ENTRY.itemsize)
+            files.sync_folder(store.folder)
+        except OSError as error:
+            raise files.cannot_write(store.folder, error) from error
 
     def append(self, rows: np.ndarray, datasets: np.ndarray, documents: np.ndarray,
                losses: np.ndarray) -> None:
@@ -198,7 +201,7 @@ class SketchWriter:
             _checksum(row, entry["dataset"], entry["document"], entry["loss"])
             for row, entry in zip(encoded, entries, strict=True)]
         for file, data in ((self._rows, encoded.tobytes()), (self._entries, entries.tobytes())):
-            _write(file, data)
+            files.append(file, data)
 
     def close(self) -> None:
         for file in (self._rows, self._entries):
@@ -208,19 +211,6 @@ class SketchWriter:
 def _checksum(row: np.ndarray, dataset, document, loss) -> int:
     entry = np.array((document, dataset, loss, 0), _ENTRY)
     return zlib.crc32(entry.tobytes(), zlib.crc32(row.tobytes()))
-
-
-def _write(file, data: bytes) -> None:
-    """All of it and to the disk, or a UserError."""
-    view = memoryview(data)
-    try:
-        while view:  # an unbuffered file may take a part only
-            view = view[file.write(view):]
-        os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"{file.name} cannot be written ({error.strerror}). Free some space, or "
-                        "check the disk, and run the command again: it resumes where it stopped."
-                        ) from error
 
 
 def _row_dtype(dtype: str) -> np.dtype:

@@ -22,6 +22,7 @@ from megatron_direct.data.blend_plan import (
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import index_caches
+from megatron_direct.mcore.blend_cache import sound_cache
 from megatron_direct.mcore.object_storage import dataset_options, read_object_stores
 from megatron_direct.runtime import parallel
 
@@ -97,7 +98,8 @@ def build_blend(blend: Blend, masks: Mapping[str, SampleMask], request: BlendReq
     )
     builder, parts = masked_builder([request.num_sequences, 0, 0], lambda: True, config, masks,
                                     rules)
-    dataset, _, _ = builder.build()
+    with sound_cache(request.cache):
+        dataset, _, _ = builder.build()
     return dataset, parts
 
 

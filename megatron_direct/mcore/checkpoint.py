@@ -8,7 +8,9 @@ checkpoint carries, under ``args``, the flags that it was made with.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import os
 import pickle
 import re
@@ -29,7 +31,7 @@ from megatron_direct.mcore.checkpoint_formats import (
     require_readable,
 )
 from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
-from megatron_direct.runtime import digests, files, parallel
+from megatron_direct.runtime import attendance, digests, files, parallel, stopping
 from megatron_direct.settings import Settings, flag_name
 
 _PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.")
@@ -163,17 +165,45 @@ def write_state(folder: str | os.PathLike, iteration: int, state: dict) -> None:
     from megatron.core import dist_checkpointing
 
     target = Path(folder) / f"iter_{iteration:07d}"
-    if parallel.is_rank_zero():
-        shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed while saving
+    attendance.at(f"saving {target}")
+    compat.start_saver()
+    with stopping.postponed():
+        parallel.on_rank_zero(lambda: _make_room(target))
+        with _disk_errors_told(target):
+            dist_checkpointing.save(state, str(target))
+        parallel.barrier()
+        integrity.write(target)
+        parallel.on_rank_zero(lambda: _declare_whole(target, iteration))
+
+
+def _make_room(target: Path) -> None:
+    """An empty folder, and none that a run left which was killed while saving (rank 0)."""
+    try:
+        for path in target.parent.glob("iter_*"):
+            if path == target or not (path / FORMAT_FILE).is_file():  # which is written last
+                shutil.rmtree(path)
         target.mkdir(parents=True)
-    parallel.barrier()
-    dist_checkpointing.save(state, str(target))
-    parallel.barrier()
-    integrity.write(target)
-    if parallel.is_rank_zero():
-        with files.written_whole(Path(folder) / TRACKER, "w") as tracker:
-            tracker.write(str(iteration))
-    parallel.barrier()
+    except OSError as error:
+        raise files.cannot_write(error.filename or target, error) from error
+
+
+def _declare_whole(target: Path, iteration: int) -> None:
+    """From here on the checkpoint is the newest one (rank 0)."""
+    files.sync_files(target)  # Megatron leaves a part of it to the operating system
+    with files.written_whole(target.parent / TRACKER, "w") as tracker:
+        tracker.write(str(iteration))
+
+
+@contextlib.contextmanager
+def _disk_errors_told(target: Path) -> Iterator[None]:
+    """Megatron writes in other processes, and says in its own words what became of it."""
+    try:
+        yield
+    except Exception as error:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+            if os.strerror(number) in str(error):
+                raise files.cannot_write(target, OSError(number, os.strerror(number))) from error
+        raise
 
 
 def load_model(checkpoint: Path, chunks: Sequence[Any]) -> None:

@@ -13,12 +13,16 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
+import multiprocessing
+import os
 from collections.abc import Iterator
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 from megatron_direct import hybrid_pattern
 from megatron_direct.errors import UserError
+from megatron_direct.runtime import watch
 
 _COMMON_FILE = "common.pt"
 # What load_common_state reads: since 0.19 the state itself is in a file that .metadata names.
@@ -197,3 +201,23 @@ def load_sharded_objects(checkpoint: Path) -> dict[str, Any]:
     with _without_deprecations():
         found = load_sharded_metadata(str(checkpoint))
     return {name: entry for name, entry in found.items() if isinstance(entry, ShardedObject)}
+
+
+@functools.cache
+def start_saver() -> None:
+    """Before a checkpoint is saved: what Megatron starts for it ends with this process.
+
+    It keeps a server process from its first save on, and forks writers for each. All of them would
+    outlive a rank that is killed, and a writer might write into the folder of the next run.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    os.register_at_fork(after_in_child=_end_with_parent)
+    if getattr(filesystem_async, "_results_queue", ()) is None:  # as Megatron would make it
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(watch.end_with_parent, (os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()
+
+
+def _end_with_parent() -> None:
+    watch.end_with_parent(os.getppid())

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_direct.config import ParallelConfig
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import host
-from megatron_direct.runtime.parallel import all_reduce, barrier
+from megatron_direct.runtime.parallel import all_reduce, barrier, stop_is_agreed
 
 
 @contextlib.contextmanager
@@ -103,6 +103,12 @@ def is_first_model_rank() -> bool:
 def sum_over_model(tensor: torch.Tensor) -> torch.Tensor:
     """Sum of a tensor over the tp x pp x ep ranks of one copy of the model, in place."""
     return all_reduce(tensor, _groups().get_expert_tensor_model_pipeline_parallel_group())
+
+
+def copy_stops() -> bool:
+    """Whether the ranks of this copy of the model, which all ask after the same pass, stop there,
+    as one of them was asked to."""
+    return stop_is_agreed(_groups().get_expert_tensor_model_pipeline_parallel_group())
 
 
 def sum_over_tensor_ranks(tensor: torch.Tensor) -> torch.Tensor:

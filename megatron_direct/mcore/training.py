@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_direct.config import BatchConfig, OptimizerConfig
 from megatron_direct.mcore import grid
-from megatron_direct.runtime import files, host, parallel
+from megatron_direct.runtime import attendance, files, host, parallel
 
 
 @dataclass
@@ -156,6 +156,7 @@ def train(trainer: Trainer, feed: Feed, iterations: range, description: str,
     progress = tqdm(iterations, desc=description, unit="it",
                     disable=None if parallel.is_rank_zero() else True)
     for index, iteration in enumerate(progress):
+        attendance.at(f"{description}, iteration {iteration}")
         loss, grad_norm = _step(trainer, feed, index)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of iteration {iteration} is {loss}. "
@@ -212,12 +213,11 @@ class MetricsLog:
             kept = [line for line in read_metrics(path) if line["iteration"] <= resumed_after]
             with files.written_whole(path, "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in kept)
-            self._file = open(path, "a")  # noqa: SIM115
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, step: Step) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(vars(step)) + "\n")
-            self._file.flush()
+            files.append(self._file, (json.dumps(vars(step)) + "\n").encode())
 
     def close(self) -> None:
         if self._file is not None:

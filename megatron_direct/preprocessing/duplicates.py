@@ -13,6 +13,7 @@ each document, on disk, in the order of the manifests and their parts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,8 @@ def find(folder: Path, contents: Catalogue, excluded: Sequence[ExcludedDataset])
     """Among the shards of the folder, whose catalogue is ``contents``."""
     found, path = Found(), folder / FLAGS
     with open(path, "wb") as file:
-        file.truncate(contents.documents)
+        # Not truncated to its length: a map of a file with holes crashes where the disk is full.
+        os.posix_fallocate(file.fileno(), 0, contents.documents)
     flags = np.memmap(path, np.uint8, "r+", shape=(contents.documents,))
     num_records = contents.documents + sum(dataset.num_documents for dataset in excluded)
     for records in _partitions(folder, _records(contents, excluded), num_records):

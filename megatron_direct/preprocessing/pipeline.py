@@ -30,12 +30,26 @@ from megatron_direct.preprocessing.shares import Ranks
 from megatron_direct.preprocessing.tokenizer import TokenizerIdentity
 from megatron_direct.preprocessing.tokenizing import ShardTokenizer, expand
 from megatron_direct.runtime import files
+from megatron_direct.runtime.lock import NAME as LOCK_NAME
+from megatron_direct.runtime.lock import Lock
 
 _BAD_LINES_SHOWN = 5
 
 
 def preprocess(settings: PreprocessSettings, ranks: Ranks) -> None:
-    """Writes the datasets. Raises UserError."""
+    """Writes the datasets. Raises UserError, also where another run writes to the same prefix."""
+    prefix = Path(settings.output_prefix)
+    lock = Lock(prefix.with_name(f".{prefix.name}{LOCK_NAME}"), prefix,
+                "megatron-direct preprocess")
+    ranks.on_first(lock.acquire)
+    try:
+        ranks.on_first(lambda: files.remove_partial(prefix.parent, f"{prefix.name}_*", deep=False))
+        _preprocess(settings, ranks)
+    finally:
+        lock.release()
+
+
+def _preprocess(settings: PreprocessSettings, ranks: Ranks) -> None:
     work = reading.plan(settings.input, settings.shard_bytes)
     identity = ranks.on_first(lambda: _prepare(settings, work))
     todo = ranks.on_first(lambda: _todo(settings, work))

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import pickle
+import signal
 import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import host, ranks, rendezvous
+from megatron_direct.runtime import attendance, host, ranks, rendezvous, stopping
+from megatron_direct.runtime.lock import Lock
 
-# After so long a rank that waits for rank 0 looks again whether there is anything to wait for.
-_PATIENCE_SECONDS = 20.0
+# After so long, at the latest, a rank that waits for rank 0 looks again.
+_LONGEST_PAUSE_SECONDS = 0.25
+# No selection problem that was ever solved here took a hundredth of it.
+_LONGEST_HOURS_OF_RANK_ZERO = 12.0
 
 
 def world_size() -> int:
@@ -55,20 +60,48 @@ def process_group(timeout_minutes: int = 10, backend: str = ""):
     here = ranks.discover()
     # The device is named where there is one, so that NCCL need not guess it at the first barrier.
     device: dict[str, Any] = {"device_id": host.device()} if backend == "nccl" else {}
-    if here.world_size > 1:
-        meeting = rendezvous.meet(here, timeout)
-    else:
-        meeting = rendezvous.Meeting(here, dist.HashStore())
-    if meeting.store is None:
-        dist.init_process_group(backend, timeout=timeout, **device)
-    else:
+    meeting = rendezvous.meet(here, timeout)
+    with stopping.signals_noted() as signals, \
+            attendance.kept(meeting.store, here.rank, here.world_size, signals):
         dist.init_process_group(backend, store=meeting.store, rank=here.rank,
                                 world_size=here.world_size, timeout=timeout, **device)
+        try:
+            yield
+            meeting.leave()
+        finally:
+            dist.destroy_process_group()
+
+
+def stop_is_agreed(group=None) -> bool:
+    """Whether the ranks of a group, which all ask here, stop at this point, as one of them was
+    asked to. group: None for all ranks."""
+    asked = stopping.requested() or 0
+    if dist.get_world_size(group) > 1:
+        number = torch.tensor([asked], dtype=torch.int32, device=host.device())
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
+        asked = int(number)
+    if asked:
+        attendance.reach_safe_point()
+        stopping.request(asked)
+    return asked > 0
+
+
+def stop() -> None:
+    """Leaves at a safe point, once that is agreed."""
+    raise stopping.Stopped(stopping.requested() or signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def while_rank_zero_holds(lock: Lock) -> Iterator[None]:
+    """All ranks call this. If the folder of the lock goes away, all ranks leave."""
+    on_rank_zero(lock.acquire)
     try:
-        yield
-        meeting.leave()
+        with attendance.leave_if(lock.what_is_lost):
+            yield
+        on_rank_zero(lock.require_held)
     finally:
-        dist.destroy_process_group()
+        if is_rank_zero():
+            lock.release()
 
 
 def sum_over_world(array: np.ndarray) -> np.ndarray:
@@ -91,16 +124,17 @@ def on_rank_zero(work: Callable):
     """What ``work()`` returns on rank 0, on every rank; what it raises there is raised everywhere.
 
     So a mistake that only rank 0 can see ends all ranks with the same message, and none waits. The
-    work may take as long as it needs: the others wait for word that it is done, not in a
-    collective, which would give up.
+    work may take hours: the others wait for word that it is done, not in a collective, which would
+    give up. A request to stop interrupts it.
     """
     if not dist.is_initialized():  # alone, in a program that is no launch
         return work()
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            outcome[0] = work()
-        except Exception as error:
+            with stopping.interruptible():
+                outcome[0] = work()
+        except (Exception, stopping.Stopped) as error:
             outcome[1] = portable(error)
     if dist.get_world_size() > 1:
         _wait_for_rank_zero()
@@ -122,8 +156,23 @@ def _wait_for_rank_zero() -> None:
     if dist.get_rank() == 0:
         store.set(key, "done")
         return
-    while not _has_come(store, key, _PATIENCE_SECONDS):
-        pass
+    if _comes(store, key, 3600 * _LONGEST_HOURS_OF_RANK_ZERO):
+        return
+    raise UserError(f"rank 0 has been at work for {_LONGEST_HOURS_OF_RANK_ZERO:.0f} hours while "
+                    "the other ranks waited. See what it is doing (py-spy dump shows it), and run "
+                    "the command again: it resumes where it stopped.")
+
+
+def _comes(store, key: str, seconds: float) -> bool:
+    """Waits for a key for so long. By looking again and again: a wait of the store's own is deaf to
+    signals, and complains on stderr when its time is up."""
+    until, pause = time.monotonic() + seconds, 0.001
+    while not store.check([key]):
+        if time.monotonic() > until:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+    return True
 
 
 def kept_on_rank_zero(work: Callable):
@@ -152,22 +201,12 @@ def speak_once(text: str, patience_seconds: float = 3.0) -> None:
         if dist.get_rank() == 0:
             speak()  # before the others hear of it: they end, and may take this rank with them
             store.set("error/spoken", "yes")
-        elif not _has_come(store, "error/spoken", patience_seconds) and \
+        elif not _comes(store, "error/spoken", patience_seconds) and \
                 store.add("error/speakers", 1) == 1:
             speak()
     except RuntimeError:  # the store is gone, or out of reach: one of each node speaks
         if dist.get_rank() != 0 and ranks.discover().local_rank == 0:
             speak()
-
-
-def _has_come(store: dist.Store, key: str, patience_seconds: float) -> bool:
-    try:
-        store.wait([key], datetime.timedelta(seconds=patience_seconds))
-        return True
-    except RuntimeError as error:  # a DistStoreError, or a file store's own
-        if "timeout" not in str(error).lower():
-            raise  # the store is gone, and rank 0 with it
-        return False
 
 
 # What gloo, NCCL and the store say when they wait in vain for another rank.
@@ -185,7 +224,7 @@ def lost_rank(error: BaseException) -> str:
             f"({reason}).")
 
 
-def portable(error: Exception) -> Exception:
+def portable(error: BaseException) -> BaseException:
     """The error itself if it survives the way to another rank, else its words."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import mpi
+from megatron_direct.runtime import attempts, mpi
 from megatron_direct.runtime.ranks import Rank
 
 _SECONDS_TO_CONNECT = 5.0  # to one address of several
@@ -23,14 +23,14 @@ _SECONDS_TO_LEAVE = 30.0
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the ranks of a launch met. store: None for torchrun's, which torch opens by itself."""
+    """Where the ranks of a launch met."""
 
     here: Rank
-    store: dist.Store | None
+    store: dist.Store
 
     def leave(self) -> None:
         """At the end of a run that went well: rank 0, which holds the store, is the last to go."""
-        if self.store is not None:
+        if self.here.launcher not in ("", "torchrun"):
             if self.store.add("rendezvous/left", 1) == self.here.world_size:
                 self.store.set("rendezvous/all-left", "yes")
             if self.here.rank == 0:
@@ -41,11 +41,15 @@ class Meeting:
 
 
 def meet(here: Rank, timeout: datetime.timedelta) -> Meeting:
-    """All ranks of a launch of several call this. Raises UserError where they do not meet."""
+    """All ranks of a launch call this. Raises UserError where they do not meet."""
+    if here.launcher == "torchrun":
+        if here.master_addr:
+            _require_resolves(here.master_addr)
+        return Meeting(here, attempts.torchrun_store(timeout))
+    if here.world_size == 1:
+        return Meeting(here, dist.HashStore())
     if here.master_addr:
         _require_resolves(here.master_addr)
-    if here.launcher == "torchrun":
-        return Meeting(here, None)
     return Meeting(here, _at_address(here, timeout) if here.master_addr else _by_mpi(here, timeout))
 
 

@@ -7,14 +7,16 @@ it. Nothing is decided by it: each artefact in the directory carries a key of it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_direct import __version__
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import files, ranks
+from megatron_direct.runtime import attendance, files, lock, parallel, ranks
 
 _RECORD = "run.json"
 _FORMAT = 2
@@ -33,7 +35,7 @@ class RunDirectory:
         """
         path = self.path / _RECORD
         if not path.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(map(_is_of_a_user, self.path.iterdir())):
                 raise UserError(f"{self.path} is not empty and holds no {_RECORD}: it is not a run "
                                 "directory. Choose another --run-dir.")
             return []
@@ -53,9 +55,25 @@ class RunDirectory:
                             "choose another --run-dir.")
         return calls
 
-    def enter(self, command: str, request) -> None:
-        """Adds a call to the record. request: a dataclass of groups of settings."""
+    @contextlib.contextmanager
+    def entered(self, command: str, request=None) -> Iterator[None]:
+        """The directory locked, for a command that writes into it; all ranks call this.
+
+        request: a dataclass of groups of settings, which is added to the record; None for a
+        command that makes nothing which others build on. Raises UserError where another command
+        is at work in the directory.
+        """
+        own = lock.Lock(self.path / lock.NAME, self.path, f"megatron-direct {command}")
+        attendance.at(command)
+        with parallel.while_rank_zero_holds(own):
+            parallel.on_rank_zero(lambda: self._enter(command, request))
+            yield
+
+    def _enter(self, command: str, request) -> None:
         calls = self.record()
+        files.remove_partial(self.path)
+        if request is None:
+            return
         call = {"command": command, "flags": _flags(request), "provenance": provenance()}
         if not calls or calls[-1] != call:
             files.write_json(self.path / _RECORD, {"format": _FORMAT, "commands": [*calls, call]})
@@ -65,6 +83,11 @@ class RunDirectory:
         if not self.record():
             raise UserError(f"{self.path} holds no run. Run `megatron-direct select --run-dir "
                             f"{self.path}` first, or correct --run-dir.")
+
+
+def _is_of_a_user(path: Path) -> bool:
+    """False of what a run that was killed before it wrote its record leaves behind."""
+    return path.name != lock.NAME and not files.is_partial(path)
 
 
 def provenance() -> dict:

@@ -35,7 +35,7 @@ def map_shared_out(work: Callable[[Any], Any], items: Sequence) -> list:
     What ``work`` raises is raised on all ranks: the error of the first item that has one.
     """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    outcomes: dict[int, tuple[Any, Exception | None]] = {}
+    outcomes: dict[int, tuple[Any, BaseException | None]] = {}
     for number in range(rank, len(items), size):
         try:
             outcomes[number] = work(items[number]), None
@@ -85,7 +85,7 @@ def node_array(count: int, dtype: Any, fill: Fill) -> np.ndarray:
     return private_array(count, dtype, fill) if array is None else array
 
 
-def _raise_first(errors: Iterable[Exception | None]) -> None:
+def _raise_first(errors: Iterable[BaseException | None]) -> None:
     for error in errors:
         if error is not None:
             raise error

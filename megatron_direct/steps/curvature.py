@@ -16,7 +16,7 @@ from megatron_direct.curvature.density import SpectralDensity, spectral_density
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
 from megatron_direct.curvature.hessian import HessianOperator
-from megatron_direct.curvature.krylov import SymmetricOperator
+from megatron_direct.curvature.krylov import KrylovState, SymmetricOperator
 from megatron_direct.curvature.lanczos import AsymmetricOperator, Spectrum, leading_eigenpairs
 from megatron_direct.curvature.preconditioner import PreconditionedOperator
 from megatron_direct.curvature.resume import LanczosLog
@@ -34,7 +34,7 @@ from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.per_sample import GradientModel
 from megatron_direct.mcore import grid
-from megatron_direct.runtime import arrays, files, host, parallel
+from megatron_direct.runtime import arrays, attendance, files, host, parallel
 from megatron_direct.runtime.manifest import Artefact, Key
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps.pass_plan import Drawn
@@ -170,6 +170,7 @@ def leading_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path, 
     valid_rows: [M, k] sketches of the validation samples. gradients: None will do for the sketched
     Fisher, which needs no pass.
     """
+    attendance.at("curvature")
     if config.curvature == SKETCHED_FISHER:
         numbers = valid.numbers
         work = _Lanczos(config, SketchedFisherOperator(valid_rows, numbers), key)
@@ -254,7 +255,7 @@ class _Lanczos:
             try:
                 spectrum = leading_eigenpairs(operator, target, space.random_signs(self._seed),
                                               state=None if log is None else log.load(),
-                                              on_step=None if log is None else log.write)
+                                              on_step=None if log is None else self._after_step)
             except AsymmetricOperator as error:
                 raise UserError(f"--curvature {config.curvature}: {error}"
                                 f"{self._likely_cause()}") from error
@@ -263,6 +264,13 @@ class _Lanczos:
             return spectrum, spectral_density(
                 operator, config.density_samples, config.density_steps,
                 eigenvalues=spectrum.eigenvalues, eigenvectors=spectrum.eigenvectors)
+
+    def _after_step(self, state: KrylovState) -> None:
+        assert self.log is not None
+        self.log.write(state)
+        attendance.at(f"curvature, product {state.num_matvecs}")
+        if parallel.stop_is_agreed():
+            parallel.stop()
 
     def _likely_cause(self) -> str:
         """The kind of layer at which the asymmetry is largest, where the space has layers."""

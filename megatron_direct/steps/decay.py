@@ -14,6 +14,7 @@ from megatron_direct.config import BatchConfig, Job, ModelConfig
 from megatron_direct.evaluation.losses import dataset_losses
 from megatron_direct.mcore import checkpoint, training
 from megatron_direct.mcore.checkpoint import Checkpoint
+from megatron_direct.runtime import parallel
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,13 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
         log.write(step)
         if average is not None and step.iteration > (1 - recipe.average) * plan.iterations:
             average.add()
-        if plan.save_interval and (step.iteration % plan.save_interval == 0
-                                   or step.iteration == plan.iterations):
+        is_last = step.iteration == plan.iterations
+        stops = not is_last and parallel.stop_is_agreed()
+        if plan.save_interval and (step.iteration % plan.save_interval == 0 or is_last or stops):
             checkpoint.save(folder, step.iteration, chunks, trainer.optimizer, trainer.scheduler,
                             arguments)
+        if stops:
+            parallel.stop()
 
     for segment, iterations in plan.stretches(done):
         training.train(trainer, training.Feed(

@@ -20,7 +20,7 @@ from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.gradients.store import DTYPES, Sketches, SketchStore
 from megatron_direct.mcore import checkpoint, grid, model
 from megatron_direct.mcore.shards import ParameterShard, parameter_shards
-from megatron_direct.runtime import parallel
+from megatron_direct.runtime import attendance, parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps import pass_plan
@@ -50,6 +50,10 @@ class SketchConfig(Settings):
         256, "largest number of validation samples for the curvature; 0: all", at_least=0)
     seed: int = flag(1234, "seed of hashes, of the validation samples drawn and of the solver",
                      at_least=0, at_most=2**32 - 1)
+
+
+# The question waits for what is queued on a GPU.
+_PASSES_BETWEEN_STOPS = 4
 
 
 @dataclass(frozen=True)
@@ -163,17 +167,21 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
                      f"{len(drawn.numbers)} samples are already done")
     dataset_numbers = pass_plan.dataset_numbers(store, drawn)
     writer = store.writer(grid.data_rank()) if grid.is_first_model_rank() else None
+    attendance.at(f"sketch {drawn.what}")
     begun = time.perf_counter()
     with tqdm(total=num_left, desc=f"sketch {drawn.what}", unit="sample",
               disable=None if parallel.is_rank_zero() else True) as progress:
-        for rows, samples, losses in sketch_samples(gradients, drawn.samples, plan.planned,
-                                                    plan.done):
+        for number, (rows, samples, losses) in enumerate(
+                sketch_samples(gradients, drawn.samples, plan.planned, plan.done)):
             if writer is not None:
                 which = drawn.samples.dataset_of(samples)
                 writer.append(rows, dataset_numbers[which],
                               samples - drawn.samples.first[which], losses)
             # The other data-parallel ranks are about as far.
             progress.update(min(len(samples) * grid.data_size(), num_left - progress.n))
+            attendance.at(f"sketch {drawn.what}, about {progress.n} of {num_left} samples")
+            if number % _PASSES_BETWEEN_STOPS == 0 and grid.copy_stops():
+                parallel.stop()
     if writer is not None:
         writer.close()
     parallel.barrier()

@@ -16,7 +16,7 @@ from megatron_direct.data import indexed
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.store import Sketches
-from megatron_direct.runtime import parallel
+from megatron_direct.runtime import attendance, parallel
 from megatron_direct.runtime.manifest import Key
 from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
 from megatron_direct.selection.choice import Choice, choose
@@ -145,6 +145,7 @@ def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, fold
 
     Raises UserError, on all ranks, if no K samples keep the budget and the quotas.
     """
+    attendance.at("selection problem")
     if parallel.on_rank_zero(lambda: _is_spread(config, measured)):
         rank, size = parallel.rank_and_size()
         share = _Part(measured, sketch_step.read_sketches(

@@ -59,11 +59,11 @@ def test_what_rank_zero_raises_is_raised_everywhere():
 
 
 def _slow_work_on_rank_zero():
-    """Longer than the others' patience, and longer than a collective's limit would be."""
+    """Longer than the others wait between two looks, and than a collective's limit would be."""
     from datetime import timedelta
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "_PATIENCE_SECONDS", 0.2)
+        patch.setattr(parallel, "_LONGEST_PAUSE_SECONDS", 0.2)
         waited = []
         patch.setattr(torch.distributed, "broadcast_object_list", _noting(waited))
         began = time.perf_counter()

@@ -1,0 +1,103 @@
+"""A rank that is gone is found by the one that looks after it, and named."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from megatron_direct.runtime import watch
+
+
+@pytest.fixture
+def rank():
+    """A process, and its sign of life."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield process, watch.Sign(process.pid, "n1", watch._machine(),
+                              psutil.Process(process.pid).create_time(), "anneal, iteration 5", 1)
+    process.kill()
+    process.wait()
+
+
+def _await(process, status):
+    while psutil.Process(process.pid).status() != status:
+        time.sleep(0.01)
+
+
+def test_one_that_lives_is_left_alone(rank):
+    _, sign = rank
+    neighbour = watch._Neighbour(2)
+    for now in range(1000):
+        assert neighbour.what_is_wrong(dataclasses.replace(sign, count=now), now) is None
+
+
+def test_one_that_died_is_named_at_once(rank):
+    process, sign = rank
+    process.kill()
+    _await(process, psutil.STATUS_ZOMBIE)
+    words = f"rank 2 .process {process.pid} on n1. died at anneal, iteration 5"
+    assert re.match(words, watch._Neighbour(2).what_is_wrong(sign, 1.0))
+    assert watch._Neighbour(2).what_is_wrong(dataclasses.replace(sign, has_left=True), 1.0) is None
+
+
+def test_another_process_of_the_same_number_is_not_it(rank):
+    _, sign = rank
+    found = watch._Neighbour(2).what_is_wrong(dataclasses.replace(sign, started=1.0), 1.0)
+    assert "rank 2" in found and "died" in found
+
+
+def test_one_that_is_stopped_is_ended_in_time(rank):
+    process, sign = rank
+    neighbour = watch._Neighbour(2)
+    process.send_signal(signal.SIGSTOP)
+    _await(process, psutil.STATUS_STOPPED)
+    assert neighbour.what_is_wrong(sign, 100.0) is None
+    process.send_signal(signal.SIGCONT)  # a scheduler suspends jobs, and lets them go on
+    _await(process, psutil.STATUS_SLEEPING)
+    assert neighbour.what_is_wrong(dataclasses.replace(sign, count=2), 125.0) is None
+    process.send_signal(signal.SIGSTOP)
+    _await(process, psutil.STATUS_STOPPED)
+    sign = dataclasses.replace(sign, count=3)
+    assert neighbour.what_is_wrong(sign, 126.0) is None
+    assert neighbour.what_is_wrong(sign, 155.0) is None
+    assert "was stopped at anneal, iteration 5 (SIGSTOP)" in neighbour.what_is_wrong(sign, 157.0)
+    assert process.wait(10) == -signal.SIGKILL
+
+
+def test_one_on_another_machine_is_lost_when_it_is_silent(rank):
+    _, sign = rank
+    sign = dataclasses.replace(sign, machine="another")
+    neighbour = watch._Neighbour(2)
+    assert neighbour.what_is_wrong(sign, 100.0) is None
+    assert neighbour.what_is_wrong(sign, 139.0) is None
+    assert "no sign of life for 40 s at anneal" in neighbour.what_is_wrong(sign, 141.0)
+
+
+def test_after_being_suspended_oneself_nobody_is_to_blame(rank):
+    _, sign = rank
+    sign = dataclasses.replace(sign, machine="another")
+    neighbour = watch._Neighbour(2)
+    assert neighbour.what_is_wrong(sign, 100.0) is None
+    neighbour.excuse(5000.0)
+    assert neighbour.what_is_wrong(sign, 5001.0) is None
+
+
+def test_a_process_ends_with_the_one_that_started_it():
+    """As Megatron's server for checkpoints has to."""
+    child = ("import sys, time; from megatron_direct.runtime import watch; "
+             "watch.end_with_parent(int(sys.argv[1])); print('up', flush=True); time.sleep(60)")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", "import os, subprocess, sys; p = subprocess.Popen([sys.executable, "
+         f"'-c', {child!r}, str(os.getpid())], stdout=subprocess.PIPE); p.stdout.readline(); "
+         "print(p.pid, flush=True); p.wait()"], stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    assert psutil.pid_exists(pid)
+    parent.kill()
+    parent.wait()
+    psutil.Process(pid).wait(10)
