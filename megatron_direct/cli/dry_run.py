@@ -1,22 +1,25 @@
-"""``--dry-run``: the exact commands, and which rank would hold what; nothing is computed."""
+"""``--dry-run``: the exact commands, which rank would hold what, and what a selection would take.
+
+Nothing is written into the run directory. Time and memory are estimated where as many ranks were
+started as the run would have, from a pass over the model that is measured once (``plan``).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_direct.commands.plan import HERE, PlanConfig, PlanRequest, estimated, in_words
+from megatron_direct.commands.select import SelectRequest
 from megatron_direct.config import ModelConfig, ParallelConfig
 from megatron_direct.errors import UserError
 from megatron_direct.mcore.checkpoint import read_checkpoint
 from megatron_direct.runtime import parallel, ranks
 from megatron_direct.settings import Settings, flag_name
 from megatron_direct.steps.placement import Placement
-
-# What else is known of a launch: lines on a request (memory and time, for instance) in a placement.
-ESTIMATES: list[Callable[[Any, Placement], list[str]]] = []
 
 
 def show(calls: list[tuple[str, Any]], planned: Any) -> None:
@@ -28,9 +31,27 @@ def show(calls: list[tuple[str, Any]], planned: Any) -> None:
     lines += [f"  {command_line(name, request)}" for name, request in calls]
     if hasattr(planned, "given") or hasattr(planned, "model"):  # else no model is built
         placed = placement(planned, planned.layout)
-        lines += [*placed.lines(), *(line for estimate in ESTIMATES
-                                     for line in estimate(planned, placed))]
+        lines += [*placed.lines(), *_estimate(planned, placed)]
     parallel.say("\n".join(lines))
+
+
+def _estimate(request: Any, placed: Placement) -> list[str]:
+    """Of a selection, and of the annealing that is asked for with it."""
+    if not isinstance(request, SelectRequest):
+        return []
+    if placed.model is None:
+        return []  # there is no checkpoint yet
+    if placed.num_ranks != parallel.world_size():
+        return ["time and memory: start the dry run on the ranks that the run will have, or see "
+                "megatron-direct plan"]
+    onset, annealing = request.onset, getattr(request, "anneal", None)
+    plan = PlanConfig(
+        load=onset.load, data_path=onset.data_path, valid_data_path=onset.valid_data_path,
+        machine=HERE, object_storage_cache_path=onset.object_storage_cache_path,
+        lr_wsd_decay_iters=0 if annealing is None else annealing.lr_wsd_decay_iters)
+    return [in_words(*estimated(PlanRequest(
+        plan, request.pilot, request.sketch, request.curvature, request.selection, request.layout,
+        request.given)))]
 
 
 def command_line(name: str, request: Any) -> str:

@@ -71,7 +71,8 @@ def call(found: argparse.Namespace) -> None:
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true",
-                        help="print the exact command, and which rank would hold what; do nothing")
+                        help="print the exact command, which rank would hold what, and what a "
+                             "selection would take; write nothing into the run directory")
 
 
 def run(work: Callable[[], None], timeout_minutes: int | None = None) -> int:

@@ -49,7 +49,7 @@ def on_this_machine(job: Job, asked: Asked, work: Workload, path: Path) -> RunEs
     setup = _setup(job, asked, work)
     measured = calibrate.measured(job, setup, path)
     site = Site(measured.machine, parallel.world_size(), job.layout, measured.one_pass,
-                      asked.sketch.micro_batch_size, job.precision.bf16)
+                asked.sketch.micro_batch_size, job.precision.bf16)
     found = _estimate(site, job, asked, work)
     return found if host.has_gpu() else _in_processes(found, site)
 
@@ -67,7 +67,7 @@ def on_gpus(machine: Machine, ranks: int, job: Job, asked: Asked, work: Workload
     """By the terms of a machine, on so many of its GPUs in the job's layout."""
     one_pass = pass_cost(machine, size_of(job.model), _setup(job, asked, work))
     site = Site(machine, ranks, job.layout, one_pass, asked.sketch.micro_batch_size,
-                      job.precision.bf16)
+                job.precision.bf16)
     return _estimate(site, job, asked, work)
 
 
@@ -124,8 +124,8 @@ def _estimate(site: Site, job: Job, asked: Asked, work: Workload) -> RunEstimate
     def trained(name: str, iterations: int):
         batch = job.batch
         return cost.training_stage(
-            site, name, Training(iterations, float(batch.global_batch_size
-                                                      * job.model.seq_length)),
+            site, name, Training(iterations,
+                                 float(batch.global_batch_size * job.model.seq_length)),
             batch, job.optimizer.use_distributed_optimizer, micro_batch_tokens)
 
     stages = [cost.start_stage(site)]

@@ -135,3 +135,14 @@ def test_scripts_are_valid_bash(script):
     done = subprocess.run(["bash", "-n", str(ROOT / "launch" / script)], capture_output=True,
                           text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_selection_is_estimated_on_the_ranks_that_it_will_have(small_folder, tmp_path):
+    words = launching.select_flags(small_folder, tmp_path / "run")
+    done = launching.run([*launching.torchrun(1), "-m", "megatron_direct", *words, "--dry-run"],
+                         launching.environment(HOME=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
+    assert "1 rank on 1 node" in done.stdout
+    for stage in ("sketch", "curvature", "solve", "in all"):
+        assert f"\n{stage}" in done.stdout
+    assert not (tmp_path / "run").exists()
