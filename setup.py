@@ -38,7 +38,7 @@ setup(
         "data": DATA,  # parquet, .zst, Hugging Face tokenizers
         "mpi": ["mpi4py"],
         "te": ["transformer-engine"],
-        "fuzz": ["atheris"],  # for the coverage-guided half of make test-fuzz
+        "fuzz": ["atheris"],  # the coverage-guided half of make test-fuzz, which installs it
         # mpich brings mpirun, which no Python package needs on a cluster that has its own.
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "mpi4py", "mpich", *DATA],
     },
