@@ -100,10 +100,10 @@ def test_a_link_that_is_cut_in_mid_sketch_is_reported_and_the_run_resumes(
         small_folder, run, *LAYOUT, "--micro-batch-size", "1", "--distributed-timeout-minutes",
         str(LIMIT_MINUTES)))
     for host in two_hosts:
-        host.slow_down("20kbit")
+        host.slow_down("200kbit")  # the sketches take seconds, in which the link can be cut
     with _launched(two_hosts, words) as started:
         end = time.monotonic() + 200
-        while not list(run.glob("sketches/rows-*")):
+        while not any(path.stat().st_size for path in run.glob("sketches/rows-*")):
             assert time.monotonic() < end and all(p.poll() is None for p in started), \
                 _ended(started, 10)
             time.sleep(0.05)

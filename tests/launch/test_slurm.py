@@ -85,7 +85,7 @@ def test_a_job_that_is_requeued_in_mid_run_resumes(
                   str(ROOT / "launch" / "sbatch_anneal_gpt.sh"), *words,
                   "--lr-wsd-decay-iters", "4", "--save-interval", "1")
     end = time.monotonic() + 200
-    while not list(run.glob("sketches/rows-*")):
+    while not any(path.stat().st_size for path in run.glob("sketches/rows-*")):
         assert time.monotonic() < end and cluster.state(job) in ("PENDING", "RUNNING"), \
             log.read_text()
         time.sleep(0.05)
