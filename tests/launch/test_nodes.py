@@ -135,7 +135,7 @@ def test_a_name_that_does_not_resolve_is_named(small_folder, two_hosts):
     assert "node-b does not know the host MASTER_ADDR, node-c. Give a name" in done.stderr
     # Found by address, node-a then tells its host name to node-b, which does not know it.
     two_hosts[1].hosts_file.write_text("127.0.0.1 localhost\n")
-    started = _torchrun(*words)
+    started = _torchrun("doctor")
     started[started.index("node-a:6000")] = f"{two_hosts[0].address}:6000"
     with _launched(two_hosts, started) as processes:
         outputs = _ended(processes, 200)
