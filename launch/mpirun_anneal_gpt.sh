@@ -19,7 +19,7 @@ IFS=, read -r -a NODES <<< "${HOSTS:-localhost}"
 export GPUS_PER_NODE=${GPUS_PER_NODE:-$((TP * PP))} NUM_NODES=${#NODES[@]}
 RANKS=$((NUM_NODES * GPUS_PER_NODE))
 
-if "$MPIRUN" --version 2>&1 | grep -q "Open MPI"; then
+if [[ $("$MPIRUN" --version 2>&1) =~ Open\ MPI|OpenRTE|open-mpi ]]; then
     MPI_ARGS=(-np "$RANKS" --bind-to none)
     MPI_ARGS+=(--host "$(printf "%s:$GPUS_PER_NODE," "${NODES[@]}" | sed 's/,$//')")
     # Open MPI hands on its own variables alone.
@@ -37,8 +37,7 @@ MPI_ARGS+=(${MPIRUN_FLAGS:-})
 
 COMMAND=("$MPIRUN" "${MPI_ARGS[@]}" megatron-direct anneal-gpt "$@")
 if [[ " $* " == *" --dry-run "* ]]; then
-    printf '%q ' "${COMMAND[@]}"
-    echo
+    printf '%q ' "${COMMAND[@]}"; echo
     exec megatron-direct anneal-gpt "$@"
 fi
 exec "${COMMAND[@]}"

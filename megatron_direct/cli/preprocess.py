@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_direct.cli import outcome
 from megatron_direct.errors import UserError
 from megatron_direct.preprocessing.pipeline import preprocess
 from megatron_direct.preprocessing.settings import SAMPLES, PreprocessSettings
@@ -115,6 +114,7 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> None:
         sys.exit(f"{prog}: error: {files.cannot_use(path, error)}")
     except UserError as error:
         sys.exit(f"{prog}: error: {error}")
+    from megatron_direct.cli import outcome
     from megatron_direct.runtime import parallel
 
     sys.exit(outcome.exit_status(lambda: _preprocess(settings, here),

@@ -17,6 +17,8 @@ from megatron_direct.errors import UserError
 from megatron_direct.runtime import attempts, mpi
 from megatron_direct.runtime.ranks import Rank
 
+# However long a collective may take: some nodes fetch their containers later than others.
+_TIME_TO_MEET = datetime.timedelta(minutes=10)
 _SECONDS_TO_CONNECT = 5.0  # to one address of several
 _SECONDS_TO_LEAVE = 30.0
 
@@ -50,6 +52,7 @@ def meet(here: Rank, timeout: datetime.timedelta) -> Meeting:
         return Meeting(here, dist.HashStore())
     if here.master_addr:
         _require_resolves(here.master_addr)
+    timeout = min(timeout, _TIME_TO_MEET)
     return Meeting(here, _at_address(here, timeout) if here.master_addr else _by_mpi(here, timeout))
 
 

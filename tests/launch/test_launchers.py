@@ -91,3 +91,25 @@ def test_a_process_that_does_not_know_its_rank_writes_nothing(small_folder, tmp_
     assert done.returncode == 1 and not (tmp_path / "run").exists()
     assert done.stderr.count("megatron-direct: error: SLURM_NTASKS is 4, but nothing says") == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("mpirun", "expected_words"), [
+    ("mpich", "-np 4 -ppn 2"), ("open_mpi", "-np 4 --bind-to none --host node-a:2,node-b:2")])
+def test_the_script_for_mpirun_speaks_both_languages(tmp_path, mpirun, expected_words):
+    """Its dry run, with a stand-in for the command that it would start."""
+    words = getattr(launching, mpirun)(1)
+    if words is None:
+        pytest.skip("there is no such mpirun")
+    (tmp_path / "megatron-direct").write_text("#!/bin/sh\necho layout of $NUM_NODES nodes\n")
+    (tmp_path / "megatron-direct").chmod(0o755)
+    environment = launching.environment(MPIRUN=words[0], HOSTS="node-a,node-b", GPUS_PER_NODE="2",
+                                        RUN_DIR="a b")
+    script = str(launching.ROOT / "launch" / "mpirun_anneal_gpt.sh")
+    done = launching.run(
+        ["bash", script, "--dry-run", "--load", "x"],
+        {**environment, "PATH": f"{tmp_path}:{environment['PATH']}"})
+    assert done.returncode == 0, done.stderr
+    assert expected_words in done.stdout.replace("\\", "")
+    assert "megatron-direct anneal-gpt --dry-run --load x" in done.stdout
+    assert "layout of 2 nodes" in done.stdout
+    assert ("-x RUN_DIR" in done.stdout) == (mpirun == "open_mpi")

@@ -100,10 +100,10 @@ def test_a_link_that_is_cut_in_mid_sketch_is_reported_and_the_run_resumes(
         small_folder, run, *LAYOUT, "--micro-batch-size", "1", "--distributed-timeout-minutes",
         str(LIMIT_MINUTES)))
     for host in two_hosts:
-        host.slow_down("20kbit")
+        host.slow_down("200kbit")  # the sketches take seconds, in which the link can be cut
     with _launched(two_hosts, words) as started:
         end = time.monotonic() + 200
-        while not list(run.glob("sketches/rows-*")):
+        while not any(path.stat().st_size for path in run.glob("sketches/rows-*")):
             assert time.monotonic() < end and all(p.poll() is None for p in started), \
                 _ended(started, 10)
             time.sleep(0.05)
@@ -135,7 +135,7 @@ def test_a_name_that_does_not_resolve_is_named(small_folder, two_hosts):
     assert "node-b does not know the host MASTER_ADDR, node-c. Give a name" in done.stderr
     # Found by address, node-a then tells its host name to node-b, which does not know it.
     two_hosts[1].hosts_file.write_text("127.0.0.1 localhost\n")
-    started = _torchrun(*words)
+    started = _torchrun("doctor")
     started[started.index("node-a:6000")] = f"{two_hosts[0].address}:6000"
     with _launched(two_hosts, started) as processes:
         outputs = _ended(processes, 200)

@@ -85,7 +85,7 @@ def test_a_job_that_is_requeued_in_mid_run_resumes(
                   str(ROOT / "launch" / "sbatch_anneal_gpt.sh"), *words,
                   "--lr-wsd-decay-iters", "4", "--save-interval", "1")
     end = time.monotonic() + 200
-    while not list(run.glob("sketches/rows-*")):
+    while not any(path.stat().st_size for path in run.glob("sketches/rows-*")):
         assert time.monotonic() < end and cluster.state(job) in ("PENDING", "RUNNING"), \
             log.read_text()
         time.sleep(0.05)
@@ -96,6 +96,29 @@ def test_a_job_that_is_requeued_in_mid_run_resumes(
     assert "Restarts=1" in cluster.call("scontrol", "show", "job", job)
     assert launching.selected_bytes(run) == expected
     assert (run / "report.html").is_file()
+
+
+def test_sigterm_before_the_time_limit_returns_the_job_to_the_queue(cluster, variables, tmp_path):
+    """As --signal sends it; in place of the launch there is something that only waits."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "anneal_gpt.sh").write_text(
+        'echo "node $SLURM_NODEID of $NUM_NODES meets at $MASTER_ADDR, $RDZV_ID"\n'
+        '[ "${SLURM_RESTART_COUNT:-0}" -ge 1 ] || sleep 100\n')
+    log = tmp_path / "log"
+    job = _submit(variables, "--output", str(log), "--chdir", str(tmp_path),
+                  str(ROOT / "launch" / "sbatch_anneal_gpt.sh"))
+    end = time.monotonic() + 60
+    while not log.exists() or log.read_text().count("meets") < 2:
+        assert time.monotonic() < end, cluster.state(job)
+        time.sleep(0.1)
+    cluster.call("scancel", "--batch", "--signal", "TERM", job)
+    cluster.wait(job, ("PENDING",), 60)
+    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    assert cluster.wait(job, ("FAILED", "COMPLETED"), 60) == "COMPLETED", log.read_text()
+    lines = [line for line in log.read_text().splitlines() if "meets" in line]
+    assert sorted(lines) == sorted(
+        f"node {node} of 2 meets at {slurm_cluster.NODES[0]}, {job}-{restart}"
+        for node in range(2) for restart in range(2))
 
 
 def test_an_array_of_seeds_compares_what_one_job_compares(
