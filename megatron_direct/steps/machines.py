@@ -61,11 +61,12 @@ class Machine:
 # what hashing takes in both. A check that the fit did not see: 15 layers without weight gradients,
 # 248 ms by these terms, 249 measured. Links, memory and storage are the vendor's figures for a
 # DGX H100 (900 GB/s NVLink both ways, 400 Gb/s InfiniBand a GPU) and one parallel file system of
-# 20 GB/s: not measured. Solver, leader, planner, start and base: two CPU cores (make bench-scale).
+# 20 GB/s: not measured. Planner: make bench-scale; solver and leader: what 4000 more rows of 2048
+# and 10^5 more rows of 8 took of one CPU core's time; start and base: not measured there.
 H100 = Machine(
     name="h100", flops=750e12, elements=8.0e9, launches=174.0, gathers=1.55e11, frames=1.06e14,
     memory=80e9, host_memory=2e12, ranks_per_node=8, fabric=50e9, node_links=450e9, storage=20e9,
-    solver=2.5e6, leader=4e5, planner=5e6, start=30.0, base=0.6e9)
+    solver=5.8e6, leader=1.05e5, planner=5e6, start=30.0, base=0.6e9)
 
 
 @dataclass(frozen=True)
