@@ -25,10 +25,11 @@ def sound_cache(folder: Path) -> Iterator[None]:
     parallel.on_rank_zero(lambda: _remove_unsound(folder))
     try:
         yield
-    except OSError as error:
-        if not files.is_of_disk(error):
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else error.__cause__  # Megatron wraps it
+        if not isinstance(cause, OSError) or not files.is_of_disk(cause):
             raise
-        raise files.cannot_write(folder, error) from error
+        raise files.cannot_write(folder, cause) from error
     parallel.on_rank_zero(lambda: _record(folder))
 
 

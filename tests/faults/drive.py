@@ -118,8 +118,6 @@ class Bench:
         if not self.data.is_dir():
             self.data.mkdir()
             jobs.prepare(self.data)
-            outcome = self.start(jobs.JOBS["one rank"], "theta").wait()
-            assert outcome is not None and outcome.codes == [0], outcome
 
     def close(self) -> None:
         assert self._launcher.stdin is not None
@@ -127,6 +125,9 @@ class Bench:
         self._launcher.wait()
 
     def start(self, job: Job, command: str, fault: Fault | None = None) -> Run:
+        if command in jobs.FROM_CHECKPOINT and not (self.data / "theta").is_dir():
+            made = self.start(jobs.JOBS["one rank"], "theta").wait()
+            assert made is not None and made.codes == [0], made
         fault = fault or Fault(NOTHING, 0)
         self._count += 1
         folder = self.folder / "runs" / f"{os.getpid()}-{self._count}"

@@ -18,6 +18,7 @@ from megatron_direct.settings import flag_name
 
 SKETCH_SIZE = 64
 PRETRAIN_ITERATIONS = 4
+FROM_CHECKPOINT = ("select", "compare")  # commands that begin with one
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ JOBS = {job.name: job for job in (
     Job("one rank", 1), Job("two ranks", 2), Job("four ranks", 4, PIPELINE),
     Job("comparison", 1, commands=("compare",)),
     Job("pretraining", 1, commands=("pretrain",)),
+    Job("pretraining on two ranks", 2, commands=("pretrain",)),
     Job("preprocessing", 1, commands=("preprocess",)))}
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
+import signal
 import sys
 
 import pytest
-from faults import cases, power
-from faults.drive import Bench
+from faults import power
+from faults.drive import Bench, Fault
 from faults.jobs import JOBS
 from faults.launcher import FULL_FOR_GOOD, KILL_ALL
 
@@ -24,16 +24,16 @@ def test_a_draw(tmp_path):
     text = JOBS["preprocessing"]
     operations = bench.operations(text, 0)
     assert len(operations) > 50
-    drawn = [cases.Fault(KILL_ALL, len(operations) // 3),
-             cases.Fault(KILL_ALL, 2 * len(operations) // 3, failing="zeroed"),
-             cases.Fault(FULL_FOR_GOOD, len(operations) // 2)]
+    drawn = [Fault(KILL_ALL, len(operations) // 3),
+             Fault(KILL_ALL, 2 * len(operations) // 3, failing="zeroed"),
+             Fault(FULL_FOR_GOOD, len(operations) // 2)]
     verdicts = [bench.meet(text, 0, fault) for fault in drawn]
-    select = dataclasses.replace(JOBS["two ranks"], name="select alone", commands=("select",))
-    verdicts.append(cases.lost(select, "sketches", 1, cases.signal.SIGKILL).run(bench))
+    verdicts.append(bench.lose_rank(JOBS["pretraining on two ranks"], 0, 1, signal.SIGKILL,
+                                    lambda log: "metrics.jsonl" in log))
     bench.close()
     assert [verdict.result for verdict in verdicts] == ["same"] * 4, verdicts
     assert "codes [-9]" in verdicts[0].note and "codes [1]" in verdicts[2].note
-    assert "codes [1, -9]" in verdicts[3].note
+    assert "codes [1, -9]" in verdicts[3].note and "no word" not in verdicts[3].note
 
 
 def test_what_was_flushed_survives_a_power_cut(tmp_path):
