@@ -16,7 +16,7 @@
 #   TENSOR_MODEL_PARALLEL_SIZE PIPELINE_MODEL_PARALLEL_SIZE        layout
 #   CHECKPOINT_PATH RUN_DIR                                        --load, --run-dir
 #   DATA_PATH VALID_DATA_PATH TEST_DATA_PATH                       prefixes, separated by spaces
-#   NUM_SELECT LR_WSD_DECAY_ITERS                                  --num-select, --lr-wsd-decay-iters
+#   NUM_SELECT LR_WSD_DECAY_ITERS                  --num-select (or auto), --lr-wsd-decay-iters
 #   ARMS                          arms to anneal, separated by spaces: direct, random or both
 #
 # and by this half alone:
