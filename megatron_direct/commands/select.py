@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_direct.config import Given, ParallelConfig
 from megatron_direct.errors import UserError
+from megatron_direct.evaluation.tokenizers import tokenizer_of
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.runtime.run_directory import RunDirectory
@@ -37,6 +38,8 @@ class NameConfig(Settings):
 
     selection_name: str = flag("direct", "name of this selection; a run directory can hold several "
                                "(see `anneal --selection`)")
+    tokenizer_model: str = flag("", "tokenizer that turns typical samples of each cluster back "
+                                    "into text; default: their tokens are shown")
 
     def check(self) -> None:
         name = self.selection_name
@@ -65,6 +68,8 @@ def select(request: SelectRequest) -> None:
     onset = open_onset(request.onset, request.layout, request.given)
     onset.job.require_runs_on(parallel.world_size(), trains=request.pilot.has_pilot)
     solve_step.num_to_select(request.selection, len(onset.pool.usable))
+    tokenizer = None if not request.name.tokenizer_model else parallel.kept_on_rank_zero(
+        lambda: tokenizer_of(request.name.tokenizer_model, onset.checkpoint, onset.job.model))
     run = RunDirectory(request.onset.run_dir)
     parallel.on_rank_zero(lambda: run.enter("select", request))
 
@@ -76,7 +81,8 @@ def select(request: SelectRequest) -> None:
     if parallel.on_rank_zero(lambda: _is_there(folder, key)):
         parallel.say(f"{folder} already holds this selection.")
         return
-    solve_step.solve_and_write(request.selection, measured, request.sketch.seed, folder)
+    solve_step.solve_and_write(request.selection, measured, request.sketch.seed, folder,
+                               None if tokenizer is None else tokenizer.decode)
     parallel.on_rank_zero(lambda: Artefact(folder, "a selection").finish(
         key, dataclasses.asdict(_origin(onset))))
 

@@ -24,6 +24,7 @@ from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.problem import Selection
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import CurvatureConfig
+from megatron_direct.steps.domains import Chosen, FoundGroups, find_domains, halves_of, write_blend
 from megatron_direct.steps.measure import Measured
 from megatron_direct.steps.selected import (
     MeanLoss,
@@ -110,21 +111,24 @@ def in_terms_of_flags() -> Iterator[None]:
         raise UserError(f"--quotas: {error}") from error
 
 
-def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, folder: Path) -> None:
-    """Writes ``selection.json`` and ``masks/`` into ``folder``; all ranks call this.
+def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, folder: Path,
+                    decode: Callable[[np.ndarray], str] | None = None) -> None:
+    """Writes ``selection.json``, ``masks/`` and ``blend/`` into ``folder``; all ranks call this.
+
+    decode: of tokens into text, on rank 0, if there is a tokenizer.
 
     Raises UserError, on all ranks, if no K samples keep the budget and the quotas.
     """
     if parallel.on_rank_zero(lambda: _is_spread(config, measured)):
         share = _Share(measured, sketch_step.read_sketches(
             measured.store, measured.pool, *parallel.rank_and_size()), parallel.sum_over_world)
-        summary, chosen = _solve(config, share, seed)
-        parallel.on_rank_zero(lambda: _write(folder, measured, summary, chosen))
+        solved = _solve(config, share, seed)
+        parallel.on_rank_zero(lambda: _write(folder, measured, solved, decode))
         return
 
     def alone() -> None:
         share = _Share(measured, sketch_step.read_sketches(measured.store, measured.pool))
-        _write(folder, measured, *_solve(config, share, seed))
+        _write(folder, measured, _solve(config, share, seed), decode)
 
     parallel.on_rank_zero(alone)
 
@@ -152,9 +156,18 @@ class _Share:
         return self.all_reduce_sum(whole)
 
 
-def _solve(config: SelectionConfig, share: _Share, seed: int,
-           ) -> tuple[SelectionSummary, np.ndarray]:
-    """(summary without what the masks add, numbers of the samples selected)."""
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """summary: without what the masks add; candidates: [N] sample numbers; indices: [K] of the
+    candidates selected."""
+
+    summary: SelectionSummary
+    candidates: np.ndarray
+    indices: np.ndarray
+    domains: FoundGroups
+
+
+def _solve(config: SelectionConfig, share: _Share, seed: int) -> _Solved:
     samples, part = share.measured.pool.samples, share.part
     has_row = share.everywhere(np.ones(len(part.samples))) > 0
     finite = share.everywhere(part.finite) > 0
@@ -176,14 +189,17 @@ def _solve(config: SelectionConfig, share: _Share, seed: int,
     chosen = candidates[found.indices]
     losses = share.everywhere(np.where(part.finite, part.losses, 0.0))
     not_finite = np.flatnonzero(has_row & ~finite)
-    return SelectionSummary(
+    valid = share.measured.valid
+    domains = find_domains(config, evidence, np.bincount(found.indices, minlength=len(candidates)),
+                           halves_of(valid.samples, valid.numbers), seed)
+    return _Solved(SelectionSummary(
         **_in_numbers(config, found, np.tile(cost, config.max_count)),
         num_stiff=directions.num_stiff,
         samples=SampleCounts(len(samples), samples.num_unusable, samples.num_cut,
                              samples.num_cut_tokens, len(not_finite)),
         mean_loss=MeanLoss(float(losses[candidates].mean()), float(losses[chosen].mean())),
         composition=composition(samples, chosen), mask_digests={},
-        not_finite=tuple(not_finite.tolist())), chosen
+        not_finite=tuple(not_finite.tolist())), candidates, found.indices, domains)
 
 
 def _in_numbers(config: SelectionConfig, found: Selection, cost: np.ndarray) -> dict:
@@ -197,8 +213,13 @@ def _in_numbers(config: SelectionConfig, found: Selection, cost: np.ndarray) -> 
             "average_stiff_cost": float(cost.mean() * count), "history": tuple(found.history)}
 
 
-def _write(folder: Path, measured: Measured, summary: SelectionSummary, chosen: np.ndarray) -> None:
-    masks = masks_of(measured.pool.samples, measured.pool.digests, chosen)
-    summary = dataclasses.replace(summary, mask_digests=write_masks(folder, masks))
+def _write(folder: Path, measured: Measured, solved: _Solved,
+           decode: Callable[[np.ndarray], str] | None) -> None:
+    pool = measured.pool
+    masks = masks_of(pool.samples, pool.digests, solved.candidates[solved.indices])
+    summary = dataclasses.replace(solved.summary, mask_digests=write_masks(folder, masks))
+    counts = np.bincount(solved.indices, minlength=len(solved.candidates))
+    made = write_blend(folder, Chosen(pool.samples, solved.candidates, counts, pool.digests,
+                                      measured.valid.samples.prefixes, decode), solved.domains)
     summary.write(folder)
-    parallel.say(str(summary))
+    parallel.say(f"{summary}\n{made}")

@@ -50,7 +50,8 @@ COMMON = """
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """pool0 and pool1 with masks, and as datasets of what is kept (alone0, alone1); pool2 without.
+    """pool0 and pool1 with masks, that of pool1 with counts, and as datasets of what is kept
+    (alone0, alone1); pool2 without.
 
     pool2 holds no poison.
     """
@@ -64,7 +65,9 @@ def folder(tmp_path_factory) -> Path:
         documents = [document if kept else [[POISON] * len(sequence) for sequence in document]
                      for document, kept in zip(documents, keep, strict=True)]
         prefix = write_dataset(folder / f"pool{number}", documents)
-        mask = SampleMask(keep, dataset_digest(prefix))
+        # One of the masks has counts: some documents come twice per epoch.
+        counts = keep * (1 + np.arange(count) % 2) if number == 1 else keep
+        mask = SampleMask(counts, dataset_digest(prefix))
         mask.save(folder / "masks" / f"pool{number}.mask.npz")
         materialize(prefix, mask, str(folder / f"alone{number}"))
     return folder
