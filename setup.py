@@ -37,6 +37,7 @@ setup(
     extras_require={
         "data": DATA,  # parquet, .zst, Hugging Face tokenizers
         "mpi": ["mpi4py"],
+        "eval": ["lm-eval>=0.4.10"],  # lm-evaluation-harness, for `evaluate --lm-eval`
         "te": ["transformer-engine"],
         # mpich brings mpirun, which no Python package needs on a cluster that has its own.
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "mpi4py", "mpich", *DATA],

@@ -26,7 +26,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 # Flags of other programs, which the pages tell a user to give to them.
 FOREIGN_FLAGS = {
     # Megatron-LM: how its checkpoints, blends and schedule go together with masks.
-    "--data-cache-path", "--finetune", "--lr-decay-samples", "--lr-decay-style",
+    "--data-cache-path", "--dist-ckpt-optim-fully-reshardable", "--finetune",
+    "--lr-decay-samples", "--lr-decay-style",
     "--lr-wsd-decay-samples", "--no-bias-gelu-fusion", "--override-opt_param-scheduler",
     "--phase-transition-iterations", "--train-data-path", "--train-samples",
     "--use-checkpoint-args",

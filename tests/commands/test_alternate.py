@@ -86,6 +86,7 @@ def test_one_round_is_select_and_anneal(learnt_folder):
         assert _result(learnt_folder / "once")[when] == _result(arm)[when]
 
 
+@pytest.mark.slow
 def test_each_round_selects_at_its_own_checkpoint(learnt_folder, unbroken):
     assert sorted(path.name for path in (unbroken / "checkpoints").glob("iter_*")) == [
         "iter_0000002", "iter_0000004", "iter_0000006"]
@@ -109,7 +110,7 @@ def test_each_round_selects_at_its_own_checkpoint(learnt_folder, unbroken):
                                                              / ITERATIONS), rtol=1e-6)
 
 
-@pytest.mark.parametrize("killed_at", [1, 4])
+@pytest.mark.parametrize("killed_at", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_killed_run_ends_with_the_same_losses(learnt_folder, unbroken, killed_at):
     """In the first segment, and at the end of the second, before its checkpoint."""
     name = f"killed-{killed_at}"
@@ -120,6 +121,7 @@ def test_a_killed_run_ends_with_the_same_losses(learnt_folder, unbroken, killed_
     assert _result(learnt_folder / name) == _result(unbroken)
 
 
+@pytest.mark.slow
 def test_other_layouts_end_with_the_same_losses(learnt_folder, unbroken):
     run_on_ranks(4, _alternate, learnt_folder, Layout(tp=2, pp=2), "sharded", {"rounds": 3})
     found, expected = (_result(path)["after"] for path in (learnt_folder / "sharded", unbroken))

@@ -112,6 +112,7 @@ def test_the_report_shows_domains_and_clusters(run, learnt_folder, capsys):
         assert rows[group.name][4] == f"{group.worth[0]:+.4f}"
 
 
+@pytest.mark.slow
 def test_ranks_and_spread_rows_change_nothing(run, learnt_folder):
     run_on_ranks(4, _select, learnt_folder, Layout(tp=2, pp=2), "spread",
                  {"sketch_rows": "spread"})
