@@ -38,6 +38,7 @@ setup(
         "data": DATA,  # parquet, .zst, Hugging Face tokenizers
         "mpi": ["mpi4py"],
         "s3": ["boto3"],  # datasets in object stores
+        "eval": ["lm-eval>=0.4.10"],  # lm-evaluation-harness, for `evaluate --lm-eval`
         "te": ["transformer-engine"],
         # Imported by Megatron-LM's own training loop, and not required by megatron-core.
         "megatron-lm": ["regex", "pydantic", "six"],

@@ -27,7 +27,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 # Flags of other programs, which the pages tell a user to give to them.
 FOREIGN_FLAGS = {
     # Megatron-LM: how its checkpoints, blends and schedule go together with masks.
-    "--data-cache-path", "--finetune", "--lr-decay-samples", "--lr-decay-style",
+    "--data-cache-path", "--dist-ckpt-optim-fully-reshardable", "--finetune",
+    "--lr-decay-samples", "--lr-decay-style",
     "--lr-wsd-decay-samples", "--no-bias-gelu-fusion", "--override-opt_param-scheduler",
     "--dataloader-defer-npy-index-mmap", "--dataloader-fast-cache-load",
     "--dataloader-inter-document-masking", "--hybrid-override-pattern",

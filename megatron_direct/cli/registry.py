@@ -35,6 +35,8 @@ COMMANDS = {command.name: command for command in (
             "anneal", "AnnealRequest", "anneal"),
     Command("merge", "the weights of several checkpoints, averaged into one",
             "merge", "MergeRequest", "merge"),
+    Command("alternate", "the decay phase in segments, each on a selection made at its beginning",
+            "alternate", "AlternateRequest", "alternate"),
     Command("evaluate", "multiple-choice questions, answered by likelihood",
             "evaluate", "EvaluateRequest", "evaluate"),
     Command("compare", "arms of selection, annealed from one checkpoint and compared over seeds",

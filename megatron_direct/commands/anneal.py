@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from megatron_direct.config import (
     ParallelConfig,
     Precision,
 )
-from megatron_direct.data import blend_files, checks
+from megatron_direct.data import blend_files, checks, mask_files
 from megatron_direct.data.blend_plan import BLEND_WEIGHTS, MAX_EPOCHS, Blend, BlendRules
 from megatron_direct.data.indexed import prefix_names
 from megatron_direct.data.mask import SampleMask
@@ -68,8 +69,8 @@ class AnnealConfig(Settings):
         100, "iterations of the annealing, over which the learning rate decays", at_least=1)
     data_path: tuple = flag(
         (), "the blend: prefixes, or alternating weights and prefixes; what is not a pool of the "
-        "run is used whole; default: the pools, each weighted by the tokens that its mask keeps",
-        nargs="+")
+        "run is used whole, unless PREFIX.mask.npz is beside it; default: the pools, each weighted "
+        "by the tokens that its mask keeps", nargs="+")
     data_args_path: str = flag("", "file that holds the value of --data-path")
     per_split_data_args_path: str = flag(
         "", "JSON file with a blend each for train, valid (null, or the validation set of the "
@@ -161,6 +162,14 @@ class _Arm:
     def pool(self) -> Samples:
         return Samples(self.origin.data_path, self.job.model.seq_length, self.job.model.vocab_size)
 
+    @functools.cached_property
+    def parts(self) -> dict[str, SampleMask]:
+        """Masks of prefixes that are parts of a pool: with PREFIX.mask.npz beside them."""
+        return parallel.on_rank_zero(lambda: mask_files.read_mask_files({
+            prefix: path for prefix in self.blend.prefixes
+            if prefix not in self.origin.data_path
+            and os.path.isfile(path := prefix + mask_files.SUFFIX)}))
+
     @property
     def rules(self) -> BlendRules:
         return BlendRules(self.config.blend_weights, self.config.max_epochs)
@@ -176,7 +185,8 @@ class _Arm:
 
         config, weights = self.config, self.blend.weights
         return ArmKey(
-            self.checkpoint.digest, ((0, tuple(mask.digest for mask in masks.values())),),
+            self.checkpoint.digest,
+            ((0, tuple(mask.digest for mask in {**masks, **self.parts}.values())),),
             of(self.blend.prefixes), config.blend_weights, config.max_epochs,
             config.lr_wsd_decay_iters, config.load_optim, self.job.model, self.job.optimizer,
             self.job.batch.global_batch_size, self.job.batch.seed,
@@ -249,7 +259,7 @@ def _run(arm: _Arm, masks: Mapping[str, SampleMask]) -> ArmResult:
     with grid.model_parallel(job.layout, job.num_model_chunks):
         request = blend.BlendRequest.for_job(job, config.lr_wsd_decay_iters, job.batch.seed,
                                              arm.folder / "cache", arm.checkpoint.tokenizer_digest)
-        dataset, parts = blend.build_blend(arm.blend, masks, request, arm.rules)
+        dataset, parts = blend.build_blend(arm.blend, {**masks, **arm.parts}, request, arm.rules)
         for part in parts:
             parallel.say(f"{config.arm}: {part}")
         chunks = model.build(job)

@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from megatron_direct.config import Given, ParallelConfig
 from megatron_direct.errors import UserError
+from megatron_direct.evaluation.tokenizers import tokenizer_of
 from megatron_direct.runtime import files, parallel
 from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.runtime.run_directory import RunDirectory
@@ -38,6 +42,8 @@ class NameConfig(Settings):
 
     selection_name: str = flag("direct", "name of this selection; a run directory can hold several "
                                "(see `anneal --selection`)")
+    tokenizer_model: str = flag("", "tokenizer that turns typical samples of each cluster back "
+                                    "into text; default: their tokens are shown")
 
     def check(self) -> None:
         name = self.selection_name
@@ -77,12 +83,15 @@ def select(request: SelectRequest, annealing_iters: int | None = None) -> None:
         tokens = annealing_iters * onset.job.batch.global_batch_size * onset.job.model.seq_length
         request = dataclasses.replace(request, selection=dataclasses.replace(
             request.selection, anneal_tokens=tokens))
+    tokenizer = None if not request.name.tokenizer_model else parallel.kept_on_rank_zero(
+        lambda: tokenizer_of(request.name.tokenizer_model, onset.checkpoint, onset.job.model))
     run = RunDirectory(request.onset.run_dir)
     with run.entered("select", request):
-        _select(request, onset, run)
+        _select(request, onset, run, None if tokenizer is None else tokenizer.decode)
 
 
-def _select(request: SelectRequest, onset: Onset, run: RunDirectory) -> None:
+def _select(request: SelectRequest, onset: Onset, run: RunDirectory,
+            decode: Callable[[np.ndarray], str] | None) -> None:
     measured = measure(MeasureSettings(request.pilot, request.sketch, request.curvature), onset,
                        run.path)
     key = solve_step.selection_key(request.selection, request.curvature, measured,
@@ -91,7 +100,7 @@ def _select(request: SelectRequest, onset: Onset, run: RunDirectory) -> None:
     if parallel.on_rank_zero(lambda: _is_there(folder, key)):
         parallel.say(f"{folder} already holds this selection.")
         return
-    solve_step.solve_and_write(request.selection, measured, request.sketch.seed, folder)
+    solve_step.solve_and_write(request.selection, measured, request.sketch.seed, folder, decode)
     parallel.on_rank_zero(lambda: Artefact(folder, "a selection").finish(
         key, dataclasses.asdict(_origin(onset))))
 

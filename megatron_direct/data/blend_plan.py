@@ -100,7 +100,7 @@ def plan_blend(blend: Blend, masks: Mapping[str, SampleMask], demand: Demand,
     blend with nothing left, and a masked prefix that would be seen too often.
     """
     rules, prefixes = rules or BlendRules(), blend.prefixes
-    _require_distinct(prefixes)
+    _require_distinct(prefixes, masks)
     sizes = {prefix: _sizes(prefix, masks.get(prefix), demand.share) for prefix in prefixes}
     if blend.weights is None:
         shares = {prefix: float(left) for prefix, (_, left, _) in sizes.items()}
@@ -210,16 +210,25 @@ def _has_one_sequence_each(dataset, mask: SampleMask) -> bool:
     return _ONE_SEQUENCE_EACH[mask.dataset_digest]
 
 
-def _require_distinct(prefixes: Sequence[str]) -> None:
-    """One dataset under two names counts as listed twice."""
+def _require_distinct(prefixes: Sequence[str], masks: Mapping[str, SampleMask]) -> None:
+    """One dataset under two names counts as listed twice, unless masks part it among them."""
     seen: dict[str, str] = {}
+    taken: dict[str, SampleMask] = {}
     for prefix in prefixes:
-        place = os.path.realpath(prefix)
-        if place in seen:
+        # A dataset is known by where its index is: links make views of parts of it.
+        place = os.path.realpath(prefix + ".idx")
+        mask = masks.get(prefix)
+        if place not in seen:
+            seen[place] = prefix
+            if mask is not None:
+                taken[place] = mask
+        elif mask is not None and place in taken and (taken[place] & mask).num_kept == 0:
+            taken[place] = taken[place] | mask
+        else:
             raise UserError(f"{prefix} is listed twice in the blend"
                             + (f" (also as {seen[place]})" if seen[place] != prefix else "")
-                            + ". List each dataset once, with the sum of its weights.")
-        seen[place] = prefix
+                            + ". List each dataset once, with the sum of its weights, or parts "
+                            "of it under masks that have no document in common.")
 
 
 def _require_few_epochs(parts: Sequence[BlendPart], max_epochs: float | None) -> None:

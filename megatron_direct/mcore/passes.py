@@ -92,6 +92,37 @@ def run_pass(
     return grid.share_from_last_stage(losses)
 
 
+def run_logits(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch],
+               read: Callable[[int, torch.Tensor], None]) -> None:
+    """Forward over one pass, without labels.
+
+    read: called on the last stage with the number of a micro-batch and its logits [b, s, v], this
+    tensor-parallel rank's part of the vocabulary.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward_step(iterator, chunk):
+        index = next(iterator)
+        batch = micro_batches[index]
+        output = chunk(batch.tokens, batch.position_ids, None)
+
+        def take(logits):
+            read(index, logits)
+            return logits.new_zeros(()), torch.ones((), dtype=torch.int), {}
+
+        return output, take
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(range(len(micro_batches))) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(micro_batches),
+        seq_length=micro_batches[0].tokens.shape[1],
+        micro_batch_size=micro_batches[0].tokens.shape[0],
+        forward_only=True,
+    )
+
+
 def sample_rows(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
     """Positions, among all [micro-batches x b] rows of a pass, of those that hold a sample."""
     size = micro_batches[0].tokens.shape[0]

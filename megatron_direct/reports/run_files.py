@@ -16,6 +16,7 @@ from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.runtime.typed_json import read_record
 from megatron_direct.steps import annealed, selected
 from megatron_direct.steps.annealed import ArmResult
+from megatron_direct.steps.domains import Domains
 from megatron_direct.steps.selected import PoolComposition, SelectionSummary
 
 
@@ -60,13 +61,15 @@ class RunReport:
     """A run with a finished selection.
 
     annealings: by arm, of those that are finished. compositions: by selection and pool; random
-    selections have one, too. seconds: by step of the selection, empty if they were not measured.
+    selections have one, too. domains: by selection, of those that have them. seconds: by step of
+    the selection, empty if they were not measured.
     """
 
     path: str
     annealings: dict[str, Annealing]
     selections: dict[str, SelectionSummary]
     compositions: dict[str, dict[str, PoolComposition]]
+    domains: dict[str, Domains]
     spectrum: SpectrumRecord
     seconds: dict[str, float]
     commands: tuple[CommandRecord, ...]
@@ -90,6 +93,8 @@ def read_report_files(run_dir: str | Path) -> RunReport:
         selections=selections,
         compositions={**{name: found.composition for name, found in selections.items()},
                       **{arm: found for arm, found in drawn.items() if found is not None}},
+        domains={name: found for name in names if (found := Domains.read(
+            selected.selection_folder(run.path, name))) is not None},
         spectrum=read_record(SpectrumRecord, run.path / "curvature" / "spectrum.json"),
         seconds=read_record(dict[str, float], seconds) if seconds.is_file() else {},
         commands=tuple(CommandRecord(call["command"], call["flags"]["layout"],

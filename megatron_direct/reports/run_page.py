@@ -10,6 +10,7 @@ from megatron_direct.reports.drawing import Image, image
 from megatron_direct.reports.run_files import Density, RunReport
 from megatron_direct.reports.tables import Cell, Table, make_table
 from megatron_direct.steps.annealed import Losses
+from megatron_direct.steps.domains import Domains
 from megatron_direct.steps.selected import SelectionSummary
 
 REFERENCE = "random"  # the arm that the others are compared with
@@ -36,6 +37,7 @@ class RunPage:
     trace: str
     selected: list[str]
     composition: Table
+    domains: list[tuple[str, Table]]
     problem: Table
     commands: Table
 
@@ -58,7 +60,9 @@ def _page(run: RunReport) -> RunPage:
         if density else None,
         trace=_trace(density) if density else "",
         selected=[_selected(name, found) for name, found in run.selections.items()],
-        composition=_composition(run), problem=_problem(run), commands=_commands(run))
+        composition=_composition(run),
+        domains=[(name, _domains(found)) for name, found in run.domains.items()],
+        problem=_problem(run), commands=_commands(run))
 
 
 def _trace(density: Density) -> str:
@@ -173,6 +177,25 @@ def _composition(run: RunReport) -> Table:
                      *(f"{getattr(of_selection[pool], key):,}"
                        for of_selection in run.compositions.values() for _, key in keys)])
     return make_table(header, rows)
+
+
+def _domains(found: Domains) -> Table:
+    """A row for each domain, and below it for each of its clusters."""
+    rows = []
+    for group in (*found.domains, *found.clusters):
+        rows.append([group.name, f"{group.samples:,}", f"{group.selected:,}",
+                     f"{group.weight:.3f}", *_with_interval(group.worth),
+                     *_with_interval(group.best), " · ".join(group.typical)])
+    rows.sort(key=lambda row: row[0])
+    return make_table(["domain or cluster", "samples", "selected", "weight", "worth", "interval",
+                       "of its best", "interval", "typical samples"], rows, left=(0, 8))
+
+
+def _with_interval(estimate: tuple[float, ...] | None) -> tuple[str, str]:
+    if estimate is None:
+        return "-", "-"
+    value, low, high = estimate
+    return f"{value:+.4f}", f"[{low:+.4f}, {high:+.4f}]"
 
 
 def _problem(run: RunReport) -> Table:

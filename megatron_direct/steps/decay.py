@@ -45,6 +45,7 @@ class Decay:
     start: its weights, and its optimizer unless ``load_optim`` is False, are begun with. segments:
     in the order of their first iterations, of which the first is 0. folder: for ``metrics.jsonl``
     and, every ``save_interval`` iterations and at the end, checkpoints; None: no checkpoints.
+    stop: the iteration up to which it is trained for now, if not to its end.
     """
 
     job: Job
@@ -56,10 +57,15 @@ class Decay:
     load_optim: bool = True
     save_interval: int | None = None
     recipe: Recipe = field(default_factory=Recipe)
+    stop: int | None = None
+
+    @property
+    def last(self) -> int:
+        return self.iterations if self.stop is None else self.stop
 
     def stretches(self, done: int) -> list[tuple[Segment, range]]:
         """(segment, its iterations counted from 1) of what is left after ``done`` iterations."""
-        ends = [segment.first_iteration for segment in self.segments[1:]] + [self.iterations]
+        ends = [segment.first_iteration for segment in self.segments[1:]] + [self.last]
         left = [(segment, range(max(segment.first_iteration, done) + 1, end + 1))
                 for segment, end in zip(self.segments, ends, strict=True)]
         return [(segment, iterations) for segment, iterations in left if iterations]
@@ -99,7 +105,7 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
         log.write(step)
         if average is not None and step.iteration > (1 - recipe.average) * plan.iterations:
             average.add()
-        is_last = step.iteration == plan.iterations
+        is_last = step.iteration == plan.last
         stops = not is_last and parallel.stop_is_agreed()
         if plan.save_interval and (step.iteration % plan.save_interval == 0 or is_last or stops):
             checkpoint.save(folder, step.iteration, chunks, trainer.optimizer, trainer.scheduler,

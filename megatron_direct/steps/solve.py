@@ -28,6 +28,7 @@ from megatron_direct.selection.share import Share
 from megatron_direct.selection.treatment import CostRange
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import CurvatureConfig
+from megatron_direct.steps.domains import Chosen, FoundGroups, find_domains, halves_of, write_blend
 from megatron_direct.steps.measure import Measured
 from megatron_direct.steps.selected import (
     MeanLoss,
@@ -140,8 +141,11 @@ def in_terms_of_flags() -> Iterator[None]:
         raise UserError(f"--quotas: {error}") from error
 
 
-def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, folder: Path) -> None:
-    """Writes ``selection.json`` and ``masks/`` into ``folder``; all ranks call this.
+def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, folder: Path,
+                    decode: Callable[[np.ndarray], str] | None = None) -> None:
+    """Writes ``selection.json``, ``masks/`` and ``blend/`` into ``folder``; all ranks call this.
+
+    decode: of tokens into text, on rank 0, if there is a tokenizer.
 
     Raises UserError, on all ranks, if no K samples keep the budget and the quotas.
     """
@@ -151,12 +155,12 @@ def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, fold
         share = _Part(measured, sketch_step.read_sketches(
             measured.store, measured.pool, rank, size), parallel.sum_over_world, rank, size)
         solved = _solve(config, share, seed)
-        parallel.on_rank_zero(lambda: _write(folder, config, measured, solved))
+        parallel.on_rank_zero(lambda: _write(folder, _Run(config, measured, decode), solved))
         return
 
     def alone() -> None:
         share = _Part(measured, sketch_step.read_sketches(measured.store, measured.pool))
-        _write(folder, config, measured, _solve(config, share, seed))
+        _write(folder, _Run(config, measured, decode), _solve(config, share, seed))
 
     parallel.on_rank_zero(alone)
 
@@ -200,12 +204,22 @@ class _Part:
 
 
 @dataclass(frozen=True)
+class _Run:
+    """What was asked, and of what. decode: of tokens into text, if there is a tokenizer."""
+
+    config: SelectionConfig
+    measured: Measured
+    decode: Callable[[np.ndarray], str] | None
+
+
+@dataclass(frozen=True)
 class _Solved:
-    """choice: among the samples that are not of not_finite [.], their numbers."""
+    """choice, domains: among the samples that are not of not_finite [.], their numbers."""
 
     choice: Choice
     not_finite: np.ndarray
     mean_loss: MeanLoss
+    domains: FoundGroups
 
 
 def _solve(config: SelectionConfig, here: _Part, seed: int) -> _Solved:
@@ -222,8 +236,12 @@ def _solve(config: SelectionConfig, here: _Part, seed: int) -> _Solved:
     evidence = _evidence(here, numbers)
     with in_terms_of_flags():
         choice = choose(config, evidence, seed, limits(config, samples, numbers))
-    return _Solved(choice, not_finite, evidence.share().from_leader(
-        lambda of_all: _mean_loss(of_all, choice.selection), part.losses[finite]))
+    mean_loss = evidence.share().from_leader(
+        lambda of_all: _mean_loss(of_all, choice.selection), part.losses[finite])
+    valid = here.measured.valid
+    counts = np.bincount(choice.selection.indices, minlength=num_finite)
+    return _Solved(choice, not_finite, mean_loss, find_domains(
+        config, evidence, counts, halves_of(valid.samples, valid.numbers), seed))
 
 
 def _evidence(here: _Part, numbers: np.ndarray) -> Evidence:
@@ -251,20 +269,25 @@ def _in_numbers(config: SelectionConfig, found: Selection, cost: CostRange) -> d
             "average_stiff_cost": cost.average, "history": tuple(found.history)}
 
 
-def _write(folder: Path, config: SelectionConfig, measured: Measured, solved: _Solved) -> None:
+def _write(folder: Path, run: _Run, solved: _Solved) -> None:
     """Rank 0 alone: it takes vectors over all samples, and the indexes of all pools."""
-    samples, not_finite = measured.pool.samples, solved.not_finite
-    candidates = np.setdiff1d(measured.pool.numbers, not_finite, assume_unique=True) \
-        if len(not_finite) else measured.pool.numbers
-    chosen = candidates[solved.choice.selection.indices]
-    masks = masks_of(samples, measured.pool.digests, chosen)
+    pool, not_finite = run.measured.pool, solved.not_finite
+    samples, indices = pool.samples, solved.choice.selection.indices
+    candidates = np.setdiff1d(pool.numbers, not_finite, assume_unique=True) \
+        if len(not_finite) else pool.numbers
+    chosen = candidates[indices]
+    masks = masks_of(samples, pool.digests, chosen)
     summary = SelectionSummary(
-        **_in_numbers(config, solved.choice.selection, solved.choice.costs),
-        num_stiff=measured.directions.num_stiff,
+        **_in_numbers(run.config, solved.choice.selection, solved.choice.costs),
+        num_stiff=run.measured.directions.num_stiff,
         samples=SampleCounts(len(samples), samples.num_unusable, samples.cut.samples,
                              samples.cut.tokens, len(not_finite)),
         mean_loss=solved.mean_loss, composition=composition(samples, chosen),
         mask_digests=write_masks(folder, masks), not_finite=tuple(not_finite.tolist()),
         how_many=solved.choice.how_many, stability=solved.choice.stability)
+    counts = np.bincount(indices, minlength=len(candidates))
+    made = write_blend(folder, Chosen(samples, candidates, counts, pool.digests,
+                                      run.measured.valid.samples.prefixes, run.decode),
+                       solved.domains)
     summary.write(folder)
-    parallel.say(str(summary))
+    parallel.say(f"{summary}\n{made}")

@@ -83,6 +83,7 @@ def test_gradients_at_the_average_are_those_at_the_merged_checkpoint(folder):
     assert origin.load.endswith("states/iter_0000008")
 
 
+@pytest.mark.slow
 def test_other_states_are_another_point(folder):
     settings = {"at": "merged", "merge_last": 2}
     run_on_ranks(1, _select, folder, Layout(), "other", "states", settings)

@@ -59,7 +59,12 @@ def _inputs(model, layout, prefix, counts, folder):
     return taken
 
 
-@pytest.mark.parametrize("layout", [Layout(), *LAYOUTS], ids=str)
+FEW = (Layout(), Layout(tp=2, pp=2), Layout(dp=2))
+
+
+@pytest.mark.parametrize("layout", [
+    *FEW, *(pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS
+            if layout not in FEW)], ids=str)
 def test_a_document_is_seen_as_often_as_its_count_in_every_layout(tmp_path_factory, layout):
     folder = tmp_path_factory.mktemp("counts")
     prefix = _prefix(folder)

@@ -6,13 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from ranks import Layout, on_layout, run_on_ranks
+from ranks import Layout, RankError, on_layout, run_on_ranks
 from tiny_models import MODELS
 from trained_checkpoint import BATCH, train_on
 from weights import assemble, fill_by_hash, fill_expert_bias, pieces
 
 from megatron_direct.config import Job, OptimizerConfig, Precision
-from megatron_direct.errors import UserError
 from megatron_direct.mcore import checkpoint
 from megatron_direct.mcore.merging import Average, write_average
 
@@ -80,7 +79,8 @@ def _average(weights, shares):
             for name in weights[0]}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow),
+                                   pytest.param(2, marks=pytest.mark.slow), 4])
 def test_weights_are_the_average_of_the_plain_state_dict(three, tmp_path, ranks):
     folders, weights = three
     run_on_ranks(ranks, _merge, folders, WEIGHTS, False, tmp_path)
@@ -120,11 +120,12 @@ def test_main_parameters_are_averaged_and_the_optimizer_is_the_last_ones(tmp_pat
                        on_layout(Layout(), _resume, model, str(tmp_path / "out"))[0])
     for name, weight in _average(weights, (0.25, 0.75)).items():
         np.testing.assert_allclose(mains[name], weight, rtol=2e-7, atol=1e-9)
-        # Each state's weights are rounded to bfloat16, and so is their average.
-        np.testing.assert_allclose(found[name], weight, rtol=2**-7, atol=1e-6)
+        # Each state's weights, of up to 0.2, are rounded to bfloat16, and so is their average.
+        np.testing.assert_allclose(found[name], weight, rtol=2**-8, atol=0.2 * 2**-8)
         assert np.abs(found[name] - mains[name]).max() > 0  # so they are two things
 
 
+@pytest.mark.slow
 def test_experts_and_their_biases_are_averaged(tmp_path):
     model = MODELS["deepseek-v3"]
     layouts = (Layout(), Layout(tp=2, sp=True))
@@ -140,7 +141,7 @@ def test_other_models_are_refused(three, tmp_path):
     folders, _ = three
     narrower = dataclasses.replace(MODELS["llama-tied"], ffn_hidden_size=16)
     on_layout(Layout(), _write, narrower, str(tmp_path / "narrower"), 9)
-    with pytest.raises(UserError, match=r"narrower/iter_0000009 was made with --ffn-hidden-size 16"
+    with pytest.raises(RankError, match=r"narrower/iter_0000009 was made with --ffn-hidden-size 16"
                                         r".* weights of different models"):
         run_on_ranks(2, _merge, [tmp_path / "narrower", folders[0]], (0.5, 0.5), False,
                      tmp_path / "out")

@@ -25,7 +25,7 @@ def test_the_provider_builds_masked_datasets(tmp_path):
     documents = [document if kept else [[60] * len(sequence) for sequence in document]
                  for document, kept in zip(random_documents(40, 60), keep, strict=True)]
     prefix = write_dataset(tmp_path / "pool", documents)
-    SampleMask(keep, dataset_digest(prefix)).save(tmp_path / "masks" / "pool.mask.npz")
+    SampleMask(2 * keep, dataset_digest(prefix)).save(tmp_path / "masks" / "pool.mask.npz")
     provider = MaskedDatasetProvider(sample_masks=str(tmp_path / "masks"), gpt=GPTDatasetConfig(
         seq_length=16, random_seed=1, blend=([prefix], None), split="100,0,0",
         path_to_cache=str(tmp_path / "cache"), reset_position_ids=False,

@@ -1,0 +1,203 @@
+"""lm-evaluation-harness on the sharded model: local tasks of all three kinds, in three layouts.
+
+Skipped where ``lm_eval`` is not installed. Truth: ``--tasks`` on the same questions, and PlainGPT
+in double precision.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import flat_requests
+import numpy as np
+import pytest
+import torch
+from plain_gpt import PlainGPT
+from ranks import Layout, RankError, run_on_ranks
+from weights import assemble, fill_by_hash, pieces
+
+from megatron_direct.commands.evaluate import EvaluateConfig, EvaluateRequest, evaluate
+from megatron_direct.config import Job, ModelConfig
+from megatron_direct.errors import UserError
+from megatron_direct.evaluation import harness
+from megatron_direct.mcore import checkpoint, grid
+from megatron_direct.mcore import model as models
+from megatron_direct.mcore.shards import parameter_shards
+from megatron_direct.preprocessing import tokenizer
+from megatron_direct.runtime import digests
+
+try:
+    import lm_eval
+except ImportError:
+    lm_eval = None
+needs_harness = pytest.mark.skipif(lm_eval is None, reason="lm-evaluation-harness is not installed")
+
+WORDS = ("the a sky grass sea is was looks blue green red deep far in on under day night when it "
+         "rains we walk home slowly").split()
+VOCAB_SIZE = 296
+MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2,
+                    ffn_hidden_size=48, seq_length=48, vocab_size=VOCAB_SIZE,
+                    make_vocab_size_divisible_by=32, untie_embeddings_and_output_weights=True)
+LAYOUTS = [Layout(), Layout(tp=2, pp=2), Layout(dp=2)]
+NEW_TOKENS, STOP = 6, "e"
+
+
+def _text(rng, count):
+    return " ".join(rng.choice(WORDS, count))
+
+
+def _questions():
+    rng = np.random.default_rng(0)
+    return [{"context": _text(rng, 2 + number % 4), "answer": number % 3,
+             "choices": [_text(rng, 1 + int(rng.integers(3))) for _ in range(3)]}
+            for number in range(14)]
+
+
+def _texts():
+    """Some longer than the model's sequence."""
+    rng = np.random.default_rng(1)
+    return [_text(rng, 4 + 9 * number) for number in range(5)]
+
+
+_TASK = """task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+{rest}
+"""
+_FORMS = {
+    "local_choices": "output_type: multiple_choice\ndoc_to_text: '{{context}}'\n"
+                     "doc_to_choice: choices\ndoc_to_target: answer\nmetric_list:\n"
+                     "  - metric: acc\n  - metric: acc_norm",
+    "local_texts": "output_type: loglikelihood_rolling\ndoc_to_text: ''\n"
+                   "doc_to_target: '{{text}}'\nmetric_list:\n  - metric: byte_perplexity",
+    "local_answers": "output_type: generate_until\ndoc_to_text: '{{context}}'\n"
+                     "doc_to_target: '{{continued}}'\ngeneration_kwargs:\n  until: ['" + STOP
+                     + "']\n  max_gen_toks: " + str(NEW_TOKENS) + "\n  do_sample: false\n"
+                     "metric_list:\n  - metric: exact_match",
+}
+
+
+def _write(folder, name, records):
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / f"{name}.yaml").write_text(_TASK.format(name=name, file=file, rest=_FORMS[name]))
+
+
+def _save(folder):
+    with grid.model_parallel(Layout().config()):
+        chunks = models.build(Job(MODEL, Layout().config()))
+        shards = parameter_shards(chunks)
+        fill_by_hash(shards)
+        checkpoint.save(folder / "theta", 1, chunks, None, None, {
+            **vars(MODEL), "tokenizer_digest": digests.file_digest(folder / "tokenizer.model")})
+        return pieces(shards, [shard.parameter for shard in shards])
+
+
+class _Plain:
+    def __init__(self, folder, weights):
+        self.tokens = tokenizer.load_tokenizer(folder / "tokenizer.model", None, False)
+        self._plain = PlainGPT(MODEL, {name: matrix.shape for name, matrix in weights.items()})
+        self._vector = self._plain.flatten(weights).double()
+
+    def log_probs(self, tokens):
+        logits, = self._plain.all_logits(self._vector, [tokens])
+        return torch.log_softmax(logits, -1)
+
+    def log_likelihood(self, text):
+        """Of a text within the sequence length, after the end-of-document token."""
+        tokens = [self.tokens.eod, *self.tokens.encode([text])[0].tolist()]
+        return float(self.log_probs(tokens)[range(len(tokens) - 1), tokens[1:]].sum())
+
+    def continuation(self, context):
+        tokens, new = self.tokens.encode([context])[0].tolist(), []
+        for _ in range(NEW_TOKENS):
+            token = int(self.log_probs([*tokens, *new, 0])[-1, :VOCAB_SIZE].argmax())
+            if token == self.tokens.eod:
+                break
+            new.append(token)
+            if STOP in self.tokens.decode(np.array(new)):
+                break
+        return self.tokens.decode(np.array(new, int)).split(STOP)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harness")
+    rng = np.random.default_rng(2)
+    tokenizer.train_model(folder / "tokenizer.model", iter(_text(rng, 9) for _ in range(200)),
+                          VOCAB_SIZE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    plain = _Plain(folder, assemble(run_on_ranks(1, _save, folder)))
+    _write(folder, "local_choices", _questions())
+    _write(folder, "local_texts", [{"text": text} for text in _texts()])
+    contexts = [question["context"] for question in _questions()]
+    # Every other answer is a wrong one.
+    _write(folder, "local_answers", [
+        {"context": context, "continued": "never" if number % 2 else plain.continuation(context)}
+        for number, context in enumerate(contexts)])
+    return plain
+
+
+def _evaluate(folder, layout, name, settings):
+    os.environ.update(HF_HOME=str(folder / "cache"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    evaluate(flat_requests.make(EvaluateRequest, layout.config(), **{
+        "load": str(folder / "theta"), "tokenizer_model": str(folder / "tokenizer.model"),
+        "tasks": (str(folder / "local_choices.jsonl"),), "micro_batch_size": 4,
+        "lm_eval": tuple(_FORMS), "lm_eval_include_path": str(folder),
+        "output": str(folder / name), **settings}))
+
+
+@needs_harness
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_scores_are_our_own_and_plain_torchs(folder, plain, layout):
+    run_on_ranks(layout.world_size, _evaluate, folder, layout, f"{layout}.json", {})
+    found = json.loads((folder / f"{layout}.json").read_text())
+    ours, theirs = found["results"]["local_choices"], found["lm_eval"]["results"]
+    for metric in ("acc", "acc_norm"):  # the texts are ASCII: bytes are characters
+        assert theirs["local_choices"][f"{metric},none"] == pytest.approx(ours[metric])
+        assert theirs["local_choices"][f"{metric}_stderr,none"] == pytest.approx(
+            ours[f"{metric}_stderr"])
+    assert theirs["local_answers"]["exact_match,none"] == pytest.approx(0.5)
+    texts = [text for text in _texts() if len(plain.tokens.encode([text])[0]) <= MODEL.seq_length]
+    assert 2 <= len(texts) < 5
+    run_on_ranks(layout.world_size, _evaluate, folder, layout, f"{layout}-some.json",
+                 {"lm_eval": ("local_texts",), "tasks": (), "limit": len(texts)})
+    some = json.loads((folder / f"{layout}-some.json").read_text())["lm_eval"]["results"]
+    expected = math.exp(-sum(map(plain.log_likelihood, texts)) / sum(map(len, texts)))
+    assert some["local_texts"]["byte_perplexity,none"] == pytest.approx(expected, rel=1e-5)
+
+
+@needs_harness
+def test_layouts_agree_on_texts_longer_than_the_sequence(folder, plain):
+    values = [json.loads((folder / f"{layout}.json").read_text())["lm_eval"]["results"][
+        "local_texts"]["byte_perplexity,none"] for layout in LAYOUTS
+        if (folder / f"{layout}.json").is_file()]
+    assert len(values) == 3 and values == pytest.approx([values[0]] * 3, rel=1e-5)
+
+
+@needs_harness
+def test_tasks_that_are_not_there_are_named(folder, plain):
+    with pytest.raises(RankError, match="--lm-eval nowhere: lm-evaluation-harness has no such"):
+        run_on_ranks(2, _evaluate, folder, Layout(dp=2), "no.json", {"lm_eval": ("nowhere",)})
+
+
+def test_a_missing_harness_is_named_before_any_work(monkeypatch):
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install 'lm-eval>=0.4.10'"):
+        harness.require_harness()
+
+
+def test_flags_of_the_harness_need_it():
+    with pytest.raises(UserError, match="--tasks and --lm-eval are both missing"):
+        evaluate(EvaluateRequest(EvaluateConfig(load="a", tokenizer_model="b", output="c")))
+    with pytest.raises(UserError, match="--limit 3 has no effect without --lm-eval"):
+        harness.HarnessConfig(limit=3)
