@@ -37,7 +37,7 @@ FOREIGN_FLAGS = {
     # Megatron-LM: kinds of data that take no masks.
     "--fim-data", "--mock-data", "--sft",
     # torchrun, git and pytest.
-    "--branch", "--depth", "--max-restarts", "--nproc-per-node", "--noconftest", "--standalone",
+    "--branch", "--depth", "--max-restarts", "--nproc-per-node", "--standalone",
     # Megatron-LM: what its checkpoints have to be.
     "--ckpt-format",
     # Slurm, Docker and the NeMo-Run recipe.

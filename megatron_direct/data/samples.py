@@ -188,8 +188,9 @@ class Samples(SampleSource):
     def corrupted(self) -> np.ndarray:
         """[samples] whether a trial shuffled its tokens on purpose, as the datasets' cards say."""
         result = np.zeros(len(self), dtype=bool)
-        for prefix, (first, last) in zip(self.prefixes, itertools.pairwise(self.first), strict=True):
-            result[first + corrupted_documents(prefix, int(last - first))] = True
+        stretches = itertools.pairwise(self.first.tolist())
+        for prefix, (first, last) in zip(self.prefixes, stretches, strict=True):
+            result[first + corrupted_documents(prefix, last - first)] = True
         return result
 
     def dataset_of(self, samples: np.ndarray) -> np.ndarray:

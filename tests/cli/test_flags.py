@@ -19,6 +19,7 @@ import pytest
 from megatron_direct.cli import anneal_gpt, doctor, flags, preprocess
 from megatron_direct.cli.main import make_parser
 from megatron_direct.cli.registry import COMMANDS
+from megatron_direct.commands.doctor import DoctorRequest
 from megatron_direct.errors import UserError
 from megatron_direct.settings import flag_name, flag_type
 
@@ -124,44 +125,49 @@ _NEEDED = {
     "evaluate": {"--load": "l", "--tasks": "t", "--tokenizer-model": "m", "--output": "o"},
     "preprocess": {"--input": "i", "--output-prefix": "o", "--tokenizer-model": "t"}}
 _NEEDED["compare"] = {**_NEEDED["select"], "--test-data-path": "t"}
+_NEEDED["alternate"] = _NEEDED["select"]
+_NEEDED["merge"] = {"--merge-load": "m", "--save": "s"}
 _NEEDED["anneal-gpt"] = _NEEDED["select"]
 
 # Names, paths, patterns and keys: any text is one; whether it is there is seen when it is opened.
 _ANY_TEXT = set("""--checkpoint --data-args-path --data-path --domain --domain-key --eod-token
-    --exclude --group-key --input --json-keys --load --mask --materialize --name --output
-    --output-prefix
+    --exclude --group-key --input --json-keys --lm-eval --load --mask --materialize --measured-file
+    --merge-load --name --object-storage-cache-path --output --output-prefix --shared-folder
     --per-split-data-args-path --run-dir --save --selection --selection-name --size-of
     --sketch-parameters --tasks --test-data-path --tokenizer-model --valid-data-path""".split())
 # Texts with a form of their own, which depends on the model or the pools: seen when these are.
-_FORMED = {"--moe-layer-freq", "--quotas"}
+_FORMED = {"--hybrid-layer-pattern", "--moe-layer-freq", "--quotas"}
 _ACCEPTED = {
     # 0 stands for none of it, all of it, or is in the range.
-    "0": _ANY_TEXT | _FORMED | set("""--adam-beta1 --adam-beta2 --clip-grad --corrupt-fraction
-        --density-samples --kept-deviation --lr-warmup-iters --min-lr --mscale --mscale-all-dim
-        --num-curvature-samples --num-valid-samples --pilot-iters --seed --shrinkage-clusters
-        --stiff-budget --stiff-budget-fraction --weight-decay""".split()),
+    "0": _ANY_TEXT | _FORMED | set("""--adam-beta1 --adam-beta2 --average-last --clip-grad
+        --corrupt-fraction --density-samples --kept-deviation --lr-warmup-iters
+        --lr-wsd-decay-iters --merge-last --min-lr --mscale --mscale-all-dim --mtp-num-layers
+        --num-curvature-samples --num-valid-samples --only-replicate --pilot-iters --seed
+        --shrinkage-clusters --stiff-budget --stiff-budget-fraction --weight-decay""".split()),
     "-1": _ANY_TEXT | _FORMED, "nan": _ANY_TEXT | _FORMED,
     # No clipping, no limit, no budget; and a step of any length.
-    "1e20": _ANY_TEXT | _FORMED | {"--clip-grad", "--max-epochs", "--stiff-budget", "--step-size"},
+    "1e20": _ANY_TEXT | _FORMED | {"--candidates", "--clip-grad", "--max-epochs", "--stiff-budget",
+                                   "--step-size", "--weights"},
     "inf": _ANY_TEXT | _FORMED | {"--stiff-budget"},
     # As if it was not given, where that is allowed; preprocess reads "" as the folder it is in,
     # which is neither a file nor holds a tokenizer.
-    "": {"--checkpoint", "--data-args-path", "--materialize", "--name", "--output",
-         "--per-split-data-args-path", "--tokenizer-model", "--input"},
+    "": {"--checkpoint", "--data-args-path", "--load", "--materialize", "--measured-file",
+         "--name", "--object-storage-cache-path", "--output",
+         "--lm-eval-include-path", "--per-split-data-args-path", "--tokenizer-model", "--input"},
 }
 
 
 def _is_accepted(command: str, parser: argparse.ArgumentParser, flag: str, value: str) -> bool:
     """Until the command itself begins. Raises unless what is refused is named."""
-    others = [word for pair in _NEEDED[command].items() if pair[0] != flag for word in pair]
+    others = [word for pair in _NEEDED.get(command, {}).items() if pair[0] != flag for word in pair]
     try:
         found = parser.parse_args([*others, f"{flag}={value}"])
         if command == "preprocess":
             preprocess.PreprocessSettings(**{
                 name: tuple(v) if isinstance(v, list) else v for name, v in vars(found).items()})
         else:
-            flags.request_from(anneal_gpt.LaunchRequest if command == "anneal-gpt"
-                               else COMMANDS[command].load()[0], found)
+            kind = {"anneal-gpt": anneal_gpt.LaunchRequest, "doctor": DoctorRequest}.get(command)
+            flags.request_from(kind or COMMANDS[command].load()[0], found)
     except SystemExit as error:
         assert error.code == 2
         return False

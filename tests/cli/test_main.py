@@ -95,7 +95,7 @@ def test_launch_script_runs_under_bash_and_names_what_is_missing():
 def test_launch_script_takes_numbers_alone(tmp_path, name, value):
     """Bash runs a command that stands in the subscript of what it computes with."""
     environment = {**os.environ, "NUM_NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "localhost",
-                   "TORCHRUN": "touch started"}
+                   "TORCHRUN": f"{sys.executable} -c open('started','w')"}
     done = subprocess.run(["bash", str(ROOT / "launch" / "anneal_gpt.sh")], capture_output=True,
                           text=True, cwd=tmp_path, env={**environment, name: value})
     assert done.returncode == 1

@@ -42,7 +42,7 @@ def test_damaged_and_missing_masks_are_named(tmp_path):
     with pytest.raises(UserError, match="gone.npz does not exist"):
         SampleMask.load(tmp_path / "gone.npz")
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 half a zip")
-    with pytest.raises(UserError, match="bad.npz is not a sample mask, or is damaged"):
+    with pytest.raises(UserError, match="bad.npz is damaged, or not what it should be"):
         SampleMask.load(tmp_path / "bad.npz")
 
 
