@@ -120,7 +120,7 @@ def _without_times(value):
     if isinstance(value, dict):
         return {key: _without_times(item) for key, item in value.items()
                 if not any(word in key for word in ("seconds", "passes"))
-                and key not in ("provenance", "ranks", "versions")}
+                and key not in ("provenance", "ranks", "versions", "cost")}
     return [_without_times(item) for item in value] if isinstance(value, list) else value
 
 
