@@ -147,7 +147,8 @@ class Samples(SampleSource):
     def corrupted(self) -> np.ndarray:
         """[samples] whether a trial shuffled its tokens on purpose, as the datasets' cards say."""
         result = np.zeros(len(self), dtype=bool)
-        for prefix, first, last in zip(self.prefixes, self.first, self.first[1:], strict=True):
+        for prefix, first, last in zip(self.prefixes, self.first[:-1], self.first[1:],
+                                       strict=True):
             result[first + corrupted_documents(prefix, int(last - first))] = True
         return result
 
