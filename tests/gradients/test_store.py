@@ -105,6 +105,7 @@ def test_what_is_not_finite_comes_back_as_it_is(tmp_path):
     odd = np.array([[np.nan, -np.inf, 3.4e38]], np.float32)
     odd[0, 0:1].view(np.uint32)[0] = 0x7FFFFFFF  # a NaN that rounding its bits would make -0
     store = SketchStore(tmp_path, 3, "bf16")
+    store.number_datasets(["d"])
     writer = store.writer(0)
     writer.append(odd, np.zeros(1), np.zeros(1), np.array([np.nan]))
     writer.close()
@@ -121,6 +122,7 @@ def test_a_writer_carries_on_after_the_last_row_that_counts(tmp_path, file, lost
 
     def append(folder, which):
         store = SketchStore(folder, 3)
+        store.number_datasets(["d"])
         writer = store.writer(0)
         for documents in which:
             _append(writer, documents)
