@@ -12,6 +12,7 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -189,24 +190,38 @@ def speak_once(text: str, patience_seconds: float = 3.0) -> None:
     """Prints to stderr on one rank of those that met an error: on rank 0 if it is among them.
 
     Other ranks give rank 0 some time to speak first; if it does not, the error is theirs alone.
+    Where the store does not answer, one of each node speaks.
     """
     def speak():
         print(text, file=sys.stderr, flush=True)
 
     if not dist.is_initialized():
         speak()
-        return
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        if dist.get_rank() == 0:
-            speak()  # before the others hear of it: they end, and may take this rank with them
-            store.set("error/spoken", "yes")
-        elif not _comes(store, "error/spoken", patience_seconds) and \
-                store.add("error/speakers", 1) == 1:
+    elif dist.get_rank() == 0:
+        speak()  # before the others hear of it: they end, and may take this rank with them
+        _answered(lambda store: store.set("error/spoken", "yes"), patience_seconds)
+    else:
+        answers = _answered(lambda store: not _comes(store, "error/spoken", patience_seconds)
+                            and store.add("error/speakers", 1) == 1, 2 * patience_seconds)
+        if answers[0] if answers else ranks.discover().local_rank == 0:
             speak()
-    except RuntimeError:  # the store is gone, or out of reach: one of each node speaks
-        if dist.get_rank() != 0 and ranks.discover().local_rank == 0:
-            speak()
+
+
+def _answered(question: Callable[[dist.Store], Any], patience_seconds: float) -> list:
+    """The answer of the store, in a list; [] where it is gone, or does not answer in time.
+
+    Asked in a thread: most questions to a store beyond a link that is cut never come back.
+    """
+    answers: list[Any] = []
+
+    def ask():
+        with contextlib.suppress(RuntimeError):
+            answers.append(question(dist.distributed_c10d._get_default_store()))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(patience_seconds)
+    return answers[:]
 
 
 # What gloo, NCCL and the store say when they wait in vain for another rank.

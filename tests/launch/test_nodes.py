@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import hosts
@@ -24,8 +25,8 @@ pytestmark = [pytest.mark.nodes,
               pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle() or "-")]
 
 LIMIT_MINUTES = 1
-# After the limit: each rank's own message, and torchrun's farewell to a store out of reach.
-SECONDS_TO_END = 120
+# After the limit: what a rank asks of a store that may be out of reach.
+SECONDS_TO_REPORT = 60
 
 
 @pytest.fixture
@@ -51,26 +52,43 @@ def _kept(run: Path) -> np.ndarray:
     return SampleMask.load(run / "selections" / "direct" / "masks" / "pool.mask.npz").keep
 
 
+@dataclass(frozen=True)
+class Launched:
+    process: subprocess.Popen
+    log: Path
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+
 @contextmanager
-def _launched(two_hosts, words: list[str], **variables: str) -> Iterator[list[subprocess.Popen]]:
-    """torchrun on each host, by the launch script's own half, on ``megatron-direct``'s words."""
+def _launched(two_hosts, words: list[str], **variables: str) -> Iterator[list[Launched]]:
+    """A command on each host; what still runs at the end is killed."""
     started = []
     try:
         for host in two_hosts:
-            started.append(subprocess.Popen(
-                host.command(words), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                env=launching.environment(NUM_NODES="2", GPUS_PER_NODE="2", MASTER_ADDR="node-a",
-                                          **variables)))
+            log = host.hosts_file.with_name(f"log-of-{host.name}")
+            with open(log, "w") as file:
+                started.append(Launched(subprocess.Popen(
+                    host.command(words), stdout=file, stderr=subprocess.STDOUT,
+                    env=launching.environment(NUM_NODES="2", GPUS_PER_NODE="2",
+                                              MASTER_ADDR="node-a", **variables)), log))
         yield started
     finally:
-        for process in started:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+        for launched in started:
+            if launched.process.poll() is None:
+                launched.process.terminate()  # torchrun ends its ranks
+                try:
+                    launched.process.wait(30)
+                except subprocess.TimeoutExpired:
+                    launched.process.kill()
+            launched.process.wait()
 
 
-def _ended(started: list[subprocess.Popen], seconds: float) -> list[str]:
-    return [process.communicate(timeout=seconds)[0] for process in started]
+def _ended(started: list[Launched], seconds: float) -> list[str]:
+    for launched in started:
+        launched.process.wait(seconds)
+    return [launched.output() for launched in started]
 
 
 def _torchrun(*words: str) -> list[str]:
@@ -87,7 +105,7 @@ def test_the_launch_script_on_two_nodes_selects_what_one_node_selects(
     with _launched(two_hosts, words, ARMS="direct",
                    TORCHRUN=f"{sys.executable} -m torch.distributed.run") as started:
         outputs = _ended(started, 300)
-    assert [process.returncode for process in started] == [0, 0], outputs
+    assert [each.process.returncode for each in started] == [0, 0], outputs
     assert launching.selected_bytes(run) == expected
     assert (run / "report.html").is_file()
 
@@ -104,26 +122,27 @@ def test_a_link_that_is_cut_in_mid_sketch_is_reported_and_the_run_resumes(
     with _launched(two_hosts, words) as started:
         end = time.monotonic() + 200
         while not any(path.stat().st_size for path in run.glob("sketches/rows-*")):
-            assert time.monotonic() < end and all(p.poll() is None for p in started), \
-                _ended(started, 10)
+            assert time.monotonic() < end and all(s.process.poll() is None for s in started), \
+                [each.output() for each in started]
             time.sleep(0.05)
         two_hosts[0].link("down")
-        cut = time.monotonic()
-        outputs = _ended(started, 60 * LIMIT_MINUTES + SECONDS_TO_END)
-        seconds = time.monotonic() - cut
-    assert all(process.returncode for process in started)
+        end = time.monotonic() + 60 * LIMIT_MINUTES + SECONDS_TO_REPORT
+        # On both nodes. torchrun's own agent beyond the link waits for its store longer.
+        while not all("waited in vain for another rank" in each.output() for each in started):
+            assert time.monotonic() < end, [each.output() for each in started]
+            time.sleep(0.5)
+        assert all("repeat the command" in each.output() for each in started)
+        assert started[0].process.wait(60) == 1
     assert not (run / "selections").exists()
-    text = "\n".join(outputs)
-    assert "waited in vain for another rank" in text and "repeat the command" in text, text
-    print(f"reported within {seconds:.0f} s of the cut")
 
     two_hosts[0].link("up")
     for host in two_hosts:
         host.slow_down("1mbit")
     with _launched(two_hosts, words) as started:
         outputs = _ended(started, 400)
-    assert [process.returncode for process in started] == [0, 0], outputs
-    assert launching.selected_bytes(run) == expected
+    assert [each.process.returncode for each in started] == [0, 0], outputs
+    # Another micro-batch size: equal up to rounding, and so the same samples.
+    np.testing.assert_array_equal(_kept(run), _kept(small_folder / "one-rank"))
 
 
 def test_a_name_that_does_not_resolve_is_named(small_folder, two_hosts):
@@ -139,6 +158,6 @@ def test_a_name_that_does_not_resolve_is_named(small_folder, two_hosts):
     started[started.index("node-a:6000")] = f"{two_hosts[0].address}:6000"
     with _launched(two_hosts, started) as processes:
         outputs = _ended(processes, 200)
-    assert all(process.returncode for process in processes)
+    assert all(each.process.returncode for each in processes)
     assert "node-b does not know the host 'node-a', where rank 0 is to be met" in outputs[1]
     assert "--local-addr" in outputs[1]
