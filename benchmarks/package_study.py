@@ -94,7 +94,7 @@ SCALES = {
         stable=1500, global_batch=64, micro_batch=32, num_seeds=3, precision=("--bf16",),
         arms=FEW),
     "tiny": Scale(
-        ("--num-layers", "1", "--hidden-size", "32"), vocab_size=512, pool=120,
+        ("--num-layers", "1", "--hidden-size", "32"), vocab_size=1536, pool=120,
         held_out=24, stable=20, global_batch=8, micro_batch=4, num_seeds=2, arms=FEW),
 }
 

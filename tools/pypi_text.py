@@ -47,6 +47,8 @@ _BY_SUFFIX = {
 _LONGEST_FILE, _LONGEST_PACKAGE = 200_000, 3_000_000
 # Lines of minified or generated files are longer.
 _LONGEST_LINE = 1_000
+# Share of a passage's characters that are ASCII: a small vocabulary has no room for all scripts.
+_LEAST_ASCII = 0.9
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,11 @@ def _of_file(path: PurePosixPath, text: str) -> Iterator[tuple[str, str, str]]:
         yield _BY_SUFFIX[path.suffix], str(path), text
 
 
+def _is_sound(passage: str) -> bool:
+    return max(map(len, passage.splitlines()), default=0) <= _LONGEST_LINE and len(
+        passage.encode("ascii", "ignore")) >= _LEAST_ASCII * len(passage)
+
+
 def _compressed(path: Path) -> io.TextIOWrapper:
     """A file to write, whose bytes depend on what is written alone."""
     return io.TextIOWrapper(gzip.GzipFile(path, "wb", mtime=0), encoding="utf-8")
@@ -134,7 +141,7 @@ def write_corpus(packages: list[Package], wheels: Path, output: Path, length: in
                 for passage in passages(text[:_LONGEST_FILE], length):
                     digest = hashlib.blake2b(passage.encode(), digest_size=16).digest()
                     if digest in seen or written[domain] > _LONGEST_PACKAGE \
-                            or max(map(len, passage.splitlines()), default=0) > _LONGEST_LINE:
+                            or not _is_sound(passage):
                         continue
                     seen.add(digest)
                     written[domain] += len(passage)

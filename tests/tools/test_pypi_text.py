@@ -37,7 +37,7 @@ def test_each_package_is_in_one_part_and_no_passage_in_two(tmp_path):
         "learnt/broken.py": "def (:\n", "learnt/latin.txt": "caf\xe9 ".encode("latin-1") * 99,
         "learnt/tests/test_it.py": CODE.replace("value", "tested"),
         "learnt/locale/de.po": 'msgid "one"\nmsgstr "eins"\n' * 9,
-        "learnt/minified.js": "x=1;" * 500,
+        "learnt/minified.js": "x=1;" * 500, "learnt/russian.md": "слово " * 60,
         "learnt_from-1.0.dist-info/METADATA": f"Name: learnt\n\nDescription. {DOCSTRING}",
         "learnt_from-1.0.dist-info/LICENSE.txt": "All rights are reserved, all of them. " * 9})
     _wheel(wheels, "tested.on", "2.1", {"tested/shared.rst": shared, "tested/own.md": shared[::-1]})
