@@ -6,10 +6,17 @@ ifndef PYTHON
 PYTHON := $(shell for python in python3.12 python3.13 python3.11 python3.10; do \
 	$$python -c "" 2> /dev/null && echo $$python && break; done)
 endif
-# The newest megatron-core that it can have.
+# The last megatron-core of the version of a checkout of Megatron-LM; else the newest that the Python
+# can have.
 ifndef CORE
+ifdef MEGATRON_LM_PATH
+CORE := $(filter 0.$(shell sed -n 's/^MINOR = //p' \
+	"$(MEGATRON_LM_PATH)/megatron/core/package_info.py" 2> /dev/null).%,0.16.1 0.17.1 0.18.2 0.19.2)
+endif
+ifeq ($(CORE),)
 CORE := $(shell $(PYTHON) -c \
 	'import sys; print("0.19.2" if sys.version_info >= (3, 12) else "0.16.1")')
+endif
 endif
 # What was tested together.
 CONSTRAINTS := $(if $(filter 0.16.%,$(CORE)),constraints-cpu.txt,constraints-core-0.19.txt)
@@ -19,6 +26,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Beside it: one for each megatron-core, and Python, that the tests were asked to run with.
 CORE_VENV := .venvs/core-$(CORE)-$(notdir $(PYTHON))
+BRIDGE_VENV := .venvs/bridge
+# What megatron-bridge imports and runs on a CPU.
+BRIDGE_IMPORTS := "transformers<=5.12.1" omegaconf hydra-core pyyaml rich tensorboard datasets \
+	accelerate peft six regex einops wandb
 
 BUILD := build
 TEXT := $(BUILD)/text/.done
@@ -53,9 +64,9 @@ COMPARE_FLAGS := --sizes small --settings corrupted --num-seeds 3 --arms random 
 QUICK := "not slow and not slurm and not nodes"
 
 .PHONY: anneal data theta clean lint \
-	compare evaluate how-many study study-gpu study-packages \
+	compare evaluate how-many megatron-lm-checkout study study-gpu study-packages \
 	test test-agreement test-checkpoints test-faults test-fuzz test-gpu test-image \
-	test-megatron test-megatron-lm test-nodes test-slow test-slurm \
+	test-megatron test-megatron-bridge test-megatron-lm test-nodes test-slow test-slurm \
 	bench-curvature bench-data bench-estimates bench-gpu bench-scale bench-select \
 	bench-sketch bench-solver
 
@@ -120,15 +131,25 @@ test-faults: $(READY)
 test-megatron: $(CORE_VENV)/.ready
 	OMP_NUM_THREADS=1 $(CORE_VENV)/bin/python $(PYTEST) -m $(QUICK) $(TESTS)
 
-# Megatron-LM's own loop, tools and dataset tests, from a checkout; CORE is of the same version:
-# make test-megatron-lm MEGATRON_LM_PATH=../Megatron-LM CORE=0.18.2 PYTHON=python3.12
-test-megatron-lm: $(CORE_VENV)/.ready
-	@test -f "$(MEGATRON_LM_PATH)/pretrain_gpt.py" || \
-		(echo 'MEGATRON_LM_PATH="$(MEGATRON_LM_PATH)" is not a checkout of Megatron-LM'; false)
+# Megatron-LM's own loop, tools and dataset tests, from a checkout of any supported version:
+# make test-megatron-lm MEGATRON_LM_PATH=../Megatron-LM PYTHON=python3.12
+test-megatron-lm: megatron-lm-checkout $(CORE_VENV)/.ready
 	$(CORE_VENV)/bin/pip install --quiet --disable-pip-version-check \
 		-c $(CORE_VENV)/constraints.txt -e ".[megatron-lm]"
 	MEGATRON_LM_PATH=$(abspath $(MEGATRON_LM_PATH)) OMP_NUM_THREADS=1 \
 		$(CORE_VENV)/bin/python -m pytest $(if $(TESTS),$(TESTS),tests/plugins)
+
+megatron-lm-checkout:
+	@test -f "$(MEGATRON_LM_PATH)/pretrain_gpt.py" || \
+		(echo 'MEGATRON_LM_PATH="$(MEGATRON_LM_PATH)" is not a checkout of Megatron-LM'; false)
+
+# Megatron-Bridge, which needs Python 3.12, without the packages that need CUDA:
+# make test-megatron-bridge PYTHON=python3.12
+test-megatron-bridge: $(BRIDGE_VENV)/.ready
+	$(BRIDGE_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		megatron-bridge==0.6.2
+	$(BRIDGE_VENV)/bin/pip install --quiet --disable-pip-version-check $(BRIDGE_IMPORTS)
+	OMP_NUM_THREADS=1 $(BRIDGE_VENV)/bin/python -m pytest tests/plugins/test_megatron_bridge.py
 
 # Between all versions that test-megatron has installed: what one has saved, the others train on.
 test-checkpoints:

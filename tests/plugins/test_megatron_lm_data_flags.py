@@ -107,7 +107,8 @@ def test_counts_that_are_not_the_datasets_are_refused(folder, changed, match):
 
 @needs_checkout
 def test_a_blend_in_a_file_is_the_one_on_the_command_line(folder):
-    common = [*GPT2, "--train-samples", SAMPLES, "--sample-masks", "masks"]
+    common = [*GPT2, "--train-samples", SAMPLES, "--sample-masks", "masks",
+              "--data-cache-path", "cache-whole"]
     on_the_line, _ = runs.run(folder, ALONE, *common, *runs.whole_blend(["pool0", "pool1"]))
     (folder / "blend.txt").write_text("1 pool0 2 pool1\n1 pool2")
     in_a_file, _ = runs.run(folder, ALONE, *common, "--data-args-path", "blend.txt", "--split",

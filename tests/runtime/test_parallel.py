@@ -1,4 +1,4 @@
-"""Who speaks of an error, when the store is out of reach, and that rank 0 is not waited for for ever.
+"""Who speaks of an error, also where the store is out of reach; and a limit to waiting for rank 0.
 
 That others wait for it outside of collectives: tests/mcore/test_grid.py.
 """
