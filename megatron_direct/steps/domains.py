@@ -28,8 +28,8 @@ from megatron_direct.data.samples import Samples
 from megatron_direct.runtime import files, typed_json
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
+from megatron_direct.selection.group_worth import GroupWorth, group_worths, typical_samples
 from megatron_direct.selection.shrinkage import Partition, find_clusters
-from megatron_direct.selection.worth import GroupWorth, group_worths, typical_samples
 
 _NUM_TYPICAL = 3
 _SHOWN_TOKENS = 48
