@@ -28,7 +28,12 @@ from megatron_direct.data.samples import Samples
 from megatron_direct.runtime import files, typed_json
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.group_worth import GroupWorth, group_worths, typical_samples
+from megatron_direct.selection.group_worth import (
+    GroupWorth,
+    everywhere,
+    group_worths,
+    typical_samples,
+)
 from megatron_direct.selection.shrinkage import Partition, find_clusters
 
 _NUM_TYPICAL = 3
@@ -94,18 +99,18 @@ def find_domains(config: SelectionConfig, evidence: Evidence, counts: np.ndarray
     group_worths."""
     share = evidence.share()
     domains = Partition(evidence.datasets, evidence.num_datasets)
-    taken = share.here(np.minimum(counts, 1).astype(np.float64))
+    taken = np.minimum(counts, 1)[share.ids].astype(np.float64)
 
     def worths(groups: Partition) -> list[GroupWorth]:
         return group_worths(evidence, groups, share.summed(groups.totals(taken)), halves, seed)
 
-    def everywhere(groups: Partition) -> np.ndarray:
-        return share.gathered(groups.numbers).astype(np.int64)
+    def numbers(groups: Partition) -> np.ndarray:
+        return everywhere(share, groups.numbers).astype(np.int64)
 
     if not config.shrinkage_clusters:
-        return FoundGroups(everywhere(domains), None, worths(domains), [], [])
+        return FoundGroups(numbers(domains), None, worths(domains), [], [])
     clusters = find_clusters(evidence.rows, domains, config.shrinkage_clusters, share, seed)
-    return FoundGroups(everywhere(domains), everywhere(clusters), worths(domains), worths(clusters),
+    return FoundGroups(numbers(domains), numbers(clusters), worths(domains), worths(clusters),
                  typical_samples(evidence, clusters, _NUM_TYPICAL))
 
 
