@@ -140,7 +140,8 @@ def write_blend(folder: Path, chosen: Chosen, found: FoundGroups) -> Domains:
     """``blend/`` in the folder of a selection (rank 0)."""
     samples, blend = chosen.samples, folder / "blend"
     names = [indexed.prefix_names(samples.prefixes)[prefix] for prefix in samples.prefixes]
-    lengths = np.concatenate(samples.document_lengths)[chosen.candidates] * chosen.counts
+    lengths = np.concatenate([indexed.document_lengths(dataset) for dataset in samples.datasets]
+                             )[chosen.candidates] * chosen.counts
     domains = tuple(
         _group(names[i], samples.prefixes[i], found.of_domain == i, chosen, lengths, worth)
         for i, worth in enumerate(found.worth_of_domains))
