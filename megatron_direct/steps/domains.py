@@ -28,13 +28,8 @@ from megatron_direct.data.samples import Samples
 from megatron_direct.runtime import files, typed_json
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.group_worth import (
-    GroupWorth,
-    everywhere,
-    group_worths,
-    typical_samples,
-)
 from megatron_direct.selection.shrinkage import Partition, find_clusters
+from megatron_direct.selection.worth import GroupWorth, group_worths, typical_samples
 
 _NUM_TYPICAL = 3
 _SHOWN_TOKENS = 48
@@ -99,18 +94,18 @@ def find_domains(config: SelectionConfig, evidence: Evidence, counts: np.ndarray
     group_worths."""
     share = evidence.share()
     domains = Partition(evidence.datasets, evidence.num_datasets)
-    taken = np.minimum(counts, 1)[share.ids].astype(np.float64)
+    taken = share.here(np.minimum(counts, 1).astype(np.float64))
 
     def worths(groups: Partition) -> list[GroupWorth]:
         return group_worths(evidence, groups, share.summed(groups.totals(taken)), halves, seed)
 
-    def numbers(groups: Partition) -> np.ndarray:
-        return everywhere(share, groups.numbers).astype(np.int64)
+    def everywhere(groups: Partition) -> np.ndarray:
+        return share.gathered(groups.numbers).astype(np.int64)
 
     if not config.shrinkage_clusters:
-        return FoundGroups(numbers(domains), None, worths(domains), [], [])
+        return FoundGroups(everywhere(domains), None, worths(domains), [], [])
     clusters = find_clusters(evidence.rows, domains, config.shrinkage_clusters, share, seed)
-    return FoundGroups(numbers(domains), numbers(clusters), worths(domains), worths(clusters),
+    return FoundGroups(everywhere(domains), everywhere(clusters), worths(domains), worths(clusters),
                  typical_samples(evidence, clusters, _NUM_TYPICAL))
 
 
@@ -140,8 +135,7 @@ def write_blend(folder: Path, chosen: Chosen, found: FoundGroups) -> Domains:
     """``blend/`` in the folder of a selection (rank 0)."""
     samples, blend = chosen.samples, folder / "blend"
     names = [indexed.prefix_names(samples.prefixes)[prefix] for prefix in samples.prefixes]
-    lengths = np.concatenate([indexed.document_lengths(dataset) for dataset in samples.datasets]
-                             )[chosen.candidates] * chosen.counts
+    lengths = np.concatenate(samples.document_lengths)[chosen.candidates] * chosen.counts
     domains = tuple(
         _group(names[i], samples.prefixes[i], found.of_domain == i, chosen, lengths, worth)
         for i, worth in enumerate(found.worth_of_domains))

@@ -61,11 +61,11 @@ def group_worths(evidence: Evidence, groups: Partition, num_best: np.ndarray, ha
     if min(halves.sum(), (~halves).sum()) < 2:
         return [GroupWorth(whole, None) for whole in wholes]
     count = np.minimum(num_best, sizes).astype(np.int64)
-    draws, of_group = [], everywhere(share, groups.numbers).astype(np.int64)
+    draws = []
     for fitted in (halves, ~halves):
-        scores = everywhere(share, cosines(evidence.rows, valid[fitted].mean(0)[None])[:, 0])
-        best = _largest_of_groups(scores, of_group, count)
-        directions = _mean_directions(evidence, groups, best[share.ids].astype(np.float64), share)
+        scores = share.gathered(cosines(evidence.rows, valid[fitted].mean(0)[None])[:, 0])
+        best = _largest_of_groups(scores, share.gathered(groups.numbers).astype(np.int64), count)
+        directions = _mean_directions(evidence, groups, share.here(best.astype(np.float64)), share)
         draws.append(directions @ _resampled(valid[~fitted], rng).T)
     both = (draws[0] + draws[1]) / 2
     return [GroupWorth(whole, _estimate(values) if number else None)
@@ -80,17 +80,10 @@ def typical_samples(evidence: Evidence, groups: Partition, count: int) -> list[n
     for block in row_blocks(len(evidence.rows)):
         unit = _unit(evidence.rows[block].astype(np.float64))
         nearness[block] = np.einsum("nk,nk->n", unit, centers[groups.numbers[block]])
-    nearness = everywhere(share, nearness)
-    of_group = everywhere(share, groups.numbers).astype(np.int64)
+    nearness = share.gathered(nearness)
+    of_group = share.gathered(groups.numbers).astype(np.int64)
     order = np.lexsort((np.arange(len(nearness)), -nearness, of_group))
     return [part[:count] for part in _parts(order, of_group[order], groups.count)]
-
-
-def everywhere(share: Share, values: np.ndarray) -> np.ndarray:
-    """[N] on every rank, from each rank's [n]; all ranks call this."""
-    whole = np.zeros(share.num_samples)
-    whole[share.ids] = values
-    return share.summed(whole)
 
 
 def cosines(rows: np.ndarray, directions: np.ndarray) -> np.ndarray:

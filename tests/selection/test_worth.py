@@ -9,8 +9,8 @@ import pytest
 
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.group_worth import cosines, group_worths, typical_samples
 from megatron_direct.selection.shrinkage import Partition
+from megatron_direct.selection.worth import cosines, group_worths, typical_samples
 
 DIM = 24
 
