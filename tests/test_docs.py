@@ -43,7 +43,7 @@ FOREIGN_FLAGS = {
     # Slurm, Docker and the NeMo-Run recipe.
     "--account", "--container-image", "--flags", "--ntasks", "--partition",
     "--array", "--build-arg", "--dependency", "--gpus-per-node", "--nodes", "--ntasks-per-node",
-    "--kill-on-bad-exit", "--parsable", "--signal",
+    "--parsable", "--signal",
     # Scripts in benchmarks/.
     "--device", "--megatron-path", "--results",
 }
