@@ -254,7 +254,7 @@ def test_the_report_shows_both_arms(both_arms, capsys):
         result = json.loads((arm_folder(annealed, arm) / "result.json").read_text())
         row = [arm, *(f"{result['after']['test'][name]:.4f}" for name in ("test", "all"))]
         assert row in page.tables[0] and row in printed
-    assert ["objective", "descent"] in page.tables[3]
+    assert any(["objective", "descent"] in table for table in page.tables)
 
 
 def test_a_finished_selection_is_not_made_again(folder, run):
