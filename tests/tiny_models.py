@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from megatron_direct.config import ModelConfig
@@ -64,3 +66,11 @@ MODELS = {
 def expert_bias(num_experts: int) -> torch.Tensor:
     """What tests set the biases of experts to, which training would have found."""
     return 0.2 * torch.sin(torch.arange(1.0, num_experts + 1))
+
+
+def has_hybrid_latent_layers() -> bool:
+    """Whether this megatron-core has latent attention in hybrid models ("hybrid-latent")."""
+    from megatron_direct.mcore import compat
+
+    _, kinds_of_layers = compat.hybrid_stack()
+    return "mla_layer" in {field.name for field in dataclasses.fields(kinds_of_layers)}

@@ -359,7 +359,7 @@ def _refused(match, folder, function, *arguments, world_size=1):
 
 @pytest.mark.parametrize("name", ["", ".x", "a/b", "a\\b", "random", "random-x"])
 def test_names_that_are_no_folder_or_that_of_random_arms_are_refused(name):
-    with pytest.raises(UserError, match="--selection-name .* is not a valid name"):
+    with pytest.raises(UserError, match="--selection-name (.* is not a valid name|is empty)"):
         NameConfig(selection_name=name)
     NameConfig(selection_name="randomised")
 

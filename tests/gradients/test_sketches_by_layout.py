@@ -16,7 +16,7 @@ import torch
 from indexed_files import random_documents, write_dataset
 from plain_gpt import PlainGPT
 from ranks import LAYOUTS, Layout, RankError, on_layout
-from tiny_models import MODELS, VOCAB_SIZE
+from tiny_models import MODELS, VOCAB_SIZE, has_hybrid_latent_layers
 from weights import assemble, fill_by_hash, fill_expert_bias, pieces
 
 from megatron_direct.config import Job
@@ -28,7 +28,7 @@ from megatron_direct.gradients import hashing
 from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
-from megatron_direct.mcore import compat, grid
+from megatron_direct.mcore import grid
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import ParameterShard, parameter_shards
 
@@ -161,14 +161,9 @@ def _cases():
 
 @pytest.mark.parametrize(("name", "layout"), _cases())
 def test_sketches_and_fisher_products(name, layout, prefix):
-    if name == "hybrid-latent" and not _has_latent_layers():
+    if name == "hybrid-latent" and not has_hybrid_latent_layers():
         pytest.skip("hybrid models have latent attention since megatron-core 0.19")
     _check(on_layout(layout, _on_ranks, MODELS[name], prefix), name, prefix)
-
-
-def _has_latent_layers() -> bool:
-    _, kinds_of_layers = compat.hybrid_stack()
-    return "mla_layer" in {field.name for field in dataclasses.fields(kinds_of_layers)}
 
 
 def _refuse_latent_layers(model, layout):
@@ -177,7 +172,7 @@ def _refuse_latent_layers(model, layout):
 
 
 def test_latent_attention_in_hybrid_models_is_refused_where_megatron_has_none():
-    if _has_latent_layers():
+    if has_hybrid_latent_layers():
         pytest.skip("this megatron-core has it")
     on_layout(Layout(), _refuse_latent_layers, MODELS["hybrid-latent"])
 

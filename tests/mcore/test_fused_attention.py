@@ -7,7 +7,7 @@ import pytest
 import torch
 from indexed_files import random_documents, write_dataset
 from ranks import Layout, RankError, on_layout
-from tiny_models import MODELS, VOCAB_SIZE
+from tiny_models import MODELS, VOCAB_SIZE, has_hybrid_latent_layers
 from weights import fill_by_hash, fill_expert_bias
 
 from megatron_direct.config import Job
@@ -82,6 +82,8 @@ _SLOW = [(name, layout) for name, model in MODELS.items() for layout in (_TP, _B
 @pytest.mark.parametrize(("name", "layout"), [
     *_CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in _SLOW)], ids=str)
 def test_the_specs_agree(name, layout, prefix):
+    if name == "hybrid-latent" and not has_hybrid_latent_layers():
+        pytest.skip("hybrid models have latent attention since megatron-core 0.19")
     for errors in on_layout(layout, _errors, MODELS[name], prefix):
         assert all(error < PARITY for error in errors.values()), errors
 
