@@ -34,7 +34,6 @@ from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
 from megatron_direct.runtime import attendance, digests, files, parallel, stopping
 from megatron_direct.settings import Settings, flag_name
 
-_PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.")
 _PREDICTION_HEADS = "mtp."
 # Flags, with their values, that ask for less than the model of a checkpoint.
 _LEAVES_OUT = {("mtp_num_layers", 0)}
@@ -294,7 +293,7 @@ def _require_same_tensors(checkpoint: Path, state: dict) -> None:
                 f"{checkpoint} holds {shape} for {tensor.key}, but the flags describe a model "
                 f"with {tuple(tensor.global_shape)}. Give the flags of the model that was saved.")
     for key in sorted(stored.keys() - known):
-        if key.startswith(PARTS_OF_MODELS):
+        if key.startswith(PARTS_OF_MODELS) and not key.startswith(_PREDICTION_HEADS):
             raise UserError(
                 f"{checkpoint} holds {key}, which the model that the flags describe does not have. "
                 "Give the flags of the model that was saved.")
