@@ -41,6 +41,8 @@ def _estimate(request: Any, placed: Placement) -> list[str]:
         return []
     if placed.model is None:
         return []  # there is no checkpoint yet
+    if placed.model.hybrid_layer_pattern:
+        return ["time and memory of hybrid models are not estimated"]
     if placed.num_ranks != parallel.world_size():
         return ["time and memory: start the dry run on the ranks that the run will have, or see "
                 "megatron-direct plan"]

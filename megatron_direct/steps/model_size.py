@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_direct.config import ModelConfig, expert_layers, ffn_hidden_size
+from megatron_direct.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class ModelSize:
 
 
 def size_of(model: ModelConfig) -> ModelSize:
+    """Raises UserError for a hybrid model, whose layers are not counted."""
+    if model.hybrid_layer_pattern:
+        raise UserError("time and memory of hybrid models (--hybrid-layer-pattern) are not "
+                        "estimated.")
     hidden, vocab = model.hidden_size, model.padded_vocab_size
     dense = experts = multiply_adds = columns = linears = 0
     for has_experts in expert_layers(model):

@@ -118,7 +118,7 @@ def test_a_folder_without_a_tokenizer_is_reported(tmp_path):
 def test_a_damaged_config_is_reported(hugging_face, tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes((hugging_face / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(content)
-    with pytest.raises(UserError, match="tokenizer_config.json does not name an end of texts.*--eod-token"):
+    with pytest.raises(UserError, match="tokenizer_config.json does not name an end.*--eod-token"):
         tokenizer.load_tokenizer(tmp_path, None, append_eod=False)
 
 

@@ -7,6 +7,7 @@ from ranks import run_on_ranks
 from tiny_models import MODELS
 
 from megatron_direct.config import Job, ModelConfig, ParallelConfig
+from megatron_direct.errors import UserError
 from megatron_direct.mcore import grid, model
 from megatron_direct.steps.model_shapes import MODEL_SHAPES
 from megatron_direct.steps.model_size import size_of
@@ -24,9 +25,14 @@ def _weights(names):
 
 
 def test_parameters_are_those_of_the_models_that_are_built():
-    names = list(MODELS)
+    names = [name for name, model in MODELS.items() if not model.hybrid_layer_pattern]
     for name, count in zip(names, run_on_ranks(1, _weights, names)[0], strict=True):
         assert size_of(MODELS[name]).parameters == count, name
+
+
+def test_hybrid_models_are_refused():
+    with pytest.raises(UserError, match="hybrid models .* are not estimated"):
+        size_of(MODELS["hybrid-tied"])
 
 
 @pytest.mark.parametrize(("shape", "billions", "active"), [
