@@ -160,6 +160,7 @@ def alternate(request: AlternateRequest) -> None:
     request.selection.require_number_where_needed()
     solve_step.check_number(request.selection, len(onset.pool.usable))
     solve_step.require_quotas(request.selection, onset.pool)
+    key = _key(_Run(request, onset))
     if request.selection.anneal_tokens is None:  # those of a round
         tokens = config.lr_wsd_decay_iters * onset.job.batch.global_batch_size \
             * onset.job.model.seq_length // config.rounds
@@ -167,7 +168,6 @@ def alternate(request: AlternateRequest) -> None:
             request.selection, anneal_tokens=tokens))
     run = _Run(request, onset)
     directory, artefact = RunDirectory(run.folder), Artefact(run.folder, "an annealing in rounds")
-    key = _key(run)
     with directory.entered("alternate", request):
         _alternate(run, artefact, key)
 
