@@ -47,8 +47,8 @@ export DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_pool)
 export VALID_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_valid)
 export TEST_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_test)
 
-# Two ranks, one a core, and sizes that end in about ten minutes on them. The annealing sees the
-# selected samples a little more than once.
+# Two ranks, one a core, and sizes that end in about ten minutes on them. The annealing sees
+# 0.43 times the tokens of the pool.
 export GPUS_PER_NODE ?= 2
 TEXT_FLAGS := --max-files 180
 PRETRAIN_FLAGS := --train-iters 200
