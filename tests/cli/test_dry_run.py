@@ -140,7 +140,7 @@ def test_scripts_are_valid_bash(script):
 def test_a_selection_is_estimated_on_the_ranks_that_it_will_have(small_folder, tmp_path):
     words = launching.select_flags(small_folder, tmp_path / "run")
     done = launching.run([*launching.torchrun(1), "-m", "megatron_direct", *words, "--dry-run"],
-                         launching.environment(HOME=str(tmp_path)))
+                         launching.environment(HOME=str(tmp_path), GPUS_PER_NODE="1"))
     assert done.returncode == 0, done.stderr
     assert "1 rank on 1 node" in done.stdout
     for stage in ("sketch", "curvature", "solve", "in all"):
