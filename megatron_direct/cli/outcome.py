@@ -50,7 +50,7 @@ def _report_errors(work: Callable[[], Any], prog: str) -> None:
     except UserError as error:
         words = str(error)
     except Exception as error:
-        attendance.await_verdict(bool(parallel.lost_rank(error)))
+        attendance.await_verdict()
         if (number := stopping.requested()) is not None:  # others have left: this is why
             attendance.leave_early()
             raise _Ended(stopping.Stopped(number).exit_code) from error

@@ -15,9 +15,8 @@ from megatron_direct.runtime import ranks
 from megatron_direct.runtime.watch import Watch
 
 _SECONDS_OF_A_STORE_THAT_HANGS = 30.0
-# A collective fails at once where a rank has died; the watch tells who, a little later, and on a
-# machine with more to do than it can a little later still.
-_SECONDS_UNTIL_A_VERDICT, _SECONDS_WHERE_ONE_IS_LOST = 4.0, 20.0
+# A collective fails at once where a rank has died; the watch tells who, a little later.
+_SECONDS_UNTIL_A_VERDICT = 4.0
 _watch: Watch | None = None
 _num_ranks = 1
 
@@ -71,8 +70,8 @@ def leave_if(is_lost: Callable[[], str | None]) -> Iterator[None]:
             watch.remove_condition(is_lost)
 
 
-def await_verdict(is_lost: bool) -> None:
+def await_verdict() -> None:
     """After an error that may be the consequence of another rank's death: the watch ends this
-    process if it is. is_lost: whether the error says so itself."""
+    process if it is."""
     if _watch is not None and _num_ranks > 1:
-        time.sleep(_SECONDS_WHERE_ONE_IS_LOST if is_lost else _SECONDS_UNTIL_A_VERDICT)
+        time.sleep(_SECONDS_UNTIL_A_VERDICT)

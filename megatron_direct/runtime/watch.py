@@ -85,6 +85,10 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
+        """Before the rank meets the others in a collective: whoever is lost there has given a first
+        sign, by which it can be named."""
+        if self._store is not None:
+            self._show(self._store)
         self._thread.start()
 
     def end(self) -> None:

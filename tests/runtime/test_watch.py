@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
 import signal
 import subprocess
@@ -11,6 +13,7 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from megatron_direct.runtime import watch
 
@@ -101,3 +104,16 @@ def test_a_process_ends_with_the_one_that_started_it():
     parent.kill()
     parent.wait()
     psutil.Process(pid).wait(10)
+
+
+def test_the_first_sign_is_given_at_the_start(monkeypatch):
+    """A rank that dies within its first second can be named."""
+    monkeypatch.setattr(watch, "_SECONDS_BETWEEN_SIGNS", 60.0)
+    store = torch.distributed.HashStore()
+    ours = watch.Watch(store, 0, 2, None)
+    ours.start()
+    try:
+        assert json.loads(store.get("alive/0"))["pid"] == os.getpid()
+    finally:
+        ours.end()
+    assert json.loads(store.get("alive/0"))["has_left"]
