@@ -96,9 +96,9 @@ def build_blend(blend: Blend, masks: Mapping[str, SampleMask], request: BlendReq
         create_attention_mask=False,
         **dataset_options(blend.prefixes),
     )
-    builder, parts = masked_builder([request.num_sequences, 0, 0], lambda: True, config, masks,
-                                    rules)
-    with sound_cache(request.cache):
+    with sound_cache(request.cache):  # first of all: what is in pieces is deleted, not refused
+        builder, parts = masked_builder([request.num_sequences, 0, 0], lambda: True, config, masks,
+                                        rules)
         dataset, _, _ = builder.build()
     return dataset, parts
 
