@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ranks import RankError, run_on_ranks
 from megatron_direct.cli import main as cli
 from megatron_direct.data.blend_plan import Blend
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import checkpoint_contents
+from megatron_direct.mcore import blend_cache, checkpoint_contents
 from megatron_direct.runtime import arrays
 
 
@@ -83,27 +84,56 @@ def _build(folder: Path) -> None:
         dataset[number]
 
 
-def test_an_index_cache_with_a_pickle_is_refused(tmp_path):
+def test_a_pickle_in_an_index_cache_is_never_run(tmp_path):
+    """Built again where it is not what was written; refused where the record is forged too."""
     for seed, name in enumerate("ab"):
         write_dataset(tmp_path / name, random_documents(20, 60, seed=seed))
     run_on_ranks(1, _build, tmp_path)
     run_on_ranks(1, _build, tmp_path)  # from the cache
-    caches = sorted((tmp_path / "cache").glob("*.npy"))
+    cache = tmp_path / "cache"
+    caches = sorted(cache.glob("*.npy"))
     assert len(caches) == 8  # three of each dataset, two of the blend
+    sound = {path: path.read_bytes() for path in caches}
+    record = (cache / "whole.json").read_bytes()
     created = tmp_path / "created"
     attack = np.empty(1, object)
     attack[0] = _Creates(created)
     for path in caches[::3]:
-        sound = path.read_bytes()
         np.save(path, attack, allow_pickle=True)
+        run_on_ranks(1, _build, tmp_path)
+        assert path.read_bytes() == sound[path]
+
+        np.save(path, attack, allow_pickle=True)
+        _forge(cache, path)
         with pytest.raises(RankError, match=f"{path.name} is damaged.*pickled objects.*Delete it"):
             run_on_ranks(1, _build, tmp_path)
         path.write_bytes(pickle.dumps(_Creates(created)))
+        _forge(cache, path)
         with pytest.raises(RankError, match=f"{path.name} is damaged"):
             run_on_ranks(1, _build, tmp_path)
-        path.write_bytes(sound)
+        path.write_bytes(sound[path])
+        (cache / "whole.json").write_bytes(record)
     assert not created.exists()
     run_on_ranks(1, _build, tmp_path)
+
+
+def _forge(cache: Path, path: Path) -> None:
+    """As whoever may write there can."""
+    record = json.loads((cache / "whole.json").read_text())
+    record[path.name] = blend_cache._digest(path)
+    (cache / "whole.json").write_text(json.dumps(record))
+
+
+def test_an_index_that_a_full_disk_cut_off_is_built_again(tmp_path):
+    for seed, name in enumerate("ab"):
+        write_dataset(tmp_path / name, random_documents(20, 60, seed=seed))
+    run_on_ranks(1, _build, tmp_path)
+    sound = {path: path.read_bytes() for path in (tmp_path / "cache").glob("*.npy")}
+    (tmp_path / "cache" / "whole.json").unlink()  # it comes last
+    for path, content in sound.items():
+        path.write_bytes(content[:128])  # numpy's header
+    run_on_ranks(1, _build, tmp_path)
+    assert sound == {path: path.read_bytes() for path in sound}
 
 
 @pytest.mark.parametrize("write", ["npy", "npz", "raw"])
