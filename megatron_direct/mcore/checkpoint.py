@@ -202,6 +202,8 @@ def _disk_errors_told(target: Path) -> Iterator[None]:
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
             if os.strerror(number) in str(error):
                 raise files.cannot_write(target, OSError(number, os.strerror(number))) from error
+        if "inline_container" in str(error):  # torch's, which says no more of a write that failed
+            raise files.cannot_write(target, OSError("only a part of it was written")) from error
         raise
 
 
