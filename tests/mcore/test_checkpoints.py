@@ -294,7 +294,7 @@ def test_heads_for_multi_token_prediction_are_left_out_if_a_flag_says_so(tmp_pat
 
 
 def test_a_full_disk_that_torch_does_not_name_is_told(tmp_path):
-    with pytest.raises(UserError, match=r"iter_0000002 cannot be written \(only a part .* Free some "
-                                        "space"):
-        with checkpoint._disk_errors_told(tmp_path / "iter_0000002"):
-            torch.save({"weights": torch.ones(100_000)}, "/dev/full")
+    words = r"iter_0000002 cannot be written \(only a part of it .* Free some space"
+    with pytest.raises(UserError, match=words), \
+            checkpoint._disk_errors_told(tmp_path / "iter_0000002"):
+        torch.save({"weights": torch.ones(100_000)}, "/dev/full")
