@@ -233,8 +233,18 @@ def _before(setting: Setting) -> dict:
     return parallel.on_rank_zero(lambda: files.read_json(path))
 
 
+def _with_earlier_seeds(setting: Setting) -> Setting:
+    """A call for fewer seeds than there are results of does not lose the others."""
+    first = setting.seeds[0]
+    found = [int(path.parent.name) - first + 1
+             for path in (setting.folder / "arms").glob("*/*/result.json")]
+    return dataclasses.replace(setting, config=dataclasses.replace(
+        setting.config, num_seeds=max([setting.config.num_seeds, *found])))
+
+
 def _report(setting: Setting, chosen: list[str]) -> None:
-    """Everything that is made of the results (rank 0)."""
+    """Everything that is made of the results, those of earlier calls included (rank 0)."""
+    setting = _with_earlier_seeds(setting)
     there = {path.name for path in (setting.folder / "arms").glob("*")} | set(chosen)
     record.write_record(setting, REFERENCE, [
         *(name for name in REGISTRY if name in there),

@@ -187,6 +187,9 @@ def test_carries_on_arm_by_arm_and_takes_more_arms_later(folder, run):
     assert (broken / "arms" / "random" / "2" / "result.json").stat().st_mtime_ns == untouched
     found = json.loads((broken / "comparison.json").read_text())
     assert {arm["name"] for arm in found["arms"]} == {*ARMS, "whole-pool"}
+    # A later call for one seed does not lose what there is of the other.
+    run_on_ranks(1, _compare, folder, Layout(), "broken", ARMS, 1)
+    assert json.loads((broken / "comparison.json").read_text())["arms"] == found["arms"]
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(dp=2)], ids=str)
