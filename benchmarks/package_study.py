@@ -17,12 +17,14 @@ pretrain packages, then each setting's arms are annealed from there. Settings:
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from megatron_direct.data import indexed
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.materialize import materialize
 from megatron_direct.reports import markdown
+from megatron_direct.runtime import files
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = ("prose", "python")
@@ -58,14 +61,30 @@ SETTINGS = {
     "shifted": Setting({"prose": 0.09, "python": 0.91}, target=("prose",)),
     "long": Setting({"prose": 0.5, "python": 0.5}, length=1.0),
 }
-# Of these arms each answers a question of docs/comparison.md; "direct" is the default of select.
-ARMS = ("random", "whole-pool", "domain", "oracle", "perplexity-middle", "ngrams",
-        "gradient-cosine", "redundancy-draw", "influence", "influence-select", "direct",
-        "direct-onset", "flat-energy", "random-averaged", "whole-pool-averaged", "direct-averaged",
-        "direct-constant-averaged", "random-constant-averaged", "direct-moderate-averaged")
-# Where time is short: the default, its nearest rivals, and averages.
-FEW = ("random", "whole-pool", "perplexity-middle", "ngrams", "gradient-cosine", "direct",
-       "direct-onset", "whole-pool-averaged", "direct-averaged")
+# What is run first, of all seeds, before the next: what the default has to beat, and averages; what
+# the default is made of, and other rivals; how much there is to gain.
+FIRST = ("random", "whole-pool", "perplexity-middle", "ngrams", "gradient-cosine", "direct",
+         "stable-averaged", "random-averaged", "whole-pool-averaged", "direct-averaged")
+SECOND = ("direct-onset", "domain", "oracle", "flat-energy", "direct-share", "influence",
+          "redundancy-draw", "random-constant-averaged", "whole-pool-constant-averaged",
+          "direct-constant-averaged", "random-moderate-averaged", "direct-moderate-averaged")
+CEILING = ("ceiling",)
+MOST_IMPORTANT = ("noisy", "clean", "shifted", "other")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Arms and settings that are finished, with all seeds, before the next stage is begun."""
+
+    arms: tuple[str, ...]
+    settings: tuple[str, ...]
+
+
+# (stage, seeds so far, setting)
+Piece = tuple[Stage, int, str]
+
+STAGES = (Stage(FIRST, MOST_IMPORTANT), Stage(SECOND, MOST_IMPORTANT), Stage(FIRST, ("long",)),
+          Stage(CEILING, MOST_IMPORTANT), Stage(SECOND, ("long",)))
 
 
 @dataclass(frozen=True)
@@ -81,21 +100,21 @@ class Scale:
     micro_batch: int
     num_seeds: int
     precision: tuple[str, ...] = ()
-    arms: tuple[str, ...] = ARMS
+    stages: tuple[Stage, ...] = STAGES
 
 
 SCALES = {
     "cpu": Scale(
-        ("--num-layers", "4", "--hidden-size", "192"), vocab_size=4096, pool=4000,
-        held_out=300, stable=2000, global_batch=16, micro_batch=8, num_seeds=3),
+        ("--num-layers", "4", "--hidden-size", "192"), vocab_size=4096, pool=3000,
+        held_out=300, stable=1000, global_batch=16, micro_batch=8, num_seeds=3),
     "gpu": Scale(
         ("--num-layers", "12", "--hidden-size", "512", "--num-attention-heads", "8",
          "--seq-length", "512"), vocab_size=16384, pool=6000, held_out=256,
         stable=1500, global_batch=64, micro_batch=32, num_seeds=3, precision=("--bf16",),
-        arms=FEW),
+        stages=STAGES[:1]),
     "tiny": Scale(
         ("--num-layers", "1", "--hidden-size", "32"), vocab_size=1536, pool=120,
-        held_out=24, stable=20, global_batch=8, micro_batch=4, num_seeds=2, arms=FEW),
+        held_out=24, stable=20, global_batch=8, micro_batch=4, num_seeds=2),
 }
 
 
@@ -114,7 +133,7 @@ class Study:
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
             str(ranks)]
         subprocess.run([*launcher, *map(str, command)], check=True, cwd=ROOT,
-                       env={"OMP_NUM_THREADS": "1", **os.environ})
+                       env={"OMP_NUM_THREADS": "1", **os.environ}, preexec_fn=_stop_with_parent)
 
     def prepare(self, text: Path) -> None:
         """Datasets out of ``text``, the folder that tools/pypi_text.py wrote."""
@@ -157,10 +176,12 @@ class Study:
         self.run("-m", "megatron_direct", "pretrain", "--data-path",
                  *(self.data / f"pretrain_{domain}_pool" for domain in (*MAIN, *OTHERS)),
                  "--save", theta, *self.scale.model, "--train-iters", str(self.scale.stable),
+                 # 20 states in the last quarter, which are averaged.
+                 "--save-interval", str(max(1, self.scale.stable // 80)),
                  "--lr", "2e-3", *self.batch, *self.scale.precision, ranks=self.ranks)
         return theta
 
-    def compare(self, name: str, theta: Path, num_seeds: int, flags: list[str]) -> None:
+    def compare(self, name: str, theta: Path, num_seeds: int, flags: Sequence[str]) -> None:
         setting, run = SETTINGS[name], self.folder / name
         pools = [str(self.data / name / f"{domain}_pool") for domain in setting.shares]
         tokens = sum(int(indexed.document_lengths(indexed.open_indexed(pool)).sum())
@@ -177,6 +198,12 @@ class Study:
                  str(num_seeds), *quarter, *self.batch, *flags, ranks=self.ranks)
 
 
+def _stop_with_parent() -> None:
+    """A command that is left alone by a study that was killed is stopped, in order (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def _about() -> str:
     text = __doc__[__doc__.index("No package is"):].strip()
     prose, table = text.split("\n\n", 1)
@@ -191,7 +218,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="default: runs/packages-SCALE")
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--arms", nargs="+", help="default: those of the scale")
+    parser.add_argument("--arms", nargs="+", help="these alone, in one stage; default: in the "
+                        "stages of the scale")
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks")
     parser.add_argument("--seconds", type=float, default=float("inf"),
                         help="no further seed of a setting is begun after so long; the same "
@@ -204,30 +232,63 @@ def main() -> None:
     study = Study(folder, scale, flags.ranks)
     study.prepare(flags.text.resolve())
     theta, failed = study.pretrain(), []
-    arms = ["--arms", *(flags.arms or scale.arms)]
-    # One seed of every setting before the next seed; after each the results are written anew.
-    for num_seeds in range(1, scale.num_seeds + 1):
-        for name in flags.settings:
-            if time.monotonic() - began > flags.seconds:
-                print(f"{name}, seed {num_seeds}: not begun, the time is over", flush=True)
+    stages = scale.stages if flags.arms is None else (
+        Stage(tuple(flags.arms), tuple(flags.settings)),)
+    work = Work(study, theta, tuple(others), began + flags.seconds, flags.results,
+                tuple(flags.settings))
+    failed = work.done(order(stages, scale.num_seeds, flags.settings))
+    # Once more: such as one that met the last breath of a study that was killed before.
+    failed = work.done(failed)
+    if failed:
+        raise SystemExit("\n".join(f"failed: {name}, {num_seeds} seeds of {', '.join(stage.arms)}"
+                                   for stage, num_seeds, name in failed))
+
+
+@dataclass(frozen=True)
+class Work:
+    """ends: when nothing more is begun; results: file that is written anew after each piece."""
+
+    study: Study
+    theta: Path
+    flags: tuple[str, ...]
+    ends: float
+    results: Path | None
+    settings: tuple[str, ...]
+
+    def done(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """Those that failed; the others go on."""
+        failed = []
+        for stage, num_seeds, name in pieces:
+            if time.monotonic() > self.ends:
+                print(f"{name}, {num_seeds} seeds: not begun, the time is over", flush=True)
                 continue
             try:
-                study.compare(name, theta, num_seeds, [*arms, *others])
-            except subprocess.CalledProcessError as error:  # the others go on
-                failed.append(f"{name}, seed {num_seeds}: {error}")
-            if flags.results is not None:
-                write_results(folder, flags.settings, flags.results)
-    if failed:
-        raise SystemExit("\n".join(failed))
+                self.study.compare(name, self.theta, num_seeds,
+                                   ["--arms", *stage.arms, *self.flags])
+            except subprocess.CalledProcessError as error:
+                print(f"{name}, {num_seeds} seeds: {error}", flush=True)
+                failed.append((stage, num_seeds, name))
+            if self.results is not None:
+                write_results(self.study.folder, self.settings, self.results)
+        return failed
+
+
+def order(stages: Sequence[Stage], num_seeds: int, settings: Sequence[str]) -> Iterator[Piece]:
+    """Within a stage one seed of every setting before the next."""
+    for stage in stages:
+        for seeds in range(1, num_seeds + 1):
+            yield from ((stage, seeds, name) for name in stage.settings if name in settings)
 
 
 def write_results(folder: Path, settings: Sequence[str], path: Path) -> None:
     """Of the settings that have any."""
     there = [folder / name / "comparison.json" for name in settings]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(markdown.results(
+    text = markdown.results(
         [read_summary(file) for file in there if file.is_file()], about=_about(),
-        again=shlex.join(["python", "benchmarks/package_study.py", *sys.argv[1:]])))
+        again=shlex.join(["python", "benchmarks/package_study.py", *sys.argv[1:]]))
+    with files.written_whole(path, "w") as file:
+        file.write(text)
 
 
 if __name__ == "__main__":

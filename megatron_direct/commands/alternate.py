@@ -43,6 +43,7 @@ from megatron_direct.steps import solve as solve_step
 from megatron_direct.steps.annealed import Losses
 from megatron_direct.steps.curvature import CurvatureConfig
 from megatron_direct.steps.decay import Decay, Segment, decay, set_losses
+from megatron_direct.steps.extend import require_can_share
 from megatron_direct.steps.measure import MeasureSettings, measure
 from megatron_direct.steps.onset import Onset, OnsetConfig, dataset_digests, open_onset
 from megatron_direct.steps.pilot import PilotConfig
@@ -160,6 +161,7 @@ def alternate(request: AlternateRequest) -> None:
     request.selection.require_number_where_needed()
     solve_step.check_number(request.selection, len(onset.pool.usable))
     solve_step.require_quotas(request.selection, onset.pool)
+    require_can_share(request.selection, request.sketch, onset)
     key = _key(_Run(request, onset))
     if request.selection.anneal_tokens is None:  # those of a round
         tokens = config.lr_wsd_decay_iters * onset.job.batch.global_batch_size \
@@ -258,8 +260,7 @@ def _select(run: _Run, number: int) -> dict:
         first = run.folder / "checkpoints" / f"iter_{run.config.bounds[number]:07d}"
         onset = dataclasses.replace(onset, checkpoint=checkpoint.open_checkpoint(first))
     measured = measure(MeasureSettings(pilot, request.sketch, request.curvature), onset, folder)
-    key = solve_step.selection_key(request.selection, request.curvature, measured,
-                                   request.sketch.seed)
+    key = solve_step.selection_key(request.selection, request.curvature, measured, request.sketch)
     target = selected.selection_folder(folder, _NAME)
     artefact = Artefact(target, "a selection")
     if not parallel.on_rank_zero(lambda: artefact.matches(key)):

@@ -13,23 +13,25 @@ that count are of test sets that no selection saw.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import shutil
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from megatron_direct.comparison import record
-from megatron_direct.comparison.arms import BY_DOMAIN, DATASET, REGISTRY, Case, find_arm
+from megatron_direct.comparison import ceiling, record
+from megatron_direct.comparison.arms import BY_DOMAIN, DATASET, REGISTRY, find_arm
 from megatron_direct.comparison.measurements import (
     CompareConfig,
     Setting,
     domain_names,
     measured_case,
 )
-from megatron_direct.comparison.run_results import mean_test_loss
+from megatron_direct.comparison.replicates import (
+    Replicate,
+    losses_on_test_sets,
+    run_together,
+    sharing_annealings,
+    states_of_training,
+    with_ceiling,
+)
 from megatron_direct.comparison.summarise import summarise
 from megatron_direct.comparison.summary import write_summary
 from megatron_direct.config import (
@@ -40,22 +42,19 @@ from megatron_direct.config import (
     Precision,
 )
 from megatron_direct.data import indexed
-from megatron_direct.data.blend_plan import Blend
 from megatron_direct.errors import UserError
 from megatron_direct.evaluation.tokenizers import tokenizer_of
-from megatron_direct.mcore import blend, checkpoint, grid, model, shards
+from megatron_direct.mcore import checkpoint, grid, model, shards
 from megatron_direct.reports import comparison_page, markdown
-from megatron_direct.runtime import arrays, files, parallel
+from megatron_direct.runtime import files, parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
 from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.steps import solve as solve_step
 from megatron_direct.steps.curvature import CurvatureConfig
-from megatron_direct.steps.decay import Decay, Segment, decay, set_losses
 from megatron_direct.steps.measure import MeasureSettings
 from megatron_direct.steps.onset import OnsetConfig, dataset_digests, open_onset
 from megatron_direct.steps.pilot import PilotConfig, states_to_merge
-from megatron_direct.steps.selected import composition, masks_of
 from megatron_direct.steps.sketch import SketchConfig
 
 REFERENCE = "random"
@@ -117,9 +116,12 @@ def _compare(setting: Setting, chosen: list[str], artefact: Artefact) -> None:
         if missing:
             case = measured_case(setting, seed, {need for name in missing
                                                  for need in find_arm(name).needs})
-            for name in missing:
-                _run_arm(_Run(setting, name, seed), case,
-                         {key: before[key] for key in ("valid", "test")})
+            if any(ceiling.NAME in find_arm(name).needs for name in missing):
+                case = with_ceiling(setting, case)
+            losses = {key: before[key] for key in ("valid", "test")}
+            for names in sharing_annealings(missing):
+                run_together([Replicate(setting, find_arm(name), seed, losses) for name in names],
+                             case)
     if setting.config.only_replicate is None:  # else others may be at work beside this one
         parallel.on_rank_zero(lambda: _report(setting, chosen))
         parallel.on_rank_zero(lambda: artefact.finish(key, _paths(setting)))
@@ -134,6 +136,10 @@ def _setting(request: CompareRequest) -> Setting:
     if selection.sketch_rows == "spread":
         raise UserError("--sketch-rows spread is not supported by compare, which solves with all "
                         "rows on rank 0. Leave the flag out, and compare on a smaller pool.")
+    if request.sketch.sketch_share < 1:
+        raise UserError("--sketch-share is not supported by compare, which takes gradients of all "
+                        "samples: its arm direct-share shows what a tenth of them gives. Leave the "
+                        "flag out.")
     selection.require_number_where_needed()
     # Most arms select no sample twice.
     solve_step.check_number(dataclasses.replace(selection, max_count=1), len(onset.pool.usable))
@@ -148,7 +154,7 @@ def _setting(request: CompareRequest) -> Setting:
 def _arms(setting: Setting) -> list[str]:
     """Those asked for and the reference, or all that can be had here."""
     asked = list(setting.config.arms)
-    chosen = asked or list(REGISTRY)
+    chosen = asked or [name for name in REGISTRY if name != ceiling.NAME]
     pools, valid = (set(domain_names(samples))
                     for samples in (setting.onset.pool, setting.onset.valid))
     obstacles = []  # (arms that cannot be had, why, remedy)
@@ -165,6 +171,12 @@ def _arms(setting: Setting) -> list[str]:
             [name for name in chosen if "adam-sketches" in find_arm(name).needs],
             f"{setting.onset.checkpoint.path} holds no second moments of Adam",
             "Save it with its optimizer, or leave these arms out."))
+    if any(find_arm(name).recipe is None for name in chosen):
+        try:
+            states_of_training(setting)
+        except UserError as error:
+            obstacles.append(([name for name in chosen if find_arm(name).recipe is None],
+                              str(error), "Or leave these arms out."))
     for names, why, remedy in obstacles:
         if names and asked:
             raise UserError(f"--arms {' '.join(names)}: {why}. {remedy}")
@@ -215,100 +227,24 @@ def _before(setting: Setting) -> dict:
         with grid.model_parallel(job.layout, job.num_model_chunks):
             chunks = model.build(job)
             checkpoint.load_model(setting.onset.checkpoint.path, chunks)
-            losses = {**_losses(setting, chunks), "parameters": shards.num_parameters(chunks)}
+            losses = {**losses_on_test_sets(setting, chunks),
+                      "parameters": shards.num_parameters(chunks)}
         parallel.on_rank_zero(lambda: files.write_json(path, losses))
     return parallel.on_rank_zero(lambda: files.read_json(path))
 
 
-def _losses(setting: Setting, chunks) -> dict:
-    # Of the validation sets no loss is asked for: the selections were made for them.
-    return set_losses(chunks, setting.onset.job.model, setting.onset.job.batch, valid=(),
-                      test=setting.config.test_data_path)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One arm at one seed."""
-
-    setting: Setting
-    arm: str
-    seed: int
-
-    @property
-    def folder(self) -> Path:
-        return self.setting.arm_folder(self.arm, self.seed)
-
-
-def _run_arm(run: _Run, case: Case | None, before: dict) -> None:
-    setting, folder, onset = run.setting, run.folder, run.setting.onset
-    chosen, masks, problem = parallel.on_rank_zero(lambda: _choose(run, case))
-    began = time.perf_counter()
-    with grid.model_parallel(onset.job.layout, onset.job.num_model_chunks):
-        request = blend.BlendRequest.for_job(
-            onset.job, setting.config.lr_wsd_decay_iters, run.seed, folder / "cache",
-            onset.checkpoint.tokenizer_digest)
-        dataset, _ = blend.build_blend(_blend(run), masks, request)
-        chunks = model.build(onset.job)
-        try:
-            decay(Decay(onset.job, onset.checkpoint, [Segment(0, dataset)],
-                        setting.config.lr_wsd_decay_iters, folder, f"{run.arm} {run.seed}",
-                        load_optim=onset.checkpoint.has_optimizer,
-                        recipe=find_arm(run.arm).recipe), chunks)
-            seconds = time.perf_counter() - began
-            after = _losses(setting, chunks)
-            if not np.isfinite(list(after["test"].values())).all():
-                raise FloatingPointError("the losses after annealing are not finite")
-        except FloatingPointError as error:  # the other arms and seeds go on; it is not tried again
-            why = str(error)
-            parallel.on_rank_zero(lambda: files.write_json(folder / "failed.json", {"error": why}))
-            parallel.say(f"{run.arm}, seed {run.seed}: {why}")
-            return
-    parallel.on_rank_zero(lambda: _write_result(
-        run, {"arm": run.arm, "seed": run.seed, "before": before, "after": after,
-              "seconds": seconds, "problem": problem}, chosen))
-
-
-def _blend(run: _Run) -> Blend:
-    """The pools, each by its tokens, or one of them as half of what is seen."""
-    pool, dataset = run.setting.onset.pool, find_arm(run.arm).dataset
-    if not dataset:
-        return Blend(pool.prefixes)
-    tokens = np.array([pool.num_labels[first:end].sum() for first, end in itertools.pairwise(
-        pool.first)], dtype=float)
-    is_it = np.array(list(indexed.prefix_names(pool.prefixes).values())) == dataset
-    return Blend(pool.prefixes, (tokens / tokens.sum() / 2 + is_it / 2).tolist())
-
-
-def _choose(run: _Run, case: Case | None) -> tuple[np.ndarray, dict, dict | None]:
-    """(sample numbers, masks, what the solver said) of what the arm takes (rank 0)."""
-    assert case is not None  # on rank 0
-    setting = run.setting
-    shutil.rmtree(run.folder, ignore_errors=True)  # of an annealing that was killed
-    with solve_step.in_terms_of_flags():
-        positions, found = find_arm(run.arm).take(case)
-    candidates, = arrays.read_named(setting.seed_folder(case.seed) / "samples.npz",
-                                    ["candidates"], arrays.MAKE_AGAIN)
-    chosen = candidates[positions]
-    problem = None if found is None else {
-        "stiff_cost": found.stiff_cost, "stiff_budget": found.stiff_budget,
-        "objective_value": found.objective, "status": found.status}
-    pool = setting.onset.pool
-    return chosen, masks_of(pool, setting.onset.digests_of(pool), chosen), problem
-
-
-def _write_result(run: _Run, result: dict, chosen: np.ndarray) -> None:
-    parts = composition(run.setting.onset.pool, chosen)
-    with files.written_whole(run.folder / "chosen.npy") as file:
-        np.save(file, chosen)
-    shutil.rmtree(run.folder / "cache", ignore_errors=True)
-    files.write_json(run.folder / "result.json", {
-        **result, "composition": {name: vars(part) for name, part in parts.items()}})
-    mean = mean_test_loss(result["after"]["test"])
-    print(f"{result['arm']}, seed {result['seed']}: mean test loss {mean:.4f}", flush=True)
+def _with_earlier_seeds(setting: Setting) -> Setting:
+    """A call for fewer seeds than there are results of does not lose the others."""
+    first = setting.seeds[0]
+    found = [int(path.parent.name) - first + 1
+             for path in (setting.folder / "arms").glob("*/*/result.json")]
+    return dataclasses.replace(setting, config=dataclasses.replace(
+        setting.config, num_seeds=max([setting.config.num_seeds, *found])))
 
 
 def _report(setting: Setting, chosen: list[str]) -> None:
-    """Everything that is made of the results (rank 0)."""
+    """Everything that is made of the results, those of earlier calls included (rank 0)."""
+    setting = _with_earlier_seeds(setting)
     there = {path.name for path in (setting.folder / "arms").glob("*")} | set(chosen)
     record.write_record(setting, REFERENCE, [
         *(name for name in REGISTRY if name in there),

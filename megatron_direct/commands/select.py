@@ -29,6 +29,7 @@ from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps import solve as solve_step
 from megatron_direct.steps.curvature import CurvatureConfig
+from megatron_direct.steps.extend import require_can_share
 from megatron_direct.steps.measure import MeasureSettings, measure
 from megatron_direct.steps.onset import Onset, OnsetConfig, open_onset
 from megatron_direct.steps.pilot import PilotConfig
@@ -79,6 +80,7 @@ def select(request: SelectRequest, annealing_iters: int | None = None) -> None:
     onset.job.require_runs_on(parallel.world_size(), trains=request.pilot.has_pilot)
     solve_step.check_number(request.selection, len(onset.pool.usable))
     solve_step.require_quotas(request.selection, onset.pool)
+    require_can_share(request.selection, request.sketch, onset)
     if annealing_iters is not None and request.selection.anneal_tokens is None:
         tokens = annealing_iters * onset.job.batch.global_batch_size * onset.job.model.seq_length
         request = dataclasses.replace(request, selection=dataclasses.replace(
@@ -94,8 +96,7 @@ def _select(request: SelectRequest, onset: Onset, run: RunDirectory,
             decode: Callable[[np.ndarray], str] | None) -> None:
     measured = measure(MeasureSettings(request.pilot, request.sketch, request.curvature), onset,
                        run.path)
-    key = solve_step.selection_key(request.selection, request.curvature, measured,
-                                   request.sketch.seed)
+    key = solve_step.selection_key(request.selection, request.curvature, measured, request.sketch)
     folder = selection_folder(run.path, request.name.selection_name)
     if parallel.on_rank_zero(lambda: _is_there(folder, key)):
         parallel.say(f"{folder} already holds this selection.")

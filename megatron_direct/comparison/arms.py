@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_direct.comparison.mixtures import GroupMixture
 from megatron_direct.selection import treatment
 from megatron_direct.selection.baselines import random_selection
 from megatron_direct.selection.choice import choose
@@ -32,8 +33,10 @@ class Case:
 
     evidence: by measurement (see :class:`Arm`). domains: [N] the domain of each candidate, by name;
     losses: [N] mean token losses; corrupted: [N] what a trial shuffled on purpose, for the oracle
-    alone; valid_domains, valid_labels: [M]; text_similarity: yields [N] likeness to the validation
-    set by its tokens alone. config: the flags of the selection problem.
+    alone; valid_domains, valid_labels, valid_numbers: [M]; text_similarity: of some validation
+    samples' numbers, yields [N] likeness to them by tokens alone; token_features: yields [N, F];
+    ceiling: the best mixture found. config: the flags of the selection problem; numbers: [N] of the
+    samples.
     """
 
     evidence: Mapping[str, Evidence]
@@ -46,7 +49,11 @@ class Case:
     seed: int
     config: SelectionConfig
     limits: Mapping = field(default_factory=dict)
-    text_similarity: Callable[[], np.ndarray] | None = None
+    valid_numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    text_similarity: Callable[[np.ndarray], np.ndarray] | None = None
+    numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    token_features: Callable[[], np.ndarray] | None = None
+    ceiling: GroupMixture | None = None
 
     @functools.cached_property
     def rng(self) -> np.random.Generator:
@@ -73,16 +80,20 @@ class Case:
 class Arm:
     """needs: what has to be measured over the pool first, which decides what selecting costs.
 
-    losses: of the pool at the checkpoint, a forward pass; else a name in
-    :data:`megatron_direct.comparison.measurements.MEASUREMENTS`. recipe: how it is annealed;
-    dataset: name of the pool that makes up half of its training data, "" for none.
+    losses: of the pool at the checkpoint, a forward pass; text: its tokens; ceiling: the search for
+    it; share: what select measures, of a share of the candidates; else a name in
+    :data:`megatron_direct.comparison.measurements.MEASUREMENTS`. recipe: how it is annealed, None
+    for the average of the training's last states, which is not annealed at all; of: the arm that
+    selects the same, "" for none; dataset: name of the pool that makes up half of its training
+    data, "" for none.
     """
 
     name: str
     description: str
     choose: Callable[[Case], np.ndarray | Selection]
     needs: tuple[str, ...] = ()
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Recipe | None = field(default_factory=Recipe)
+    of: str = ""
     dataset: str = ""
 
     def take(self, case: Case) -> tuple[np.ndarray, Selection | None]:
@@ -96,9 +107,9 @@ REGISTRY: dict[str, Arm] = {}  # in the order in which arms are run
 BY_DOMAIN = ("domain", "oracle")
 
 
-def arm(name: str, description: str, needs: tuple[str, ...] = (), recipe: Recipe | None = None):
+def arm(name: str, description: str, needs: tuple[str, ...] = ()):
     def register(choose: Callable[[Case], np.ndarray | Selection]):
-        REGISTRY[name] = Arm(name, description, choose, needs, recipe or Recipe())
+        REGISTRY[name] = Arm(name, description, choose, needs)
         return choose
 
     return register

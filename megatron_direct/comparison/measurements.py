@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_direct.comparison import (
     arms,
+    ceiling,
     rivals,  # noqa: F401  (registers its arms)
 )
 from megatron_direct.comparison.arms import Case
@@ -23,6 +24,7 @@ from megatron_direct.comparison.text_likeness import ngram_likeness
 from megatron_direct.data import indexed
 from megatron_direct.data.cards import read_card
 from megatron_direct.data.samples import Samples
+from megatron_direct.data.token_features import TokenSource, token_features
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import arrays, files, parallel
 from megatron_direct.selection.config import SelectionConfig
@@ -43,7 +45,8 @@ class CompareConfig(Settings):
     test_data_path: tuple = flag(
         (), "indexed datasets whose losses are compared; no selection sees them", nargs="+",
         required=True)
-    arms: tuple = flag((), f"arms to compare; default: all ({', '.join(arms.REGISTRY)}); "
+    arms: tuple = flag((), f"arms to compare, of {', '.join(arms.REGISTRY)}; default: all but "
+                       f"{ceiling.NAME}, which takes some twenty annealings to find; "
                        "dataset:NAME, a pool by the last part of its prefix, which makes up half "
                        "of the training data beside the whole pool", nargs="+")
     num_seeds: int = flag(5, "replicates of each arm", at_least=1)
@@ -93,6 +96,11 @@ class Setting:
         """Of each annealing."""
         return self.config.lr_wsd_decay_iters * self.onset.job.batch.global_batch_size
 
+    @property
+    def num_tokens(self) -> int:
+        """Of each annealing."""
+        return self.num_sequences * self.onset.job.model.seq_length
+
     def seed_folder(self, seed: int) -> Path:
         return self.folder / "seeds" / str(seed)
 
@@ -135,7 +143,7 @@ def measurement_folder(setting: Setting, seed: int, name: str) -> Path:
 def measured_case(setting: Setting, seed: int, needs: set[str]) -> Case | None:
     """What the arms may know at a seed, computed or read; on rank 0, None elsewhere."""
     found = {}
-    if setting.selection.is_auto:
+    if setting.selection.is_auto or needs & {ceiling.NAME, "share"}:
         needs = needs | {"select"}
     for name in MEASUREMENTS:
         if name == "onset" or name in needs:
@@ -153,9 +161,7 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
     chosen = _candidates(setting, seed, stored)
     config = setting.selection
     if config.is_auto and config.anneal_tokens is None:
-        config = dataclasses.replace(
-            config,
-            anneal_tokens=setting.num_sequences * setting.onset.job.model.seq_length)
+        config = dataclasses.replace(config, anneal_tokens=setting.num_tokens)
     here, samples, valid_samples = pool.samples[chosen], setting.onset.pool, setting.onset.valid
     evidence = {name: Evidence(rows.rows[chosen], samples.num_labels[here],
                                samples.dataset_of(here), len(samples.prefixes),
@@ -164,8 +170,10 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
                 for name, (rows, of_valid) in stored.items()}
     case = Case(evidence, pool.losses[chosen], _domains(samples, here), samples.corrupted[here],
                 _domains(valid_samples, valid.samples), valid_samples.num_labels[valid.samples],
-                0, seed, config, solve_step.limits(config, samples, here),
-                functools.partial(ngram_likeness, samples, here, valid_samples, valid.samples))
+                0, seed, config, solve_step.limits(config, samples, here), valid.samples,
+                functools.partial(ngram_likeness, samples, here, valid_samples), here,
+                functools.partial(token_features, TokenSource(samples, here),
+                                  TokenSource(valid_samples, valid.samples), seed))
     case = dataclasses.replace(case, num_select=_num_select(case))
     with files.written_whole(setting.seed_folder(seed) / "samples.npz") as file:
         np.savez(file, candidates=here, num_select=case.num_select, loss=case.losses,

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_direct.comparison import rivals
 from megatron_direct.comparison.arms import find_arm
 from megatron_direct.comparison.measurements import MEASUREMENTS, Setting, measurement_folder
+from megatron_direct.comparison.replicates import ceiling_search
 from megatron_direct.data import indexed
 from megatron_direct.evaluation.tokenizers import tokenizer_of
 from megatron_direct.runtime import arrays, files
@@ -24,11 +26,12 @@ def write_record(setting: Setting, reference: str, arms: Sequence[str]) -> None:
     seconds = {seed: _seconds(setting, seed) for seed in setting.seeds}
     annealing = float(np.median([
         files.read_json(path)["seconds"]
-        for path in sorted(setting.folder.glob("arms/*/*/result.json"))]))
+        for path in sorted(setting.folder.glob("arms/*/*/result.json"))
+        if find_arm(path.parents[1].name).recipe is not None]))
     names = {key: list(indexed.prefix_names(list(prefixes)).values()) for key, prefixes in (
         ("pools", setting.onset.pool.prefixes), ("valid", setting.onset.valid.prefixes),
         ("test", setting.config.test_data_path))}
-    tokens = setting.num_sequences * setting.onset.job.model.seq_length
+    tokens = setting.num_tokens
     files.write_json(setting.folder / "setting.json", {
         "name": setting.config.name or setting.folder.name, "num_select": _num_select(setting),
         "num_candidates": len(setting.onset.pool.usable),
@@ -41,6 +44,7 @@ def write_record(setting: Setting, reference: str, arms: Sequence[str]) -> None:
         "passes_of_selection": {
             name: _passes(setting, find_arm(name).needs, seconds, annealing / tokens)
             for name in arms},
+        "not_annealed": [name for name in arms if find_arm(name).recipe is None],
     })
     if setting.config.tokenizer_model:
         files.write_json(setting.folder / "texts.json", _texts(setting))
@@ -64,9 +68,18 @@ def _passes(setting: Setting, needs: tuple[str, ...], seconds: dict[int, dict],
     """What an arm's choice takes, in passes of training over the pool; None if that is not known.
     """
     pass_over_pool = seconds_per_token * setting.onset.pool.num_labels.sum()
-    costs = {"losses": 1 / 3}  # a forward pass: of three passes over the layers
+    # A forward pass is one of three passes over the layers; to read the tokens is none of them.
+    costs = {"losses": 1 / 3, "text": 0.0}
+    trials = ceiling_search(setting).trials()
+    if trials:
+        costs["ceiling"] = len(trials) * setting.num_tokens / float(
+            setting.onset.pool.num_labels.sum())
     for need in needs:
         took = [sum(of_seed[need].values()) for of_seed in seconds.values() if need in of_seed]
+        if need == "share":  # sketches of the validation set count as part of that share
+            took = [sum(of_seed["select"].values()) - (1 - rivals.SHARE)
+                    * of_seed["select"].get("sketch", 0.0)
+                    for of_seed in seconds.values() if "select" in of_seed]
         if took:
             costs[need] = float(np.median(took)) / pass_over_pool
     return sum(costs[need] for need in needs) if all(need in costs for need in needs) else None

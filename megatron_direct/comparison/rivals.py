@@ -3,11 +3,14 @@ average weights, with or without a selection."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
-from megatron_direct.comparison.arms import REGISTRY, Case, arm
+from megatron_direct.comparison.arms import REGISTRY, Arm, Case, arm
+from megatron_direct.selection.auto import worth_of
+from megatron_direct.selection.distilled import Sketched, draw_share, for_share
 from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.rows import row_blocks
 from megatron_direct.steps.decay import Recipe
 
@@ -16,16 +19,19 @@ _ROUNDS = 64
 # Damping of the inverse curvature, as a share of the mean eigenvalue of the pairs known.
 _DAMPING = 0.1
 
+SHARE = 0.1  # of the candidates that direct-share has gradients of
+STABLE_AVERAGED = "stable-averaged"
 AVERAGED = Recipe(average=0.25)
 # Weight averaging in the place of a decay (WSM: Tian et al. 2025, arXiv 2507.17634).
 CONSTANT_AVERAGED = Recipe(final=1.0, average=0.5)
 MODERATE_AVERAGED = Recipe(final=0.3, average=0.5)
 
 
-@arm("ngrams", "text most like the validation set's, by hashed unigrams and bigrams (DSIR)")
+@arm("ngrams", "text most like the validation set's, by hashed unigrams and bigrams (DSIR)",
+     ("text",))
 def _ngrams(case: Case) -> np.ndarray:
     assert case.text_similarity is not None
-    return case.largest(case.text_similarity())
+    return case.largest(case.text_similarity(case.valid_numbers))
 
 
 @arm("redundancy-draw", "drawn by cosine less likeness to what was drawn before, as OPUS does",
@@ -46,20 +52,43 @@ def _influence_select(case: Case) -> np.ndarray:
     return case.largest(influence(case.evidence["select"]))
 
 
-def _averaged(name: str, of: str, recipe: Recipe, words: str) -> None:
-    """The arm ``of``, brought to rest in another way."""
-    @arm(name, f"{of}, {words}", REGISTRY[of].needs, recipe)
-    def _choose(case: Case) -> np.ndarray | Selection:
-        return REGISTRY[of].choose(case)
+@arm("direct-share", "direct by gradients of a tenth of the candidates, extended to the others by "
+     "features of their tokens (--sketch-share 0.1)", ("share",))
+def _direct_share(case: Case) -> np.ndarray:
+    assert case.token_features is not None
+    evidence, everyone = case.evidence["select"], np.arange(len(case.losses))
+    known = np.isin(everyone, draw_share(everyone, SHARE, case.seed))
+    of_share = evidence.of(known)
+    config = for_share(case.config, float(known.mean()),
+                       float(of_share.labels.sum() / evidence.labels.sum()))
+    part = dataclasses.replace(case, config=config, limits={},
+                               num_select=max(1, round(float(known.mean()) * case.num_select)))
+    chosen = np.zeros(len(of_share.rows), dtype=bool)
+    chosen[part.select(of_share).indices] = True
+    wanted = round(chosen.mean() * len(everyone)) if config.is_auto else case.num_select
+    worth = worth_of(config, of_share, case.seed)
+    taken, _ = Sketched(case.token_features(), known, chosen, worth.values, worth.weights).extended(
+        wanted, case.seed)
+    return np.flatnonzero(taken)
 
 
-for _name in ("random", "whole-pool", "direct"):
-    _averaged(f"{_name}-averaged", _name, AVERAGED,
-              "and the mean of the weights of the last quarter of the annealing")
-    _averaged(f"{_name}-constant-averaged", _name, CONSTANT_AVERAGED,
-              "at a constant rate, and the mean of the weights of the second half (as in WSM)")
-_averaged("direct-moderate-averaged", "direct", MODERATE_AVERAGED,
+def _averaged(name: str, recipe: Recipe, words: str) -> None:
+    """For each way of selecting that averages are compared with: the same, brought to rest in
+    another way."""
+    for of in ("random", "whole-pool", "direct"):
+        REGISTRY[f"{of}-{name}"] = dataclasses.replace(
+            REGISTRY[of], name=f"{of}-{name}", description=f"{of}, {words}", recipe=recipe, of=of)
+
+
+_averaged("averaged", AVERAGED,
+          "and the mean of the weights of the last quarter of the annealing")
+_averaged("constant-averaged", CONSTANT_AVERAGED,
+          "at a constant rate, and the mean of the weights of the second half (as in WSM)")
+_averaged("moderate-averaged", MODERATE_AVERAGED,
           "down to 0.3 of the rate, and the mean of the weights of the second half")
+REGISTRY[STABLE_AVERAGED] = Arm(
+    STABLE_AVERAGED, "not annealed: the mean of the weights of the last quarter of the training's "
+    "states (or of those that --at merged takes)", lambda case: np.empty(0, np.int64), recipe=None)
 
 
 def influence(evidence: Evidence) -> np.ndarray:

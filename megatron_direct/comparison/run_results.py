@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_direct.comparison.repeats import Repeats
 from megatron_direct.comparison.summary import SampleTexts, SettingSummary, SpectrumSummary
 from megatron_direct.mcore.training import read_metrics
 from megatron_direct.runtime import arrays, files, typed_json
@@ -63,6 +64,7 @@ class ResultFile:
     after: LossesOnTestSets
     composition: dict[str, PoolComposition]
     problem: SolvedProblem | None = None
+    repeats: Repeats | None = None
 
 
 @dataclass(frozen=True)

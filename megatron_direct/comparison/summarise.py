@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_direct.comparison import statistics
+from megatron_direct.comparison.repeats import Repeats
 from megatron_direct.comparison.run_results import Candidates, Result, RunResults, read_run
 from megatron_direct.comparison.statistics import PairedDifference, compare_by_seed
 from megatron_direct.comparison.summary import (
@@ -78,6 +79,7 @@ def _arm(name: str, run: RunResults, before: LossesBefore | None, pool: PoolSumm
         selected=_statistics([(run.candidates[seed], r.chosen) for seed, r in results.items()]),
         problem={seed: _problem(r, run.candidates[seed]) for seed, r in results.items()},
         overlap_between_seeds=_overlap_between_seeds(results, run.candidates),
+        repeats=_repeats(results),
         curve=_curve([r.training_losses for r in results.values()]),
         cost=cost(name, difference.mean, _mean(losses.values()), setting, before, pool))
 
@@ -124,7 +126,7 @@ def _statistics(selections: Sequence[tuple[Candidates, np.ndarray]]) -> SampleSt
     def quantiles(values: Sequence[np.ndarray]) -> tuple[float, ...]:
         return tuple(np.mean([np.quantile(of_seed, QUANTILES) for of_seed in values], 0).tolist())
 
-    if not selections:
+    if not all(len(chosen) for _, chosen in selections) or not selections:
         return None
     return SampleStatistics(
         samples=mean_over_seeds(lambda c, chosen: len(chosen)),
@@ -178,7 +180,8 @@ def cost(name: str, difference: float | None, mean_loss: float | None, setting: 
         gain = before.mean_loss - mean_loss
         if difference < 0 < gain:
             needed = max(0.0, (gain + difference) / gain)
-    return Cost(passes, share, None if share is None else max(0.0, 1 - share), needed)
+    tokens = 0 if name in setting.not_annealed else setting.tokens
+    return Cost(tokens, passes, share, None if share is None else max(0.0, 1 - share), needed)
 
 
 def _overlap(names: Sequence[str], run: RunResults) -> Overlap:
@@ -193,11 +196,17 @@ def _overlap(names: Sequence[str], run: RunResults) -> Overlap:
         for rows in zip(total, count, strict=True)))
 
 
+def _repeats(results: ResultsBySeed) -> Repeats | None:
+    found = [r.file.repeats for r in results.values() if r.file.repeats is not None]
+    return Repeats(*(float(np.mean([getattr(of_seed, name) for of_seed in found]))
+                     for name in ("samples", "by_chance"))) if found else None
+
+
 def _overlap_between_seeds(results: ResultsBySeed, candidates: dict[int, Candidates],
                            ) -> float | None:
     """Each seed has candidates of its own, so the samples' own numbers are compared."""
     chosen = [candidates[seed].numbers[r.chosen] for seed, r in results.items()]
-    size = 1 + max((int(numbers.max()) for numbers in chosen), default=0)
+    size = 1 + max((int(numbers.max(initial=0)) for numbers in chosen), default=0)
     matrix = jaccard_matrix(chosen, size)
     return _mean(matrix[np.tril_indices(len(chosen), -1)])
 

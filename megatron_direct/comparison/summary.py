@@ -15,17 +15,23 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_direct.comparison.repeats import Repeats
 from megatron_direct.comparison.statistics import PairedDifference
 from megatron_direct.runtime import files, typed_json
 
 PAPER_ARM = "flat-energy"  # DiReCT's own objective
+CEILING = "ceiling"  # what a direct search over mixtures finds: how much there is to gain
 RANDOM_SUBSPACE = "flat-energy-random-subspace"  # its stiff directions are not those of other arms
 # What the arm that `select` uses by default has to beat, beside the reference.
 RIVALS = ("perplexity-low", "perplexity-middle", "perplexity-high", "gradient-norm",
-          "gradient-dot", "gradient-cosine", "gradient-dot-adam")
+          "gradient-dot", "gradient-cosine", "gradient-dot-adam", "ngrams", "redundancy-draw",
+          "influence", "influence-select")
 # What the default is compared with beside its rivals: what could be had, and what it is made of.
 YARDSTICKS = ("oracle", "domain", "whole-pool", "random-matched", "direct-onset",
               "direct-unshrunk")
+# Averages: the default's selection, and what the same recipe makes of others, or no annealing.
+AVERAGES = tuple((f"direct{recipe}", (f"random{recipe}", f"whole-pool{recipe}", "stable-averaged"))
+                 for recipe in ("-averaged", "-constant-averaged", "-moderate-averaged"))
 ALL_TOKENS = "all"  # the test set of all test tokens together
 
 
@@ -50,6 +56,7 @@ class SettingSummary:
     annealing_seconds: float | None
     passes_of_selection: dict[str, float | None]  # arm -> training passes over the pool
     tokenizer_model: str | None = None
+    not_annealed: tuple[str, ...] = ()  # arms that see no token after the checkpoint
 
     @property
     def test_and_all(self) -> tuple[str, ...]:
@@ -127,8 +134,10 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class Cost:
-    """What selecting costs, and what it would have to save: see ``summarise.cost``."""
+    """What selecting costs, and what it would have to save: see ``summarise.cost``. tokens: that
+    the arm is trained on after the checkpoint."""
 
+    tokens: int
     passes: float | None
     share_of_annealing: float | None
     annealing_left: float | None
@@ -150,6 +159,7 @@ class ArmSummary:
     selected: SampleStatistics | None
     problem: dict[int, ProblemSummary]  # by seed
     overlap_between_seeds: float | None  # Jaccard index
+    repeats: Repeats | None  # means over seeds
     curve: LossCurve | None
     cost: Cost
 

@@ -11,22 +11,14 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_direct.data.samples import Samples
+from megatron_direct.data.token_features import ngram_hashes
 
 _FEATURES = 10_000  # as in the paper
-# Odd constants of splitmix64 and of Knuth: they spread small integers over 64 bits.
-_MIX = np.uint64(0x9E3779B97F4A7C15)
-_SECOND = np.uint64(0xBF58476D1CE4E5B9)
 
 
 def hashed_ngrams(tokens: np.ndarray) -> np.ndarray:
     """[2 n - 1] features of the unigrams and bigrams of n tokens."""
-    words = tokens.astype(np.uint64) + np.uint64(1)
-    with np.errstate(over="ignore"):
-        single = words * _MIX
-        double = (single[:-1] ^ (single[:-1] >> np.uint64(29))) * _SECOND + words[1:] * _MIX
-        mixed = np.concatenate([single, double])
-        mixed = (mixed ^ (mixed >> np.uint64(32))) * _SECOND
-    return ((mixed >> np.uint64(20)) % np.uint64(_FEATURES)).astype(np.int64)
+    return (ngram_hashes(tokens) % np.uint64(_FEATURES)).astype(np.int64)
 
 
 def ngram_likeness(pool: Samples, numbers: np.ndarray, valid: Samples, valid_numbers: np.ndarray,

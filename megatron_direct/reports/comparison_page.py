@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_direct.comparison.repeats import Repeats
 from megatron_direct.comparison.statistics import BETTER, UNCLEAR, WORSE, PairedDifference
 from megatron_direct.comparison.summary import (
     PAPER_ARM,
@@ -201,25 +202,26 @@ def _selected(summary: ComparisonSummary) -> Shown:
     short = wording.short_names(summary.setting.pools)
 
     def row(name: str | Cell, found: SampleStatistics, counts: dict[str, float],
-            ) -> list[str | Cell]:
+            repeats: Repeats | None = None) -> list[str | Cell]:
         total = sum(counts.values())
         return [name, f"{found.samples:.0f}", f"{found.tokens:.0f}",
                 f"{summary.setting.tokens / found.tokens:.2f}",
                 *(wording.percent(counts.get(pool, 0) / total if total else None)
                   for pool in short),
-                wording.percent(found.corrupted), f"{found.loss_mean:.3f}"]
+                wording.percent(found.corrupted), f"{found.loss_mean:.3f}",
+                wording.repeats(repeats)]
 
     rows = []
     if summary.pool.candidates is not None:
         rows.append(row("(the pool)", summary.pool.candidates, {
             name: counts.samples for name, counts in summary.pool.domains.items()}))
     rows += [row(_name(summary, arm), arm.selected, {
-        name: counts.selected for name, counts in arm.composition.items()})
+        name: counts.selected for name, counts in arm.composition.items()}, arm.repeats)
         for arm in summary.arms if arm.selected]
     return Shown(
         image(figures.selected_samples(summary), "domain, loss and length of selected samples"),
         make_table(["arm", "samples", "tokens", "times seen", *short.values(), "corrupted",
-                    "mean loss"], rows))
+                    "mean loss", "repeats (by chance)"], rows))
 
 
 def _measured_seconds(summary: ComparisonSummary) -> str:

@@ -14,7 +14,14 @@ from megatron_direct.comparison.statistics import (
     PairedDifference,
     compare_by_seed,
 )
-from megatron_direct.comparison.summary import PAPER_ARM, YARDSTICKS, ComparisonSummary
+from megatron_direct.comparison.summary import (
+    AVERAGES,
+    CEILING,
+    PAPER_ARM,
+    YARDSTICKS,
+    ArmSummary,
+    ComparisonSummary,
+)
 from megatron_direct.reports import wording
 from megatron_direct.reports.markdown_blocks import (
     bullets,
@@ -37,7 +44,7 @@ def results(summaries: Sequence[ComparisonSummary], again: str = "", about: str 
         return "# Results\n\nNothing has been compared yet.\n"
     parts = ["# Results", bullets(map(_verdict, compared)), paragraph(_how_to_read(compared)),
              about, *_over_settings(compared), "## The default compared with the other arms",
-             *_defaults(compared)]
+             *_defaults(compared), *_averages(compared)]
     for summary in compared:
         parts += _of_setting(summary)
     parts += ["## Reproducing these results", *_again(compared, again)]
@@ -67,7 +74,11 @@ def _how_to_read(summaries: Sequence[ComparisonSummary]) -> str:
         f"interval spans a bootstrap interval and a Student t interval at {confidence} each, and "
         "an arm is better or worse only if both exclude zero. p is the p-value of a sign-flip test "
         "after Holm's correction for the number of arms; with few seeds it cannot be small, "
-        "whatever the difference. This text is written from the numbers by "
+        "whatever the difference. *tokens* are those that an arm is trained on after the "
+        "checkpoint; *choosing* is what its choice costs, as a share of the annealing; *repeats* "
+        "is the share of its choice that is the same when it is made from either half of the "
+        "validation set with another hash and seed, and in brackets what two random selections "
+        "of that size share. This text is written from the numbers by "
         "`megatron-direct compare`.")
 
 
@@ -81,7 +92,7 @@ def _over_settings(summaries: Sequence[ComparisonSummary]) -> list[str]:
     def mean_difference(arm: str) -> float:
         return sum(d.mean or 0.0 for d in found[arm].values()) / len(found[arm])
 
-    arms = sorted(found, key=mean_difference)
+    arms = sorted(found, key=lambda arm: (arm == CEILING, mean_difference(arm)))
     rows = [[code(arm), *(_marked(found[arm].get(number)) for number in range(len(summaries)))]
             for arm in arms]
     always = {verdict: [arm for arm in arms if all(
@@ -96,7 +107,8 @@ def _over_settings(summaries: Sequence[ComparisonSummary]) -> list[str]:
             f"Better than the reference wherever it was run: {_arms(always[BETTER])}.",
             f"Worse than the reference wherever it was run: {_arms(always[WORSE])}.",
             f"No clear difference wherever it was run: {_arms(always[UNCLEAR])}.",
-            *map(_lowest, summaries), *map(_paper, summaries)])]
+            *map(_lowest, summaries), *map(_paper, summaries),
+            *filter(None, map(_ceiling, summaries))])]
 
 
 def _marked(difference: PairedDifference | None) -> str:
@@ -136,6 +148,21 @@ def _paper(summary: ComparisonSummary) -> str:
             f"{code(summary.reference)}: {wording.verdict(found)}.")
 
 
+def _ceiling(summary: ComparisonSummary) -> str:
+    """How much of what a search found is had by the default; empty where none was made."""
+    ceiling, default = summary.arm(CEILING), summary.arm(summary.default_arm)
+    if ceiling not in summary.compared or default not in summary.compared:
+        return ""
+    found = ceiling.difference
+    sentence = (f"{code(CEILING)}, the best mixture of clusters that a search found for the "
+                f"validation set, in {_name(summary)}: "
+                f"{wording.with_numbers(wording.loss(ceiling.mean_loss), found)}")
+    if found.verdict != BETTER or found.mean is None or default.difference.mean is None:
+        return f"{sentence}: nothing to gain was found."
+    return (f"{sentence}; {code(default.name)} has "
+            f"{wording.percent(default.difference.mean / found.mean)} of its gain.")
+
+
 def _defaults(summaries: Sequence[ComparisonSummary]) -> list[str]:
     """default - other, by setting; first how often the default beats them all."""
     parts = []
@@ -163,23 +190,53 @@ def _defaults(summaries: Sequence[ComparisonSummary]) -> list[str]:
                            "the default is"], rows, left=[0, 1, 5])]
 
 
+def _averages(summaries: Sequence[ComparisonSummary]) -> list[str]:
+    """The default's selection with averaged weights, against averages of others."""
+    rows = []
+    for summary in summaries:
+        losses = {arm.name: arm.losses for arm in summary.ranked}
+        rows += [[_name(summary), code(mine), code(other), wording.signed(found.mean),
+                  wording.interval(found), wording.verdict(found)]
+                 for mine, others in AVERAGES for other in others
+                 if mine in losses and other in losses
+                 for found in [compare_by_seed(losses[mine], losses[other])]]
+    if not rows:
+        return []
+    return ["## Against averages of weights", paragraph(
+        "Two arms of one name but for its beginning are annealed the same way, on the same number "
+        "of tokens; `stable-averaged` sees none after the checkpoint."),
+        table(["setting", "arm", "other arm", "arm - other", "interval", "the arm is"], rows,
+              left=[0, 1, 2, 5])]
+
+
 def _figures(difference: PairedDifference) -> list[str]:
     return [wording.signed(difference.mean), wording.interval(difference),
             wording.p_value(difference.p_holm), wording.verdict(difference)]
 
 
 def _of_setting(summary: ComparisonSummary) -> list[str]:
+    ordered = sorted(summary.arms, key=lambda arm: arm.name == CEILING)
     rows = [[code(arm.name), wording.loss(arm.mean_loss),
              *([""] * 4 if arm.name == summary.reference else _figures(arm.difference))]
-            for arm in summary.arms]
-    rows.append(["(before annealing)", wording.loss(summary.loss_before), *[""] * 4])
+            for arm in ordered]
+    rows.insert(len(rows) - (summary.arm(CEILING) is not None),
+                ["(before annealing)", wording.loss(summary.loss_before), *[""] * 4])
     sentences = [wording.setting_sentence(summary), wording.repetition_sentence(summary),
                  wording.missing_sentence(summary), wording.chance_sentence(summary),
                  wording.cost_sentence(summary)]
     return [f"## {_name(summary)}",
             paragraph(" ".join(sentence for sentence in sentences if sentence)),
             table(["arm", "mean test loss", f"arm - {code(summary.reference)}", "interval",
-                   "p (Holm)", "verdict"], rows, left=[0, 5]), _yardsticks(summary)]
+                   "p (Holm)", "verdict"], rows, left=[0, 5]), _yardsticks(summary),
+            table(["arm", "tokens", "choosing", "repeats (by chance)"],
+                  [[code(arm.name), *_tokens_and_repeats(arm)] for arm in ordered], left=[0])]
+
+
+def _tokens_and_repeats(arm: ArmSummary) -> list[str]:
+    """What the arm sees after the checkpoint; what choosing costs, as a share of that; how much of
+    the choice repeats, and by chance."""
+    return [wording.thousands(arm.cost.tokens), wording.percent(arm.cost.share_of_annealing),
+            wording.repeats(arm.repeats)]
 
 
 def _yardsticks(summary: ComparisonSummary) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
+from megatron_direct.comparison.repeats import Repeats
 from megatron_direct.comparison.statistics import BETTER, UNCLEAR, WORSE, PairedDifference
 from megatron_direct.comparison.summary import ComparisonSummary
 
@@ -45,6 +46,15 @@ def interval(difference: PairedDifference) -> str:
 
 def p_value(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}" if value >= 0.001 else "< 0.001"
+
+
+def thousands(count: int) -> str:
+    return f"{round(count / 1000):,} k" if count else "0"
+
+
+def repeats(found: Repeats | None) -> str:
+    """What repeats, and what would by chance."""
+    return "-" if found is None else f"{percent(found.samples)} ({percent(found.by_chance)})"
 
 
 def percent(share: float | None) -> str:

@@ -72,11 +72,13 @@ class Decay:
 
 
 def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
-          when_loaded: Callable[[], None] = lambda: None) -> None:
+          when_loaded: Callable[[], object] = lambda: None,
+          before_averaging: Callable[[], object] = lambda: None) -> None:
     """Trains ``chunks``, bare and without weights of any worth; all ranks call this.
 
     A run that was killed carries on from its newest checkpoint. when_loaded: called once the
-    weights of ``plan.start`` are in the chunks.
+    weights of ``plan.start`` are in the chunks; before_averaging: at the end, while the last
+    weights still are.
     """
     optimizer, batch, recipe = plan.job.optimizer, plan.job.batch, plan.recipe
     assert not (recipe.average and plan.save_interval), "a mean of states is not saved"
@@ -119,6 +121,7 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
             first_sequence=(iterations.start - 1 - segment.first_iteration)
             * batch.global_batch_size), iterations, plan.description, after_step)
     log.close()
+    before_averaging()
     if average is not None:
         average.write()
 

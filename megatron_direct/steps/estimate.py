@@ -131,11 +131,14 @@ def _estimate(site: Site, job: Job, asked: Asked, work: Workload) -> RunEstimate
     stages = [cost.start_stage(site)]
     if asked.pilot.pilot_iters:
         stages.append(trained("pilot", asked.pilot.pilot_iters))
-    stages += [cost.sketch_stage(site, asked.sketch, work),
+    share = asked.sketch.sketch_share
+    sketched = dataclasses.replace(work, candidates=share * work.candidates,
+                                   tokens=share * work.tokens)
+    stages += [cost.sketch_stage(site, asked.sketch, sketched),
                cost.curvature_stage(site, asked.curvature, asked.sketch, work),
-               cost.solve_stage(site, asked.selection, asked.sketch, work),
+               cost.solve_stage(site, asked.selection, asked.sketch, sketched),
                cost.mask_stage(site, work)]
     if asked.anneal_iters:
         stages.append(trained("anneal", asked.anneal_iters))
-    micro_batches = -(-int(work.candidates) // (asked.sketch.micro_batch_size * site.copies))
+    micro_batches = -(-int(sketched.candidates) // (asked.sketch.micro_batch_size * site.copies))
     return RunEstimate(tuple(stages), micro_batches, site.machine.host_memory)

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.gradients.store import SketchStore
 from megatron_direct.runtime import files, parallel
+from megatron_direct.selection.distilled import draw_share
 from megatron_direct.steps import curvature as curvature_step
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import SKETCHED_FISHER, CurvatureConfig
@@ -27,8 +28,8 @@ class MeasureSettings:
 
 @dataclass(frozen=True)
 class Measured:
-    """pool: every usable sample of it; valid: the validation samples that were drawn; sketches,
-    spectrum: digests of the keys of what was measured."""
+    """pool: the usable samples of it, or the share of them that is sketched; valid: the validation
+    samples that were drawn; sketches, spectrum: digests of the keys of what was measured."""
 
     store: SketchStore
     pool: Drawn
@@ -47,7 +48,9 @@ def measure(settings: MeasureSettings, onset: Onset, folder: Path) -> Measured:
     clock = _Clock(folder)
     point = gradient_point(settings.pilot, onset, folder, settings.sketch.seed)
     clock.stop("pilot")
-    pool = Drawn("pool", onset.pool, onset.pool.usable, onset.digests_of(onset.pool))
+    pool = Drawn("pool", onset.pool, draw_share(
+        onset.pool.usable, settings.sketch.sketch_share, settings.sketch.seed),
+        onset.digests_of(onset.pool))
     valid = Drawn("valid", onset.valid, sketch_step.draw(
         onset.valid.usable, settings.sketch.num_valid_samples, settings.sketch.seed),
         onset.digests_of(onset.valid))

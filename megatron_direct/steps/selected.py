@@ -16,6 +16,7 @@ from megatron_direct.errors import UserError
 from megatron_direct.runtime import files, parallel, typed_json
 from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.selection.auto import HowMany
+from megatron_direct.selection.distilled import Distilled
 from megatron_direct.selection.stability import Stability
 
 
@@ -100,7 +101,9 @@ class MeanLoss:
 class SelectionSummary:
     """``selection.json``. composition, mask_digests: by pool; not_finite: numbers of the samples
     that can never be selected; history: the solver's steps; how_many: why so many, None if the
-    number was given; stability: None where there was nothing to choose."""
+    number was given; stability: None where there was nothing to choose; distilled: None where all
+    samples have sketches. With it, costs, mean losses, how_many and stability are of those that
+    have."""
 
     objective: str
     num_select: int
@@ -120,6 +123,7 @@ class SelectionSummary:
     history: tuple[Any, ...] = ()
     how_many: HowMany | None = None
     stability: Stability | None = None
+    distilled: Distilled | None = None
 
     @classmethod
     def read(cls, folder: Path) -> SelectionSummary:
@@ -137,7 +141,8 @@ class SelectionSummary:
             corrupted = (f" (corrupted: {part.selected_corrupted} of {part.corrupted})"
                          if part.corrupted else "")
             lines.append(f"  {name}: {part.selected} of {part.samples}{corrupted}")
-        lines += [str(part) for part in (self.how_many, self.stability) if part is not None]
+        lines += [str(part) for part in (self.how_many, self.stability, self.distilled)
+                  if part is not None]
         return "\n".join(lines)
 
 

@@ -36,6 +36,10 @@ class SketchConfig(Settings):
                             at_least=2, at_most=1 << 24)
     sketch_dtype: str = flag("fp32", "number format of sketches on disk; bf16 takes half the space "
                              "and rounds each coordinate to 3 digits", choices=DTYPES)
+    sketch_share: float = flag(
+        1.0, "share of the pools' samples, drawn at random, that gradients are taken of; the "
+        "others are selected by features of their tokens (docs/selection.md)", above=0,
+        at_most=1)
     sketch_parameters: tuple = flag(
         (), "glob patterns of the parameters that are sketched; '!PATTERN' excludes some; "
         "default: all", nargs="+")

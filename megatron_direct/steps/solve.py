@@ -19,6 +19,7 @@ from megatron_direct.gradients.store import Sketches
 from megatron_direct.runtime import attendance, parallel
 from megatron_direct.runtime.manifest import Key
 from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
+from megatron_direct.selection.auto import worth_of
 from megatron_direct.selection.choice import Choice, choose
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
@@ -26,9 +27,11 @@ from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.quotas import state_quotas
 from megatron_direct.selection.share import Share
 from megatron_direct.selection.treatment import CostRange
+from megatron_direct.selection.worth import Worth
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature import CurvatureConfig
 from megatron_direct.steps.domains import Chosen, FoundGroups, find_domains, halves_of, write_blend
+from megatron_direct.steps.extend import SolvedShare, is_share, problem_of_share
 from megatron_direct.steps.measure import Measured
 from megatron_direct.steps.selected import (
     MeanLoss,
@@ -38,6 +41,7 @@ from megatron_direct.steps.selected import (
     masks_of,
     write_masks,
 )
+from megatron_direct.steps.sketch import SketchConfig
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class SelectionKey(Key):
     energy_share: float
     problem: SelectionConfig
     seed: int
+    sketch_share: float = 1.0
 
 
 def check_number(config: SelectionConfig, num_usable: int) -> None:
@@ -64,13 +69,14 @@ def check_number(config: SelectionConfig, num_usable: int) -> None:
 
 
 def selection_key(config: SelectionConfig, curvature: CurvatureConfig, measured: Measured,
-                  seed: int) -> SelectionKey:
+                  sketch: SketchConfig) -> SelectionKey:
     defaults = SelectionConfig()
     problem = dataclasses.replace(
         config, sketch_rows=defaults.sketch_rows,
         anneal_tokens=config.anneal_tokens if config.is_auto else defaults.anneal_tokens)
     return SelectionKey(tuple(measured.pool.digests), measured.sketches, measured.spectrum,
-                        curvature.num_eigenpairs, curvature.energy_share, problem, seed)
+                        curvature.num_eigenpairs, curvature.energy_share, problem, sketch.seed,
+                        sketch.sketch_share)
 
 
 def parse_quotas(texts: Sequence[str], names: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -150,17 +156,18 @@ def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, fold
     Raises UserError, on all ranks, if no K samples keep the budget and the quotas.
     """
     attendance.at("selection problem")
+    problem = problem_of_share(config, measured)
     if parallel.on_rank_zero(lambda: _is_spread(config, measured)):
         rank, size = parallel.rank_and_size()
         share = _Part(measured, sketch_step.read_sketches(
             measured.store, measured.pool, rank, size), parallel.sum_over_world, rank, size)
-        solved = _solve(config, share, seed)
-        parallel.on_rank_zero(lambda: _write(folder, _Run(config, measured, decode), solved))
+        solved = _solve(problem, share, seed)
+        parallel.on_rank_zero(lambda: _write(folder, _Run(config, measured, seed, decode), solved))
         return
 
     def alone() -> None:
         share = _Part(measured, sketch_step.read_sketches(measured.store, measured.pool))
-        _write(folder, _Run(config, measured, decode), _solve(config, share, seed))
+        _write(folder, _Run(config, measured, seed, decode), _solve(problem, share, seed))
 
     parallel.on_rank_zero(alone)
 
@@ -209,17 +216,20 @@ class _Run:
 
     config: SelectionConfig
     measured: Measured
+    seed: int
     decode: Callable[[np.ndarray], str] | None
 
 
 @dataclass(frozen=True)
 class _Solved:
-    """choice, domains: among the samples that are not of not_finite [.], their numbers."""
+    """choice, domains: among the samples that are not of not_finite [.], their numbers; worth: of
+    these, where the selection is to be extended to others."""
 
     choice: Choice
     not_finite: np.ndarray
     mean_loss: MeanLoss
     domains: FoundGroups
+    worth: Worth | None
 
 
 def _solve(config: SelectionConfig, here: _Part, seed: int) -> _Solved:
@@ -240,8 +250,9 @@ def _solve(config: SelectionConfig, here: _Part, seed: int) -> _Solved:
         lambda of_all: _mean_loss(of_all, choice.selection), part.losses[finite])
     valid = here.measured.valid
     counts = np.bincount(choice.selection.indices, minlength=num_finite)
+    worth = worth_of(config, evidence, seed) if is_share(here.measured) else None
     return _Solved(choice, not_finite, mean_loss, find_domains(
-        config, evidence, counts, halves_of(valid.samples, valid.numbers), seed))
+        config, evidence, counts, halves_of(valid.samples, valid.numbers), seed), worth)
 
 
 def _evidence(here: _Part, numbers: np.ndarray) -> Evidence:
@@ -275,19 +286,24 @@ def _write(folder: Path, run: _Run, solved: _Solved) -> None:
     samples, indices = pool.samples, solved.choice.selection.indices
     candidates = np.setdiff1d(pool.numbers, not_finite, assume_unique=True) \
         if len(not_finite) else pool.numbers
-    chosen = candidates[indices]
+    counts, domains = np.bincount(indices, minlength=len(candidates)), solved.domains
+    numbers, distilled = _in_numbers(run.config, solved.choice.selection, solved.choice.costs), None
+    if solved.worth is not None:
+        extended = SolvedShare(candidates, counts > 0, not_finite, solved.worth, domains).extend(
+            run.config, run.measured, run.seed)
+        candidates, counts, domains = extended.candidates, extended.counts, extended.domains
+        distilled = extended.distilled
+        numbers["num_select"] = distilled.num_select
+    chosen = np.repeat(candidates, counts)
     masks = masks_of(samples, pool.digests, chosen)
     summary = SelectionSummary(
-        **_in_numbers(run.config, solved.choice.selection, solved.choice.costs),
-        num_stiff=run.measured.directions.num_stiff,
+        **numbers, num_stiff=run.measured.directions.num_stiff,
         samples=SampleCounts(len(samples), samples.num_unusable, samples.cut.samples,
                              samples.cut.tokens, len(not_finite)),
         mean_loss=solved.mean_loss, composition=composition(samples, chosen),
         mask_digests=write_masks(folder, masks), not_finite=tuple(not_finite.tolist()),
-        how_many=solved.choice.how_many, stability=solved.choice.stability)
-    counts = np.bincount(indices, minlength=len(candidates))
+        how_many=solved.choice.how_many, stability=solved.choice.stability, distilled=distilled)
     made = write_blend(folder, Chosen(samples, candidates, counts, pool.digests,
-                                      run.measured.valid.samples.prefixes, run.decode),
-                       solved.domains)
+                                      run.measured.valid.samples.prefixes, run.decode), domains)
     summary.write(folder)
     parallel.say(f"{summary}\n{made}")

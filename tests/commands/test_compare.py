@@ -21,11 +21,15 @@ from megatron_direct.commands.anneal import AnnealRequest, anneal
 from megatron_direct.commands.compare import CompareRequest, compare
 from megatron_direct.commands.pretrain import PretrainConfig, PretrainRequest, pretrain
 from megatron_direct.commands.select import SelectRequest, select
+from megatron_direct.comparison import replicates
+from megatron_direct.comparison.mixtures import num_annealings
 from megatron_direct.config import BatchConfig, Given, OptimizerConfig
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
-from megatron_direct.mcore import checkpoint
+from megatron_direct.mcore import checkpoint, grid, model
 from megatron_direct.steps import selected
+from megatron_direct.steps.decay import set_losses
+from megatron_direct.steps.onset import OnsetConfig, open_onset
 
 ITERATIONS = 4
 MODEL = LEARNT.model
@@ -89,11 +93,9 @@ def _compare_where_an_arm_diverges(folder, name):
     def decay(*arguments, **keywords):
         raise FloatingPointError("the loss of iteration 3 is not finite")
 
-    compare_command.decay, kept = decay, compare_command.decay
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replicates, "decay", decay)
         _compare(folder, Layout(), name)
-    finally:
-        compare_command.decay = kept
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +187,9 @@ def test_carries_on_arm_by_arm_and_takes_more_arms_later(folder, run):
     assert (broken / "arms" / "random" / "2" / "result.json").stat().st_mtime_ns == untouched
     found = json.loads((broken / "comparison.json").read_text())
     assert {arm["name"] for arm in found["arms"]} == {*ARMS, "whole-pool"}
+    # A later call for one seed does not lose what there is of the other.
+    run_on_ranks(1, _compare, folder, Layout(), "broken", ARMS, 1)
+    assert json.loads((broken / "comparison.json").read_text())["arms"] == found["arms"]
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(dp=2)], ids=str)
@@ -258,14 +263,14 @@ def test_the_checkpoint_is_left_as_it_was(folder, digest_of_theta, run):
 
 def _noted_blends(folder, name):
     """Weights of the blends of a comparison of a dataset and of a mean of weights."""
-    noted, build = [], compare_command.blend.build_blend
+    noted, build = [], replicates.blend.build_blend
 
     def noting(blend, *arguments):
         noted.append(blend.weights)
         return build(blend, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_command.blend, "build_blend", noting)
+        patch.setattr(replicates.blend, "build_blend", noting)
         _compare(folder, Layout(), name, ("dataset:a", "random-constant-averaged"), 1, ("test",))
     return noted
 
@@ -282,3 +287,102 @@ def test_a_dataset_is_half_of_what_its_arm_sees(folder):
     assert len({arm["mean_loss"] for arm in found["arms"]}) == 3
     with pytest.raises(RankError, match="--arms dataset:c: no pool has this name. The pools are a"):
         run_on_ranks(1, _compare, folder, Layout(), "datasets", ("dataset:c",), 1, ("test",))
+
+
+def _stable_phase(folder, name):
+    """As theta, with a state of every third iteration beside it."""
+    pretrain(PretrainRequest(
+        PretrainConfig(data_path=(str(folder / "a"), str(folder / "b")), save=str(folder / name),
+                       train_iters=12, save_interval=3),
+        MODEL, Layout().config(), LEARNT.optimizer, LEARNT.batch))
+
+
+def _averages(folder, name, arms):
+    compare(flat_requests.make(
+        CompareRequest, Layout().config(), _given(),
+        **{**_onset(folder, name), "load": str(folder / "stable"), "at": "merged",
+           "merge_last": 3, "pilot_iters": 0},
+        micro_batch_size=2, test_data_path=(str(folder / "test"),), arms=arms, num_seeds=1,
+        lr_wsd_decay_iters=8))
+
+
+def _losses_of_the_mean(folder):
+    """By plain arithmetic on the parameters of three loaded models."""
+    onset = open_onset(OnsetConfig(
+        load=str(folder / "stable"), data_path=(str(folder / "a"),),
+        valid_data_path=(str(folder / "valid"),), run_dir="unused"), Layout().config(), _given())
+    with grid.model_parallel(onset.job.layout, onset.job.num_model_chunks):
+        chunks, states = model.build(onset.job), []
+        for iteration in (6, 9, 12):
+            checkpoint.load_model(folder / "stable" / f"iter_{iteration:07d}", chunks)
+            states.append([p.detach().clone() for p in chunks[0].parameters()])
+        for parameter, *values in zip(chunks[0].parameters(), *states, strict=True):
+            parameter.data.copy_(sum(values) / 3)
+        return set_losses(chunks, onset.job.model, onset.job.batch,
+                          test=(str(folder / "test"),))["test"]
+
+
+def test_averages_of_the_stable_phase_and_of_one_annealing(folder, run):
+    """The first is the mean of its states, and sees no token; the others share an annealing, and
+    are what they are when each is annealed alone."""
+    run_on_ranks(1, _stable_phase, folder, "stable")
+    run_on_ranks(1, _averages, folder, "averages",
+                 ("random", "random-averaged", "stable-averaged"))
+    found = {arm: _losses(folder / "averages", arm, 1)
+             for arm in ("random", "random-averaged", "stable-averaged")}
+    # Sums in float64 against float32.
+    assert found["stable-averaged"] == pytest.approx(
+        run_on_ranks(1, _losses_of_the_mean, folder)[0], rel=1e-5)
+    arms = {arm["name"]: arm
+            for arm in json.loads((folder / "averages" / "comparison.json").read_text())["arms"]}
+    assert arms["stable-averaged"]["cost"]["tokens"] == 0
+    assert arms["random"]["cost"]["tokens"] == 8 * 8 * MODEL.seq_length
+    assert [len(arm["curve"]["mean"]) for arm in (arms["random"], arms["random-averaged"])] == \
+        [8, 8]
+    assert found["random"] != found["random-averaged"]
+    for alone in ("random", "random-averaged"):
+        name = f"alone-{alone}"
+        shutil.copytree(folder / "averages", folder / name)
+        shutil.rmtree(folder / name / "arms" / alone)
+        run_on_ranks(1, _averages, folder, name, (alone,))
+        assert _losses(folder / name, alone, 1) == found[alone]
+
+
+def test_an_average_of_one_state_is_refused(folder):
+    with pytest.raises(RankError, match="--arms stable-averaged: an average needs at least two"):
+        run_on_ranks(1, _compare, folder, Layout(), "refused", ("random", "stable-averaged"))
+
+
+def _trials(folder, name):
+    return json.loads((folder / name / "ceiling" / "trials.json").read_text())
+
+
+def test_the_ceiling_is_searched_once_and_carried_on(folder, run):
+    """It begins with the pool and the default's choice, and ends the same after a kill."""
+    shutil.copytree(run, folder / "ceiling")
+    run_on_ranks(1, _compare, folder, Layout(), "ceiling", ("ceiling",))
+    trials = _trials(folder, "ceiling")
+    with np.load(folder / "ceiling" / "ceiling" / "groups.npz") as arrays:
+        groups, labels = arrays["groups"], arrays["labels"]
+    assert len(trials) == num_annealings(groups.max() + 1, 2, 2)
+    totals = np.bincount(groups, labels)
+    assert trials[0]["mixture"] == pytest.approx(totals / totals.sum())
+    best = min(trials, key=lambda trial: trial["loss"])["mixture"]
+    for seed in (1, 2):
+        chosen = np.load(folder / "ceiling" / "arms" / "ceiling" / str(seed) / "chosen.npy")
+        taken = np.bincount(groups[chosen], labels[chosen], len(best))
+        # To half of a sample for each group, of at most 15 tokens.
+        assert taken / taken.sum() == pytest.approx(best, abs=8 / taken.sum() * len(best))
+    found = {arm["name"]: arm for arm in json.loads(
+        (folder / "ceiling" / "comparison.json").read_text())["arms"]}
+    tokens = ITERATIONS * 8 * MODEL.seq_length
+    assert found["ceiling"]["cost"]["share_of_annealing"] == pytest.approx(len(trials))
+    assert found["ceiling"]["cost"]["tokens"] == tokens
+
+    killed = folder / "ceiling-killed"
+    shutil.copytree(folder / "ceiling", killed)
+    (killed / "ceiling" / "trials.json").write_text(json.dumps(trials[:5]))
+    shutil.rmtree(killed / "arms" / "ceiling")
+    run_on_ranks(1, _compare, folder, Layout(), "ceiling-killed", ("ceiling",))
+    assert _trials(folder, "ceiling-killed") == trials
+    assert _losses(killed, "ceiling", 2) == _losses(folder / "ceiling", "ceiling", 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
@@ -78,8 +77,11 @@ def test_features_are_of_ngrams_alone_and_spread_evenly():
 
 def test_averaged_arms_select_as_those_that_they_are_named_after():
     for name in ("random", "whole-pool", "direct"):
-        for suffix in ("averaged", "constant-averaged"):
+        for suffix, final in (("averaged", None), ("constant-averaged", 1.0),
+                              ("moderate-averaged", 0.3)):
             arm = REGISTRY[f"{name}-{suffix}"]
-            assert arm.needs == REGISTRY[name].needs and arm.recipe.average > 0
-            assert (arm.recipe.final == 1.0) == (suffix == "constant-averaged")
-            assert dataclasses.replace(REGISTRY[name].recipe) == type(arm.recipe)()
+            assert (arm.of, arm.needs) == (name, REGISTRY[name].needs)
+            assert arm.choose is REGISTRY[name].choose
+            assert arm.recipe.average > 0 and arm.recipe.final == final
+            assert REGISTRY[name].recipe == type(arm.recipe)()
+    assert REGISTRY["stable-averaged"].recipe is None

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from synthetic_run import write_run
 
+from megatron_direct.comparison.repeats import Repeats
 from megatron_direct.comparison.summarise import summarise
 from megatron_direct.reports.markdown import results
 
@@ -141,9 +142,38 @@ def test_text_of_users_is_shown_and_not_interpreted(summaries):
     tables = [line for line in prose.splitlines() if line.startswith("|")]
     assert any("script" in line for line in tables)
     widths = {len(re.split(r"(?<!\\)\|", line)) for line in tables}
-    assert widths == {4, 8}  # of the tables' two and six columns, with what is outside the edges
+    # Of the tables' two, four and six columns, with what is outside the edges.
+    assert widths == {4, 6, 8}
     assert not any(line.startswith(("- y", "```", "rm ")) for line in prose.splitlines())
     # The command's comment is one line, and its quoted name ends before the block does.
     assert block.splitlines()[0].startswith("# <script>") and block.endswith("\n````\n")
     words = shlex.split(block[block.index("megatron-direct"): block.rindex("````")])
     assert hostile in words
+
+
+def test_averages_are_compared_with_averages(tmp_path):
+    arms = {"random": (0.0, 0.0, 0.0), "random-averaged": (0.1, 0.01, 0.0),
+            "stable-averaged": (0.2, 0.01, 0.0), "direct-averaged": (0.5, 0.01, 1.3)}
+    summary = summarise(write_run(tmp_path / "run", arms, default="direct-averaged"))
+    text = results([replace(summary, arms=tuple(
+        replace(arm, repeats=Repeats(0.618, 0.25)) if arm.name == "direct-averaged" else arm
+        for arm in summary.arms))])
+    losses = {arm.name: arm.losses for arm in summary.arms}
+    for other in ("random-averaged", "stable-averaged"):
+        mean = sum(losses["direct-averaged"][seed] - loss for seed, loss in losses[other].items())
+        row = _row(text, "quarter corrupted", "`direct-averaged`", f"`{other}`")
+        assert row[3] == f"{mean / 5:+.4f}" and row[5] == "better"
+    assert "`whole-pool-averaged`" not in text
+    # Of 60 x 16 x 256 tokens of annealing; choosing costs 1.3 passes over the pool.
+    share = 1.3 * summary.pool.candidates.tokens / (60 * 16 * 256)
+    assert _row(text, "`direct-averaged`", "246 k")[2:] == [f"{share:.0%}".replace("%", " %"),
+                                                            "62 % (25 %)"]
+
+
+def test_the_ceiling_is_the_last_line_and_what_share_of_it_the_default_has(tmp_path):
+    arms = {**ARMS, "ceiling": (0.8, 0.01, 5.0)}
+    text = results([summarise(write_run(tmp_path / "run", arms, default="descent", name="one"))])
+    for table in text.split("\n\n"):
+        if "`ceiling`" in table and table.startswith("| arm"):
+            assert table.splitlines()[-1].startswith("| `ceiling`")
+    assert re.search(r"`descent` has (4[89]|5[012]) % of its gain", _prose(text))

@@ -19,7 +19,7 @@ from megatron_direct.comparison.summary import (
 )
 from megatron_direct.reports import wording
 
-COST = Cost(1.4, 0.25, 0.75, 0.4)
+COST = Cost(9, 1.4, 0.25, 0.75, 0.4)
 QUANTILES = (1.0, 2.0, 3.0, 4.0, 5.0)
 SELECTED = SampleStatistics(450, 1000.0, 0.0, 3.0, QUANTILES, QUANTILES)
 
@@ -31,7 +31,7 @@ def _summary(losses: dict[str, dict[int, float]], cost: Cost = COST) -> Comparis
         mean_loss=sum(of_arm.values()) / len(of_arm), tests={},
         difference=compare_by_seed(of_arm, losses["random"]), test_differences={},
         composition={}, selected=dataclasses.replace(SELECTED, tokens=1000.0 * (1 + place)),
-        problem={}, overlap_between_seeds=None, curve=None, cost=cost)
+        problem={}, overlap_between_seeds=None, repeats=None, curve=None, cost=cost)
         for place, (name, of_arm) in enumerate(losses.items()))
     setting = SettingSummary("x", 450, 1800, 238_000, 30, 3000, (1, 2, 3), (), (), (), "random",
                              "direct", dict.fromkeys(losses, ""), {}, None, {})
@@ -94,12 +94,12 @@ def test_what_chance_does():
 
 
 @pytest.mark.parametrize(("losses", "cost", "words"), [
-    (BETTER, Cost(1.4, 0.25, 0.75, 0.4), "That pays off if direct reaches the loss of random on "
+    (BETTER, Cost(9, 1.4, 0.25, 0.75, 0.4), "That pays off if direct reaches the loss of random on "
      "75 % of the annealing's tokens, which was not measured; if each further token brings less "
      "than the one before, it needs at most 40 %."),
-    (BETTER, Cost(1.4, 0.25, 0.75, None), "tokens, which was not measured."),
-    (WORSE, Cost(1.4, 0.25, 0.75, None), "tokens; it does not reach it on all of them."),
-    (BETTER, Cost(1.4, 1.5, 0.0, 0.4), "150 % of the annealing itself. The annealing here is so "
+    (BETTER, Cost(9, 1.4, 0.25, 0.75, None), "tokens, which was not measured."),
+    (WORSE, Cost(9, 1.4, 0.25, 0.75, None), "tokens; it does not reach it on all of them."),
+    (BETTER, Cost(9, 1.4, 1.5, 0.0, 0.4), "150 % of the annealing itself. The annealing here is so "
      "short that no saving of its tokens would pay for that.")])
 def test_what_selecting_costs(losses, cost, words):
     sentence = wording.cost_sentence(_summary({"random": RANDOM, "direct": losses}, cost))
@@ -108,7 +108,7 @@ def test_what_selecting_costs(losses, cost, words):
 
 
 def test_nothing_is_said_of_a_cost_that_is_not_known():
-    summary = _summary({"random": RANDOM, "direct": BETTER}, Cost(None, None, None, None))
+    summary = _summary({"random": RANDOM, "direct": BETTER}, Cost(9, None, None, None, None))
     assert wording.cost_sentence(summary) == ""
 
 

@@ -1,0 +1,87 @@
+"""What a sample's tokens alone tell of it: no model is asked.
+
+Features of n tokens: its length; how many of them are different; how usual its unigrams and bigrams
+are in the pool, and how much more usual its bigrams than its unigrams would make them, which tells
+text from shuffled text; how much more usual they are in the validation set than in the pool; its
+dataset; and the shares of its unigrams and bigrams that are hashed to each of 256 buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_direct.data.samples import Samples
+
+# Samples of the pool, and of the validation set, by which the usual is known.
+_REFERENCE = 20_000
+_BUCKETS = 1 << 18  # of counts: a few times the bigrams that so many samples hold
+_HASHED = 256
+# Odd constants of splitmix64 and of Knuth: they spread small integers over 64 bits.
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+_SECOND = np.uint64(0xBF58476D1CE4E5B9)
+
+
+def ngram_hashes(tokens: np.ndarray) -> np.ndarray:
+    """[2 n - 1] 44 well mixed bits of each unigram and then of each bigram of n tokens."""
+    words = tokens.astype(np.uint64) + np.uint64(1)
+    with np.errstate(over="ignore"):
+        single = words * _MIX
+        double = (single[:-1] ^ (single[:-1] >> np.uint64(29))) * _SECOND + words[1:] * _MIX
+        mixed = np.concatenate([single, double])
+        mixed = (mixed ^ (mixed >> np.uint64(32))) * _SECOND
+    return mixed >> np.uint64(20)
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """Some samples of a set, by number."""
+
+    samples: Samples
+    numbers: np.ndarray
+
+    def hashes(self) -> Iterator[tuple[np.ndarray, int]]:
+        """(hashes, n) of each sample."""
+        for number in self.numbers:
+            tokens = self.samples.tokens(int(number))
+            yield ngram_hashes(tokens), len(tokens)
+
+    def some(self, count: int, seed: int) -> TokenSource:
+        if len(self.numbers) <= count:
+            return self
+        return TokenSource(self.samples, np.sort(
+            np.random.default_rng(seed).choice(self.numbers, count, replace=False)))
+
+
+def token_features(pool: TokenSource, valid: TokenSource, seed: int) -> np.ndarray:
+    """[N, F] float32 of the pool's samples; what is usual is counted in some of them."""
+    single, double = _log_shares(pool.some(_REFERENCE, seed))
+    likeness = [of_valid - of_pool for of_valid, of_pool in zip(
+        _log_shares(valid.some(_REFERENCE, seed)), (single, double), strict=True)]
+    datasets = pool.samples.dataset_of(pool.numbers)
+    found = np.zeros((len(pool.numbers), 6 + len(pool.samples.prefixes) + _HASHED), np.float32)
+    for row, (hashes, count), dataset in zip(found, pool.hashes(), datasets, strict=True):
+        buckets = hashes % np.uint64(_BUCKETS)
+        one, two = buckets[:count], buckets[count:]
+        usual = single[one]
+        row[:6] = (np.log(count), len(np.unique(one)) / count, usual.mean(), double[two].mean(),
+                   (double[two] - usual[:-1] - usual[1:]).mean(),
+                   np.concatenate([likeness[0][one], likeness[1][two]]).mean())
+        row[6 + dataset] = 1
+        row[-_HASHED:] = np.sqrt(np.bincount(
+            (hashes % np.uint64(_HASHED)).astype(np.int64), minlength=_HASHED) / len(hashes))
+    return found
+
+
+def _log_shares(source: TokenSource) -> tuple[np.ndarray, np.ndarray]:
+    """[buckets] each: log share of the unigrams, and of the bigrams, counted once more than they
+    occur."""
+    counts = np.ones((2, _BUCKETS))
+    for hashes, count in source.hashes():
+        buckets = (hashes % np.uint64(_BUCKETS)).astype(np.int64)
+        for part, here in zip(counts, (buckets[:count], buckets[count:]), strict=True):
+            np.add.at(part, here, 1)
+    single, double = np.log(counts / counts.sum(1, keepdims=True))
+    return single, double
