@@ -126,6 +126,7 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     """As open_checkpoint, on one rank."""
     found = latest(folder) or Path(folder)
+    integrity.verify_files(found, [FORMAT_FILE])  # without which it would seem another format
     require_readable(found)
     common = _common_state(found)
     args = common.get("args")
@@ -137,8 +138,7 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 
 def _common_state(checkpoint: Path) -> dict:
     """Unpickled by torch, which is why its files are verified first."""
-    for name in compat.COMMON_STATE_FILES:
-        integrity.verify_file(checkpoint, name)
+    integrity.verify_files(checkpoint, compat.common_state_files(checkpoint))
     try:
         return compat.load_common_state(checkpoint)
     except pickle.UnpicklingError as error:
