@@ -93,7 +93,7 @@ TEST_PROCESSES ?= 2
 PYTEST := -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m $(QUICK) $(TESTS)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import itertools
 import os
 import pickle
 import re
@@ -126,6 +127,8 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     """As open_checkpoint, on one rank."""
     found = latest(folder) or Path(folder)
+    # Without one of these files it would seem to be of another format, or version.
+    integrity.verify_files(found, itertools.chain([FORMAT_FILE], compat.common_state_files(found)))
     require_readable(found)
     common = _common_state(found)
     args = common.get("args")
@@ -136,9 +139,7 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 
 
 def _common_state(checkpoint: Path) -> dict:
-    """Unpickled by torch, which is why its files are verified first."""
-    for name in compat.COMMON_STATE_FILES:
-        integrity.verify_file(checkpoint, name)
+    """Unpickled by torch, which is why its files have to be verified first."""
     try:
         return compat.load_common_state(checkpoint)
     except pickle.UnpicklingError as error:

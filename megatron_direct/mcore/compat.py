@@ -25,8 +25,7 @@ from megatron_direct.errors import UserError
 from megatron_direct.runtime import watch
 
 _COMMON_FILE = "common.pt"
-# What load_common_state reads: since 0.19 the state itself is in a file that .metadata names.
-COMMON_STATE_FILES = (_COMMON_FILE, ".metadata")
+_METADATA_FILE = ".metadata"
 
 # Loggers that tell users of this package what only its authors can change: that GPTModel, and a
 # checkpoint's common.pt, will be dropped some day (both since 0.19).
@@ -177,6 +176,20 @@ def can_read_common_state(checkpoint: Path) -> bool:
             or "common_strategy" not in inspect.signature(dist_checkpointing.load).parameters)
 
 
+def common_state_files(checkpoint: Path) -> Iterator[str]:
+    """Names of what load_common_state reads, each before anything of it is read here.
+
+    Since 0.19 the state itself is in a file of tensors, which ``.metadata`` names.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+
+    yield from (_COMMON_FILE, _METADATA_FILE)
+    if not (checkpoint / _COMMON_FILE).is_file():
+        stored = FileSystemReader(checkpoint).read_metadata().storage_data
+        yield from {place.relative_path for entry, place in stored.items()
+                    if entry.fqn.startswith("common_state/")}
+
+
 def load_common_state(checkpoint: Path) -> dict[str, Any]:
     """All that is not a tensor of the model or the optimizer; no other rank need call this."""
     from megatron.core import dist_checkpointing
@@ -201,6 +214,30 @@ def load_sharded_objects(checkpoint: Path) -> dict[str, Any]:
     with _without_deprecations():
         found = load_sharded_metadata(str(checkpoint))
     return {name: entry for name, entry in found.items() if isinstance(entry, ShardedObject)}
+
+
+# What tells groups of an optimizer's parameters apart, and, since 0.19, their schedule too.
+_KIND_OF_GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+_SCHEDULE_OF_GROUP = ("max_lr", "min_lr", "start_wd", "end_wd")
+
+
+def take_schedules(groups: list[dict], stored: list[dict]) -> None:
+    """An optimizer's groups of parameters take the rates that a checkpoint's were saved with.
+
+    While it loads a checkpoint Megatron gives them these rates anyway; but since 0.19 it looks for
+    groups by them, too, and no checkpoint could go on with a rate of another.
+    """
+    def kind(group: dict) -> list:
+        return [group.get(key, group.get(f"pre_{key}")) for key in _KIND_OF_GROUP]
+
+    schedules = [(kind(group), {key: group[key] for key in _SCHEDULE_OF_GROUP if key in group})
+                 for group in stored]
+    for group in groups:
+        for of_kind, schedule in schedules:
+            if of_kind == kind(group):
+                for key in _SCHEDULE_OF_GROUP:
+                    group.pop(key, None)
+                group.update(schedule)
 
 
 @functools.cache

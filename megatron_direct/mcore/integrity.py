@@ -10,6 +10,7 @@ Ranks share the files of a checkpoint among them, so that hashing takes about as
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_direct.errors import UserError
@@ -47,11 +48,15 @@ def verify(checkpoint: Path) -> None:
     parallel.on_rank_zero(lambda: _verified.add(_stamps(checkpoint)))
 
 
-def verify_file(checkpoint: Path, name: str) -> None:
-    """Raises UserError if this one file is not as it was written; on one rank."""
-    expected = _expected(checkpoint).get(name)
-    if expected is not None and _is_wrong(checkpoint / name, expected):
-        raise _damaged(checkpoint, [name])
+def verify_files(checkpoint: Path, names: Iterable[str]) -> None:
+    """Raises UserError for the first of these files that is not as it was written; on one rank.
+
+    A name is asked for once the file before it has been verified.
+    """
+    expected = _expected(checkpoint)
+    for name in names if expected else ():
+        if name in expected and _is_wrong(checkpoint / name, expected[name]):
+            raise _damaged(checkpoint, [name])
 
 
 def _not_yet_verified(checkpoint: Path) -> dict[str, str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from megatron_direct.mcore import compat
+
 
 def _parts(optimizer) -> list:
     return getattr(optimizer, "chained_optimizers", [optimizer])
@@ -37,6 +39,8 @@ def load(optimizer, loaded: dict) -> None:
                            [loaded[key] for key in sorted(loaded)], strict=True):
         tensors = state.pop("param_state") if _torch_adam_states(part) and \
             "param_state" in state else None
+        compat.take_schedules(part.optimizer.param_groups,
+                              state.get("optimizer", state)["param_groups"])
         part.load_state_dict(state)
         states = _torch_adam_states(part)
         steps = [s.pop("step").clone() for s in states]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.bridge.data import utils
+from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import GPTDatasetConfig
 from torch.utils.data import Dataset
 
@@ -130,3 +131,24 @@ def _come_first() -> None:
 
 
 _come_first()
+
+
+class AnnealingRates(Callback):
+    """The learning rates of the annealing, from its first iteration on, for ``pretrain``.
+
+    start: left out, as the checkpoint has it. A checkpoint's groups of parameters bring the rates
+    that they were trained with, which the schedule prefers to the config's; since megatron-core
+    0.19 its optimizer also finds them by these rates. So config.optimizer has to have the rates of
+    the checkpoint that is loaded, and others can be set only then.
+    """
+
+    def __init__(self, *, start: float | None = None, end: float = 0.0):
+        self.start, self.end = start, end
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        assert context.optimizer is not None and context.scheduler is not None
+        for group in context.optimizer.param_groups:
+            group["min_lr"] = self.end
+            if self.start is not None:
+                group["max_lr"] = self.start
+        context.scheduler.step(0)  # the rate of the first iteration was computed on loading

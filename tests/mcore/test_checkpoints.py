@@ -80,6 +80,10 @@ def test_a_damaged_file_is_named_with_an_older_checkpoint(bare, tmp_path, layout
         with pytest.raises(RankError, match=match):
             on_layout(layout, _load_bare, LLAMA, folder)
         (newest / name).write_bytes(whole)
+    (newest / "metadata.json").rename(tmp_path / "metadata.json")  # then it looks like torch's own
+    with pytest.raises(RankError, match="metadata.json is damaged"):
+        on_layout(layout, _load_bare, LLAMA, folder)
+    (tmp_path / "metadata.json").rename(newest / "metadata.json")
     on_layout(layout, _load_bare, LLAMA, folder)
     (newest / integrity.MANIFEST).write_text('{"algorithm": "sha256", "files": []}')
     with pytest.raises(RankError, match="integrity.json is damaged"):
@@ -117,6 +121,8 @@ def test_the_digest_is_of_the_files(bare, tmp_path):
     before = checkpoint.read_checkpoint(bare).digest
     assert checkpoint.read_checkpoint(bare / "iter_0000007").digest == before
     on_layout(Layout(), _save_bare, LLAMA, str(tmp_path))
+    (tmp_path / "iter_0000007" / integrity.MANIFEST).unlink()
+    before = checkpoint.read_checkpoint(tmp_path).digest
     file = next((tmp_path / "iter_0000007").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     assert checkpoint.read_checkpoint(tmp_path).digest != before

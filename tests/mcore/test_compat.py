@@ -187,3 +187,15 @@ def test_what_building_changes_is_put_back():
         assert multi_latent_attention.HAVE_TE is transformer_engine.HAVE_TE
         raise RuntimeError("inside")
     assert multi_latent_attention.HAVE_TE is before
+
+
+def test_groups_of_parameters_take_the_schedule_of_those_of_their_kind():
+    """Whose rates a checkpoint has, and Megatron finds them by since 0.19."""
+    def group(wd_mult, **schedule):
+        return {"params": [wd_mult], "wd_mult": wd_mult, "lr_mult": 1.0, **schedule}
+
+    groups = [group(0.0, max_lr=1.0, min_lr=0.1), group(1.0, max_lr=1.0, min_lr=0.1)]
+    compat.take_schedules(groups, [
+        group(1.0, max_lr=2.0, min_lr=0.0, start_wd=0.5, is_expert_parallel=None),
+        {"pre_wd_mult": 0.0, "pre_lr_mult": 1.0, "min_lr": 0.3, "lr": 9.0}])
+    assert groups == [group(0.0, min_lr=0.3), group(1.0, max_lr=2.0, min_lr=0.0, start_wd=0.5)]

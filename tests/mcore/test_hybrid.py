@@ -113,7 +113,7 @@ def _tensors(layer) -> dict[str, tuple]:
     built = [tensor for entry in state.values() for tensor in (
         entry.build() if isinstance(entry, ShardedTensorFactory) else [entry])]
     return {t.key: (t.global_shape, t.global_offset, t.local_shape) for t in built
-            if hasattr(t, "global_shape")}
+            if hasattr(t, "local_shape")}
 
 
 class _GatedNorm(torch.nn.Module):
@@ -133,14 +133,15 @@ class _GatedNorm(torch.nn.Module):
 def _both_mixers(model, layout):
     """(shards of each tensor of Megatron's mixer, of ours)."""
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.ssm import mamba_mixer
+    from megatron.core.ssm import mamba_context_parallel, mamba_mixer
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
     chunk, = models.build(Job(model, layout))
     ours = chunk.decoder.layers[0].mixer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mamba_mixer, "HAVE_MAMBA_SSM", True)
-        patch.setattr(mamba_mixer, "HAVE_EINOPS", True)
+        for module in (mamba_mixer, mamba_context_parallel):
+            patch.setattr(module, "HAVE_EINOPS", True)
         patch.setattr(mamba_mixer, "ExtendedRMSNorm", _GatedNorm)
         theirs = mamba_mixer.MambaMixer(
             chunk.config, mamba_mixer.MambaMixerSubmodules(ColumnParallelLinear, RowParallelLinear),
@@ -153,7 +154,7 @@ def _both_mixers(model, layout):
 def test_a_mixer_has_the_tensors_of_megatrons(layout):
     pytest.importorskip("triton", reason="Megatron's mixer imports triton")
     for theirs, ours in on_layout(layout, _both_mixers, NEMOTRON_H):
-        assert len(theirs) == 14
+        assert len(theirs) == 16
         assert ours == theirs
 
 

@@ -44,7 +44,8 @@ class _Anything:
 
 def stub_missing_packages() -> None:
     """Imported by Megatron-LM without a condition, and used for nothing that GPT training does."""
-    sys.modules.setdefault("six", types.ModuleType("six"))
+    if importlib.util.find_spec("six") is None:
+        sys.modules["six"] = types.ModuleType("six")
     if importlib.util.find_spec("triton") is not None:
         return
     kernels = types.ModuleType("batch_invariant_kernels")

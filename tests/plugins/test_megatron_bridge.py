@@ -6,6 +6,7 @@ Where megatron-bridge is installed (0.6.2; CONTRIBUTING.md says how); nothing he
 from __future__ import annotations
 
 import re
+import types
 from pathlib import Path
 
 import bridge_on_cpu
@@ -189,11 +190,15 @@ def _anneal_by_the_recipe(folder: Path):
 
     config._calculate_scheduler_steps()
     config.scheduler.finalize()
-    group = {"lr": 0.0, "weight_decay": 0.0, "params": []}
-    scheduler = _get_scheduler(config.optimizer, config.scheduler,
-                               type("Optimizer", (), {"param_groups": [group]})())
+    # As a checkpoint brings it, with the rates of the pre-training.
+    group = {"lr": 0.0, "weight_decay": 0.0, "params": [], "max_lr": 3e-4, "min_lr": 3e-5}
+    assert config.optimizer.lr == 3e-4 and config.optimizer.min_lr == 3e-5  # by which it is found
+    optimizer = types.SimpleNamespace(param_groups=[group])
+    scheduler = _get_scheduler(config.optimizer, config.scheduler, optimizer)
     rates = []
     scheduler.step(increment=ONSET)
+    recipe["AnnealingRates"](end=0.0).on_train_start(
+        types.SimpleNamespace(optimizer=optimizer, scheduler=scheduler))
     for _ in range(5):
         rates.append(group["lr"] / config.optimizer.lr)
         scheduler.step(increment=BATCH)
