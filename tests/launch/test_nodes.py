@@ -127,7 +127,8 @@ def test_a_link_that_is_cut_in_mid_sketch_is_reported_and_the_run_resumes(
         two_hosts[0].link("down")
         end = time.monotonic() + SECONDS_TO_REPORT
         # On both nodes. torchrun's own agent beyond the link waits for its store longer.
-        expected_words = ("given no sign of life", "lost the launcher's store")
+        # These nodes share their kernel: that rank 3 has left may be seen before it is silent.
+        expected_words = ("error: rank 3 (process ", "lost the launcher's store")
         while not all(words in each.output() for each, words in zip(
                 started, expected_words, strict=True)):
             assert time.monotonic() < end, [each.output() for each in started]
