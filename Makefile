@@ -120,7 +120,8 @@ test-nodes: $(READY)
 test-image: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[cluster]"
 	$(BIN)/python -m pytest tests/launch/test_pytorchjob.py tests/tools/test_try_dockerfile.py
-	$(BIN)/python tools/try_dockerfile.py --folder $(BUILD)/image $(FLAGS)
+	$(BIN)/python tools/try_dockerfile.py --folder $(BUILD)/image \
+		--build-arg CORE=$(CORE) --build-arg CONSTRAINTS=$(CONSTRAINTS) $(FLAGS)
 
 # Kills, full disks, lost ranks (docs/faults.md); resumes, and prints a table. About FAULT_MINUTES.
 FAULT_MINUTES ?= 25

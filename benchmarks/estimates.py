@@ -2,8 +2,10 @@
 
     python benchmarks/estimates.py [--only 0 2] [--folder build/estimates]
 
-Each configuration is estimated under torchrun, by a pass that is measured, and then run; memory is
-the largest resident size of any rank, time the wall clock from the start of its processes.
+Each configuration is estimated under torchrun, by a pass that is measured, and then run. Memory is
+the largest resident size of any rank. Time is what the busiest rank worked, in processor time from
+the start of its process, which other work on the machine does not change, against the estimate
+without what it waits; the clock of both is shown beside it, and means something on free cores.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from megatron_direct.data import indexed
 
@@ -75,17 +78,17 @@ def compare(configuration: Configuration, folder: Path) -> None:
              "--pilot-iters", "0", *configuration.flags.split()]
     _torchrun(configuration.ranks, __file__, "estimate", str(folder / "estimate.json"), *asked,
               "--measured-file", str(folder / "measured.json"))
-    begun = time.perf_counter()
     _torchrun(configuration.ranks, __file__, "run", str(folder / "run.json"), *asked,
               "--run-dir", str(folder / "run"))
-    taken = time.perf_counter() - begun
     found, run = (json.loads((folder / name).read_text())
                   for name in ("estimate.json", "run.json"))
     print(f"{configuration.ranks} ranks, {configuration.model} {configuration.layout} "
-          f"{configuration.flags}: estimated {found['seconds']:.0f} s, took {taken:.0f} s: "
-          f"{found['seconds'] / taken:.2f}; {found['bytes'] / 1e9:.2f} GB, "
-          f"{run['bytes'] / 1e9:.2f} GB: {found['bytes'] / run['bytes']:.2f}")
-    print(f"    by stage: {found['stages']}; {run['seconds']}", flush=True)
+          f"{configuration.flags}")
+    for what, unit, size in (("worked", "s", 1), ("clock", "s", 1), ("bytes", "GB", 1e9)):
+        estimated, measured = found[what] / size, run[what] / size
+        print(f"    {what}: estimated {estimated:.2f} {unit}, measured {measured:.2f}: "
+              f"{estimated / measured:.2f}")
+    print(f"    by stage: {found['stages']}; {run['stages']}", flush=True)
 
 
 def on_a_rank(what: str, output: str, arguments: list[str]) -> None:
@@ -101,13 +104,17 @@ def on_a_rank(what: str, output: str, arguments: list[str]) -> None:
         parsed = cli.make_parser([command]).parse_args([command, *extra, *arguments])
         if what == "estimate":
             found, *_ = plan.estimated(request_from(plan.PlanRequest, parsed))
-            told = {"seconds": found.seconds, "bytes": found.device_bytes, "stages": {
-                stage.name: round(stage.seconds, 1) for stage in found.stages}}
+            told = {"worked": sum(stage.worked for stage in found.stages), "clock": found.seconds,
+                    "bytes": found.device_bytes, "stages": {
+                        stage.name: (round(stage.worked, 1), round(stage.device_bytes / 1e9, 2))
+                        for stage in found.stages}}
         else:
             cli.call(parsed)
-            peaks = parallel.gather_objects(memory.resident_bytes("VmHWM"))
-            told = {"bytes": max(peaks), "seconds": files.read_json(
-                Path(parsed.run_dir) / "seconds.json")}
+            worked, peaks = zip(*parallel.gather_objects(
+                (time.process_time(), memory.resident_bytes("VmHWM"))), strict=True)
+            told = {"worked": max(worked), "bytes": max(peaks),
+                    "clock": time.time() - psutil.Process().create_time(),
+                    "stages": files.read_json(Path(parsed.run_dir) / "seconds.json")}
         parallel.on_rank_zero(lambda: files.write_json(output, told))
 
     sys.exit(cli.run(work))

@@ -6,7 +6,8 @@
 
 On Slurm srun starts one task for each GPU, and megatron-direct finds its ranks by Slurm's
 variables; on one machine the script starts torchrun. The recipes are functions, to be used from a
-file of your own. --dry-run shows what NeMo-Run would submit. Needs ``pip install nemo_run``.
+file of your own. --dry-run shows what NeMo-Run would submit. On Slurm tasks start in a folder of
+NeMo-Run's: give absolute paths below this repository. Needs ``pip install nemo_run``.
 """
 
 from __future__ import annotations

@@ -170,6 +170,26 @@ def test_every_public_name_has_a_section_and_an_example():
         assert re.search(rf"```python\n.*?\b{name}\b.*?```", section[1], re.S), name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=_ids(PAGES))
+def test_what_a_page_imports_is_there(page):
+    """By the source, since the plug-ins import what is not installed here."""
+    imported = [node for node in ast.walk(ast.parse(_python(page)))
+                if isinstance(node, ast.ImportFrom) and node.module
+                and node.module.split(".")[0] == "megatron_direct"]
+    lost = [f"{node.module}.{name.name}" for node in imported for name in node.names
+            if not _is_there(node.module.split("."), name.name)]
+    assert not lost
+
+
+def _is_there(module: list[str], name: str) -> bool:
+    path = ROOT.joinpath(*module)
+    if path.is_dir():
+        return (path / f"{name}.py").is_file() or (
+            path == PACKAGE and name in megatron_direct.__all__)
+    return any(name == getattr(node, "name", None) for node in ast.parse(
+        path.with_suffix(".py").read_text()).body)
+
+
 def _literals() -> set[str]:
     """Every literal text of the package, and the literal parts of every f-string."""
     return {node.value for path in PACKAGE.rglob("*.py") for node in ast.walk(

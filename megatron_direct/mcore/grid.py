@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_direct.config import ParallelConfig
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import host
+from megatron_direct.runtime import host, parallel
 from megatron_direct.runtime.parallel import all_reduce, barrier, stop_is_agreed
 
 
@@ -38,7 +38,8 @@ def model_parallel(config: ParallelConfig, num_model_chunks: int = 1):
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_model_chunks if num_model_chunks > 1 else None,
-        expert_model_parallel_size=config.expert_model_parallel_size)
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        distributed_timeout_minutes=parallel.collective_timeout_minutes())
     try:
         yield
         # Megatron forgets its groups, torch does not: each keeps threads of its own. After an error

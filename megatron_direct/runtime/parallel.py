@@ -46,6 +46,14 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+_timeout_minutes = 10  # of the process group, and of all that are made of its ranks
+
+
+def collective_timeout_minutes() -> int:
+    """How long a collective waits for another rank."""
+    return _timeout_minutes
+
+
 @contextlib.contextmanager
 def process_group(timeout_minutes: int = 10, backend: str = ""):
     """torch.distributed for the ranks that were launched, or for this process alone.
@@ -56,7 +64,8 @@ def process_group(timeout_minutes: int = 10, backend: str = ""):
     if dist.is_initialized():
         yield
         return
-    timeout = datetime.timedelta(minutes=timeout_minutes)
+    global _timeout_minutes
+    _timeout_minutes, timeout = timeout_minutes, datetime.timedelta(minutes=timeout_minutes)
     backend = backend or host.collective_backend()
     here = ranks.discover()
     # The device is named where there is one, so that NCCL need not guess it at the first barrier.

@@ -4,8 +4,8 @@ Collectives wait for minutes before they give up, and cannot be called off. So e
 sign of life into the launcher's store once a second, and looks after the rank before it in a ring:
 whether its process has died or is stopped (on the same machine), or has given no sign for too long.
 Who finds one lost says so, once, and all ranks leave. They also leave when their launcher has died,
-when the folder that they work in was removed, and when they were asked to stop and come to no safe
-point (:mod:`megatron_direct.runtime.stopping`).
+when the store does not answer, when the folder that they work in was removed, and when they were
+asked to stop and come to no safe point (:mod:`megatron_direct.runtime.stopping`).
 
 Signs of life and verdicts are keys of the store::
 
@@ -78,6 +78,7 @@ class Watch:
                           0)  # the last one
         self._stage, self._has_left = "", False
         self._neighbour = _Neighbour(self._before)
+        self._asking, self._asking_since = threading.Thread(), 0.0  # the store
         self._ended = threading.Event()
         self._reader, self._writer = socket.socketpair()  # to end the thread in its sleep
         self._asked_at: float | None = None
@@ -96,10 +97,11 @@ class Watch:
         self._ended.set()
         self._writer.send(b"x")
         self._thread.join()
-        self._has_left = True
         if self._store is not None:
-            with contextlib.suppress(Exception):  # the store may be gone
-                self._show(self._store)
+            if self._asking.is_alive():
+                self._asking.join(_SECONDS_TO_END)
+            self._has_left = True
+            _try_for_a_while(lambda: self._show(self._store))
         self._reader.close()
         self._writer.close()
 
@@ -107,14 +109,18 @@ class Watch:
         """This rank leaves before the others. verdict: why they have to leave too, if they have."""
         self._has_left = True
         self._ended.set()
-        if self._store is not None:
-            with contextlib.suppress(Exception):  # the store may be gone
-                store = self._store.clone()
-                if verdict:
-                    store.compare_set("verdict", "", verdict)
-                if (asked := stopping.requested()) is not None:
-                    store.set("stop", str(int(asked)))
-                self._show(store)
+        if self._store is None:
+            return
+
+        def tell() -> None:
+            store = self._store.clone()
+            if verdict:
+                store.compare_set("verdict", "", verdict)
+            if (asked := stopping.requested()) is not None:
+                store.set("stop", str(int(asked)))
+            self._show(store)
+
+        _try_for_a_while(tell)
 
     def at(self, stage: str) -> None:
         """What the rank is at, for the message that tells of its loss."""
@@ -138,6 +144,7 @@ class Watch:
             now = time.monotonic()
             if now - last > _SECONDS_SUSPENDED:
                 self._neighbour.excuse(now)
+                self._asking_since = now
             last = now
             self._look(now)
 
@@ -162,15 +169,30 @@ class Watch:
             words = condition()
             if words is not None and not self._ended.is_set():
                 self._lose(words)
-        if self._store is None:
-            return
+        if self._store is not None:
+            self._ask_store(now)
+
+    def _ask_store(self, now: float) -> None:
+        """In another thread: beyond a link that is cut most questions never come back."""
+        if not self._asking.is_alive():
+            self._asking = threading.Thread(target=self._asked_store, args=(now,), daemon=True)
+            self._asking_since = now
+            self._asking.start()
+        elif now - self._asking_since > _SECONDS_UNTIL_SILENT:
+            self._lose_store(f"it has not answered for {_SECONDS_UNTIL_SILENT:.0f} s: its machine "
+                             "or the network is down")
+
+    def _asked_store(self, now: float) -> None:
         try:
             self._look_at_store(now)
         except Exception as error:  # the store is gone, and its host with it
             if not self._ended.wait(_SECONDS_TO_END):
-                _say(f"error: rank {self._rank} lost the launcher's store, and with it the other "
-                     f"ranks ({str(error).splitlines()[0]}). {_RESUMES}")
-                _exit(1)
+                self._lose_store(str(error).splitlines()[0])
+
+    def _lose_store(self, why: str) -> None:
+        _say(f"error: rank {self._rank} lost the launcher's store, and with it the other ranks "
+             f"({why}). {_RESUMES}")
+        _exit(1)
 
     def _look_at_store(self, now: float) -> None:
         self._show(self._store)
@@ -255,6 +277,17 @@ def _machine() -> str:
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     return ""
+
+
+def _try_for_a_while(tell: Callable[[], None]) -> None:
+    """To tell the store, which may be gone, or not answer."""
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            tell()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(_SECONDS_TO_END)
 
 
 def _say(text: str) -> None:

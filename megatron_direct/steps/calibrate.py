@@ -1,9 +1,12 @@
 """What a pass costs on this machine, in this layout: measured on a few layers, and kept.
 
-Layers of one kind cost alike: a model of one layer a stage and one of two are built with random
+Layers of one kind cost alike: a model of one layer a stage and one of three are built with random
 weights, timed and weighed on random text, and the line through both is followed to the model's own
 number of layers. So it takes seconds where a run takes hours. What was measured is kept in a file
 and found again by all that it depends on.
+
+A rank of one thread on a CPU is timed by what it works itself: other work on the machine does not
+count, nor does waiting for other ranks. So the estimate is that of a run on cores of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ from megatron_direct.steps.machines import H100, Machine, PassCost, PassSetup
 from megatron_direct.steps.model_size import size_of
 
 _ROUNDS = 3  # timings of a pass, of which the median counts
+_APART = 3  # layers a stage of the larger model over those of the smaller one
 _ROWS = (2000, 6000)  # rows that the solver is timed on
 
 
@@ -62,7 +66,11 @@ def measured(job: Job, setup: PassSetup, path: Path) -> Calibrated:
     found = parallel.on_rank_zero(lambda: known().get(key))
     if found is None:
         parallel.say("measuring what a pass costs here ...")
-        of_ranks = parallel.gather_objects((_pass(job, setup), _machine(setup)))
+        machine = _machine()  # as long as nothing has been built
+        one_pass = _pass(job, setup)
+        solver = parallel.on_rank_zero(lambda: _solver_rate(setup.sketch_size))
+        of_ranks = parallel.gather_objects(
+            (one_pass, dataclasses.replace(machine, solver=solver)))
         # The slowest and the largest rank counts: what is measured of the last stage is its head's.
         one_pass = PassCost(**{f.name: max(getattr(one, f.name) for one, _ in of_ranks)
                                for f in dataclasses.fields(PassCost)})
@@ -78,17 +86,24 @@ def _key(job: Job, setup: PassSetup) -> str:
                           torch.__version__, digests.canonical(settings))
 
 
-def _machine(setup: PassSetup) -> Machine:
+def _machine() -> Machine:
     """Links and storage are not measured: on one machine they are memory."""
-    solver = parallel.on_rank_zero(lambda: _solver_rate(setup.sketch_size))
     ranks = parallel.world_size()
+    cores = len(os.sched_getaffinity(0))
     return dataclasses.replace(
-        H100, name=socket.gethostname(), elements=1.7e7, solver=solver,
+        H100, name=socket.gethostname(), elements=1.7e7,
         memory=torch.cuda.mem_get_info()[1] if host.has_gpu() else float(
             psutil.virtual_memory().total) / ranks,
         host_memory=float(psutil.virtual_memory().total), ranks_per_node=ranks, fabric=2e9,
         node_links=2e9, storage=5e8, base=float(memory.resident_bytes()),
-        start=parallel.on_rank_zero(lambda: time.time() - psutil.Process().create_time()))
+        start=time.process_time() if _works_alone()
+        else parallel.on_rank_zero(lambda: time.time() - psutil.Process().create_time()),
+        cores_per_rank=min(1.0, cores / ranks) if _works_alone() else 1.0)
+
+
+def _works_alone() -> bool:
+    """Whether this rank's own work is all that its time goes into, but for waiting."""
+    return not host.has_gpu() and torch.get_num_threads() == 1
 
 
 def _pass(job: Job, setup: PassSetup) -> PassCost:
@@ -96,14 +111,12 @@ def _pass(job: Job, setup: PassSetup) -> PassCost:
     step = setup.layout.pipeline_model_parallel_size * (
         setup.layout.num_layers_per_virtual_pipeline_stage or 1)
     layers = job.model.num_layers
-    few = [count for count in (2 * step, step) if count < layers] or [layers]
-    points = [_measure(_with_layers(job, count), setup) for count in few]
-    if len(points) == 1:
-        return points[0]
-    two, one = points
-    share = (layers - few[1]) / (few[0] - few[1])
+    if layers <= _APART * step:
+        return _measure(job, setup)
+    more, one = (_measure(_with_layers(job, count), setup) for count in (_APART * step, step))
+    share = (layers - step) / ((_APART - 1) * step)
     at_all = {f.name: max(getattr(one, f.name), getattr(one, f.name) + share * (
-        getattr(two, f.name) - getattr(one, f.name))) for f in dataclasses.fields(PassCost)}
+        getattr(more, f.name) - getattr(one, f.name))) for f in dataclasses.fields(PassCost)}
     return PassCost(**at_all)
 
 
@@ -129,32 +142,36 @@ class _RandomText(SampleSource):
 def _measure(job: Job, setup: PassSetup) -> PassCost:
     size, stages = setup.micro_batch_size, setup.layout.pipeline_model_parallel_size
     at_once = 1 if stages == 1 else 4 * stages
-    found: dict[str, float] = {}
-    held = 0
-
-    def run() -> None:
-        nonlocal held
-        chunks = model.build(job)
-        shards = parameter_shards(chunks)
-        gradients = GradientModel(chunks, shards, Sketch(shards, setup.sketch_size, 0),
-                                  micro_batch_size=size)
-        mean, longest = (_RandomText(size * at_once * grid.data_size(), length, job.model)
-                         for length in (max(1, round(setup.length)), setup.longest))
-        held = memory.peak_bytes(lambda: list(sketch_samples(
-            gradients, longest, np.arange(len(longest.num_labels)))))
-        busy = at_once / (at_once + stages - 1)
-        for name, call in (("sketch", lambda: list(sketch_samples(
-                gradients, mean, np.arange(len(mean.num_labels))))),
-                ("training", lambda: _train(chunks, mean, size, at_once))):
-            found[name] = _seconds(call) / at_once * busy
-
+    # Of what was timed, the share that a stage worked.
+    busy = 1.0 if _works_alone() else at_once / (at_once + stages - 1)
     with grid.model_parallel(job.layout, job.num_model_chunks):
-        whole = memory.peak_bytes(run)
-    weights = float(parallel.on_rank_zero(lambda: 0) + _weights_of(job))
-    # The larger of what the pass was seen to add, and of all that was there less the weights.
-    number = 2 if setup.bf16 else 4
-    return PassCost(found["training"], found["sketch"], 0.0, 0.0,
-                    float(max(held, whole - number * weights)), weights)
+        longest, mean = (_RandomText(size * at_once * grid.data_size(), length, job.model)
+                         for length in (setup.longest, max(1, round(setup.length))))
+        built: list[GradientModel] = []
+
+        def sketch(text: SampleSource) -> None:
+            for _ in sketch_samples(built[0], text, np.arange(len(text.num_labels))):
+                pass
+
+        def build_and_sketch() -> None:
+            built.append(_gradient_model(job, setup))
+            sketch(longest)
+
+        # Together: on a CPU a pass would else find room in what building it has left.
+        peak = memory.peak_bytes(build_and_sketch)
+        chunks = built[0].chunks
+        sketching, training = (_seconds(call) / at_once * busy for call in (
+            lambda: sketch(mean), lambda: _train(chunks, mean, size, at_once)))
+    weights = _weights_of(job)
+    held = peak - (2 if setup.bf16 else 4) * weights
+    return PassCost(training, sketching, 0.0, 0.0, held, weights)
+
+
+def _gradient_model(job: Job, setup: PassSetup) -> GradientModel:
+    chunks = model.build(job)
+    shards = parameter_shards(chunks)
+    return GradientModel(chunks, shards, Sketch(shards, setup.sketch_size, 0),
+                         micro_batch_size=setup.micro_batch_size)
 
 
 def _weights_of(job: Job) -> float:
@@ -172,18 +189,22 @@ def _train(chunks: Sequence[torch.nn.Module], text: SampleSource, size: int, at_
         chunk.zero_grad(set_to_none=True)
 
 
-def _seconds(call) -> float:
+def _clock() -> float:
+    return time.process_time() if _works_alone() else time.perf_counter()
+
+
+def _seconds(call: Callable[[], object]) -> float:
     """The median, until every rank is done, after a first call that does not count."""
     call()
     taken = []
     for _ in range(_ROUNDS):
         parallel.barrier()
-        begun = time.perf_counter()
+        begun = _clock()
         call()
         if host.has_gpu():
             torch.cuda.synchronize()
         parallel.barrier()
-        taken.append(time.perf_counter() - begun)
+        taken.append(_clock() - begun)
     return sorted(taken)[_ROUNDS // 2]
 
 
@@ -197,7 +218,7 @@ def _solver_rate(sketch_size: int) -> float:
         evidence = Evidence(rows, np.full(count, 100), np.zeros(count, np.int64), 1,
                             np.arange(count), rows[:64] + 1,
                             Directions(np.geomspace(10, 1, 8), directions, 4))
-        begun = time.perf_counter()
+        begun = _clock()
         select_by_sketches(SelectionConfig(), evidence, count // 4, 0)
-        taken.append(time.perf_counter() - begun)
+        taken.append(_clock() - begun)
     return (_ROWS[1] - _ROWS[0]) * sketch_size / max(taken[1] - taken[0], 1e-3)

@@ -20,6 +20,9 @@ from megatron_direct.steps.sketch import SketchConfig
 
 # Time of a curvature product over that of a training pass (benchmarks/RESULTS.md), and its memory.
 _PRODUCTS = {"hessian": (2.68, 1.93), "gauss-newton": (1.67, 1.59), "fisher": (2.02, 1.15)}
+# Of inputs and outputs of the linear layers, what is kept from one product to the next, where a
+# quarter of the memory has room for it (curvature/kept.py).
+_KEPT = {"hessian": 1.0, "gauss-newton": 0.5, "fisher": 0.0}
 # Products that Lanczos takes for an eigenpair, and besides: fitted to runs with 4 to 64 pairs.
 _PRODUCTS_PER_PAIR, _PRODUCTS_BESIDES = 2.0, 10
 # Copies of the rows that a rank holds while it solves: as read, treated, of length one in clusters.
@@ -27,6 +30,8 @@ _COPIES_OF_ROWS = 3
 # Vectors of float64 over all candidates that the rank which leads the solve holds at its peak:
 # 17 were measured of 10^5 candidates on one rank, by tracemalloc.
 _LEADER_VECTORS = 18
+# The term of a stage in which a rank does nothing.
+WAITING = "other ranks"
 # Bytes a parameter in training: weight, gradient, and main parameter and moments of Adam.
 _TRAINED_BF16, _TRAINED_FP32, _OPTIMIZER = 2 + 4, 4 + 4, {True: 12, False: 8}
 # Bytes a candidate that a node's ranks share or hold while planning (make bench-scale).
@@ -76,6 +81,11 @@ class StageCost:
         return sum(term.seconds for term in self.terms)
 
     @property
+    def worked(self) -> float:
+        """Seconds without those in which a rank waits for others."""
+        return sum(term.seconds for term in self.terms if term.name != WAITING)
+
+    @property
     def limit(self) -> str:
         """What most of its time goes into."""
         return max(self.terms, key=lambda term: term.seconds).name
@@ -108,7 +118,10 @@ class RunEstimate:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a run takes place: the machine, its ranks and their layout, what a pass costs there."""
+    """Where a run takes place: the machine, its ranks and their layout, what a pass costs there.
+
+    columns: outputs and inputs of the whole model's linear layers that a token passes.
+    """
 
     machine: Machine
     ranks: int
@@ -116,6 +129,7 @@ class Site:
     one_pass: PassCost
     micro_batch_size: int
     bf16: bool
+    columns: int
 
     @property
     def copies(self) -> int:
@@ -129,9 +143,12 @@ class Site:
     def nodes(self) -> int:
         return -(-self.ranks // self.machine.ranks_per_node)
 
-    def busy(self, micro_batches: float) -> float:
-        """The share of the time that a pipeline of so many micro-batches a pass works."""
-        return micro_batches / (micro_batches + self.layout.pipeline_model_parallel_size - 1)
+    def passing(self, seconds: float, micro_batches: float) -> tuple[Term, Term]:
+        """So long a rank computes, and waits: in a pipeline of so many micro-batches a pass, or for
+        a core."""
+        idle = (self.layout.pipeline_model_parallel_size - 1) / micro_batches
+        crowded = 1 / self.machine.cores_per_rank - 1
+        return Term("computation", seconds), Term(WAITING, seconds * max(idle, crowded))
 
     def weight_bytes(self) -> float:
         return self.one_pass.weights * (2 if self.bf16 else 4)
@@ -153,12 +170,12 @@ def sketch_stage(site: Site, config: SketchConfig, work: Workload) -> StageCost:
     micro_batches = (work.candidates + work.valid_samples) / site.micro_batch_size \
         / site.copies
     stages = site.layout.pipeline_model_parallel_size
-    passing = micro_batches * one.sketch / site.busy(1 if stages == 1 else 4 * stages)
+    passing = site.passing(micro_batches * one.sketch, 1 if stages == 1 else 4 * stages)
     stored = (work.candidates + work.valid_samples) * (
         config.sketch_size * (4 if config.sketch_dtype == "fp32" else 2) + 24)
     planned = work.candidates * _PLANNED_BYTES
     return StageCost("sketches", (
-        Term("computation", passing), Term("messages", micro_batches * one.messages),
+        *passing, Term("messages", micro_batches * one.messages),
         Term("storage", stored / site.machine.storage),
         Term("planning", work.candidates / site.machine.planner)),
         site.weight_bytes() + one.held,
@@ -180,16 +197,18 @@ def curvature_stage(site: Site, config: CurvatureConfig, sketch: SketchConfig, w
     products = min(config.max_matvecs,
                    _PRODUCTS_PER_PAIR * config.num_eigenpairs + _PRODUCTS_BESIDES)
     micro_batches = max(1.0, math.ceil(samples / site.micro_batch_size / site.copies))
-    basis = max(2 * config.num_eigenpairs + 2, 21) + 3
+    basis = min(max(2 * config.num_eigenpairs + 2, 21), config.max_matvecs + 1) + 3
     vectors = 4.0 * one.weights * basis
+    kept = min(site.machine.memory / 4, 4.0 * _KEPT[config.curvature] * site.columns
+               * samples * work.valid_tokens / work.valid_samples / site.ranks)
     summed = 4.0 * one.weights * 2 * (site.copies > 1)
-    passing = products * micro_batches * one.training * slower / site.busy(micro_batches)
+    passing = site.passing(products * micro_batches * one.training * slower, micro_batches)
     traffic = products * basis / 2 * 2 * 4.0 * one.weights / _memory_rate(site)
     return StageCost("curvature", (
-        Term("computation", passing), Term("memory traffic", traffic),
+        *passing, Term("memory traffic", traffic),
         Term("messages", products * (micro_batches * 2 * one.messages
                                      + summed / site.machine.fabric))),
-        site.weight_bytes() * 2 + vectors + larger * one.held, host,
+        site.weight_bytes() * 2 + vectors + kept + larger * one.held, host,
         products * summed, vectors * site.layout.tensor_model_parallel_size
         * site.layout.pipeline_model_parallel_size)
 
@@ -237,8 +256,7 @@ def training_stage(site: Site, name: str, config: Training, batch: BatchConfig,
     saved = one.weights * 14.0 * site.layout.tensor_model_parallel_size \
         * site.layout.pipeline_model_parallel_size
     return StageCost(name, (
-        Term("computation", config.iterations * micro_batches * one.training * scale
-             / site.busy(micro_batches)),
+        *site.passing(config.iterations * micro_batches * one.training * scale, micro_batches),
         Term("messages", config.iterations * (
             micro_batches * one.messages * scale + reduced / site.machine.fabric)),
         Term("memory traffic", config.iterations * 3 * (step_bytes + optimizer)

@@ -49,7 +49,7 @@ def on_this_machine(job: Job, asked: Asked, work: Workload, path: Path) -> RunEs
     setup = _setup(job, asked, work)
     measured = calibrate.measured(job, setup, path)
     site = Site(measured.machine, parallel.world_size(), job.layout, measured.one_pass,
-                asked.sketch.micro_batch_size, job.precision.bf16)
+                asked.sketch.micro_batch_size, job.precision.bf16, size_of(job.model).columns)
     found = _estimate(site, job, asked, work)
     return found if host.has_gpu() else _in_processes(found, site)
 
@@ -65,9 +65,10 @@ def _in_processes(found: RunEstimate, site: Site) -> RunEstimate:
 
 def on_gpus(machine: Machine, ranks: int, job: Job, asked: Asked, work: Workload) -> RunEstimate:
     """By the terms of a machine, on so many of its GPUs in the job's layout."""
-    one_pass = pass_cost(machine, size_of(job.model), _setup(job, asked, work))
+    size = size_of(job.model)
+    one_pass = pass_cost(machine, size, _setup(job, asked, work))
     site = Site(machine, ranks, job.layout, one_pass, asked.sketch.micro_batch_size,
-                job.precision.bf16)
+                job.precision.bf16, size.columns)
     return _estimate(site, job, asked, work)
 
 

@@ -33,7 +33,8 @@ class Machine:
     storage: bytes that all ranks together write to the shared file system. solver: entries of a row
     that a rank takes through the whole solver; leader: samples that its leader does; planner:
     candidates that are planned for, masked and blended. start: seconds until Python, Megatron and
-    the collectives are there; base: bytes of host memory that a rank has by then.
+    the collectives are there; base: bytes of host memory that a rank has by then. cores_per_rank:
+    below 1 where ranks of one thread share cores, which their passes' times know nothing of.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Machine:
     planner: float
     start: float
     base: float
+    cores_per_rank: float = 1.0
 
 
 # Passes: from benchmarks/RESULTS.md (bfloat16, without Transformer Engine), the rate of products

@@ -25,8 +25,7 @@ pytestmark = [pytest.mark.nodes,
               pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle() or "-")]
 
 LIMIT_MINUTES = 1
-# After the limit: what a rank asks of a store that may be out of reach.
-SECONDS_TO_REPORT = 60
+SECONDS_TO_REPORT = 90  # a silent rank, or a silent store, is given up after 40
 
 
 @pytest.fixture
@@ -126,12 +125,15 @@ def test_a_link_that_is_cut_in_mid_sketch_is_reported_and_the_run_resumes(
                 [each.output() for each in started]
             time.sleep(0.05)
         two_hosts[0].link("down")
-        end = time.monotonic() + 60 * LIMIT_MINUTES + SECONDS_TO_REPORT
+        end = time.monotonic() + SECONDS_TO_REPORT
         # On both nodes. torchrun's own agent beyond the link waits for its store longer.
-        while not all("waited in vain for another rank" in each.output() for each in started):
+        # These nodes share their kernel: that rank 3 has left may be seen before it is silent.
+        expected_words = ("error: rank 3 (process ", "lost the launcher's store")
+        while not all(words in each.output() for each, words in zip(
+                started, expected_words, strict=True)):
             assert time.monotonic() < end, [each.output() for each in started]
             time.sleep(0.5)
-        assert all("repeat the command" in each.output() for each in started)
+        assert all("Run the command again: it resumes" in each.output() for each in started)
         assert started[0].process.wait(60) == 1
     assert not (run / "selections").exists()
 
@@ -153,8 +155,8 @@ def test_a_name_that_does_not_resolve_is_named(small_folder, two_hosts):
     assert done.returncode == 1
     assert "node-b does not know the host MASTER_ADDR, node-c. Give a name" in done.stderr
     # Found by address, node-a then tells its host name to node-b, which does not know it.
-    two_hosts[1].hosts_file.write_text("127.0.0.1 localhost\n")
-    started = _torchrun("doctor")
+    two_hosts[1].hosts_file.write_text(f"127.0.0.1 localhost\n{two_hosts[1].address} node-b\n")
+    started = _torchrun("doctor", "--distributed-timeout-minutes", str(LIMIT_MINUTES))
     started[started.index("node-a:6000")] = f"{two_hosts[0].address}:6000"
     with _launched(two_hosts, started) as processes:
         outputs = _ended(processes, 200)

@@ -54,6 +54,21 @@ def test_process_groups_leave_no_threads():
         assert threads[0] == threads[1] == threads[2]
 
 
+def _limit_of_a_pipeline():
+    from megatron.core import parallel_state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "_timeout_minutes", 7)
+        with grid.model_parallel(Layout(pp=2).config()):
+            group = parallel_state.get_pipeline_model_parallel_group()
+            return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def test_messages_of_a_pipeline_wait_as_long_as_collectives():
+    """Megatron's groups would have a limit of their own."""
+    assert run_on_ranks(2, _limit_of_a_pipeline) == [420.0, 420.0]
+
+
 def test_what_rank_zero_raises_is_raised_everywhere():
     assert run_on_ranks(2, _fail_on_rank_zero) == [7, 7]
 

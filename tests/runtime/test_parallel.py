@@ -45,6 +45,12 @@ def test_another_ranks_absence_is_told_from_other_errors(error, is_lost):
     assert bool(text) == is_lost and "typically" not in text
 
 
+def test_the_limit_of_a_launch_is_known_to_other_groups(monkeypatch):
+    monkeypatch.setattr(parallel, "_timeout_minutes", 10)
+    with parallel.process_group(timeout_minutes=7):
+        assert parallel.collective_timeout_minutes() == 7
+
+
 def _give_up():
     before, parallel._LONGEST_HOURS_OF_RANK_ZERO = \
         parallel._LONGEST_HOURS_OF_RANK_ZERO, 0.2 / 3600

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -117,3 +118,33 @@ def test_the_first_sign_is_given_at_the_start(monkeypatch):
     finally:
         ours.end()
     assert json.loads(store.get("alive/0"))["has_left"]
+
+
+class _BeyondACutLink:
+    """A store whose answers never come."""
+
+    def __init__(self):
+        self.set_once = threading.Event()
+
+    def set(self, key, value):
+        if self.set_once.is_set():
+            threading.Event().wait()
+        self.set_once.set()
+
+    def clone(self):
+        threading.Event().wait()
+
+
+def test_a_store_that_does_not_answer_is_given_up(monkeypatch):
+    said, ended = [], threading.Event()
+    monkeypatch.setattr(watch, "_say", said.append)
+    monkeypatch.setattr(watch, "_exit", lambda code: ended.set())
+    monkeypatch.setattr(watch, "_SECONDS_BETWEEN_SIGNS", 0.05)
+    monkeypatch.setattr(watch, "_SECONDS_UNTIL_SILENT", 0.3)
+    monkeypatch.setattr(watch, "_SECONDS_TO_END", 0.1)
+    ours = watch.Watch(_BeyondACutLink(), 3, 4, None)
+    ours.start()
+    assert ended.wait(30)
+    assert "rank 3 lost the launcher's store" in said[0] and "it resumes" in said[0]
+    ours.leave("an error")  # neither waits for an answer
+    ours.end()
