@@ -88,9 +88,10 @@ data: $(DATA)/.done
 theta: $(THETA)/.done
 
 # Two processes, each with its own pool of ranks. The tests of a file stay in one of them, since they
-# share what was trained for the first. Where there are more cores: TEST_PROCESSES=8.
+# share what was trained for the first; files start in the order of tests/conftest.py. Where there
+# are more cores: TEST_PROCESSES=8.
 TEST_PROCESSES ?= 2
-PYTEST := -m pytest -n $(TEST_PROCESSES) --dist loadfile
+PYTEST := -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m $(QUICK) $(TESTS)

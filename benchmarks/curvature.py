@@ -37,7 +37,7 @@ from megatron_direct.mcore import grid, model, passes
 from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.mcore.without_gpu import megatron_runtime
 from megatron_direct.runtime import host, parallel
-from megatron_direct.steps.curvature import EXACT
+from megatron_direct.steps.curvature_config import EXACT
 
 OPERATORS = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator,
              "fisher": FisherOperator}

@@ -35,6 +35,12 @@ _BOUNDS = {"at_least": ("at least", lambda value, bound: value >= bound),
            "below": ("below", lambda value, bound: value < bound)}
 
 
+def fields_in_order(request: type) -> list[dataclasses.Field]:
+    """The groups of a request as its constructor takes them: first those of one command, then those
+    that several share."""
+    return sorted(fields(request), key=lambda f: bool(f.kw_only))
+
+
 def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 

@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_direct.commands.plan import HERE, PlanConfig, PlanRequest, estimated, in_words
+from megatron_direct.commands.requests import SelectionRequest
 from megatron_direct.commands.select import SelectRequest
 from megatron_direct.config import ModelConfig, ParallelConfig
 from megatron_direct.errors import UserError
 from megatron_direct.mcore.checkpoint import read_checkpoint
 from megatron_direct.runtime import parallel, ranks
-from megatron_direct.settings import Settings, flag_name
+from megatron_direct.settings import Settings, fields_in_order, flag_name
 from megatron_direct.steps.placement import Placement
 
 
@@ -51,16 +52,15 @@ def _estimate(request: Any, placed: Placement) -> list[str]:
         load=onset.load, data_path=onset.data_path, valid_data_path=onset.valid_data_path,
         machine=HERE, object_storage_cache_path=onset.object_storage_cache_path,
         lr_wsd_decay_iters=0 if annealing is None else annealing.lr_wsd_decay_iters)
-    return [in_words(*estimated(PlanRequest(
-        plan, request.pilot, request.sketch, request.curvature, request.selection, request.layout,
-        request.given)))]
+    asked = {f.name: getattr(request, f.name) for f in dataclasses.fields(SelectionRequest)}
+    return [in_words(*estimated(PlanRequest(plan, **asked)))]
 
 
 def command_line(name: str, request: Any) -> str:
     """The command whose flags make this request; those that are at their defaults are left out."""
     words = ["megatron-direct", name]
     seen: set[str] = set()
-    for f in dataclasses.fields(request):
+    for f in fields_in_order(type(request)):
         for key, value in _set_in(getattr(request, f.name), f.metadata.get("groups")).items():
             if key not in seen:
                 words += _flag(key, value)

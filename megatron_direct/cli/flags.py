@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 from megatron_direct.config import BatchConfig, Given, ModelConfig, OptimizerConfig, Precision
-from megatron_direct.settings import Settings, check_given, flag_name, flag_type
+from megatron_direct.settings import Settings, check_given, fields_in_order, flag_name, flag_type
 
 # The groups whose flags may be given where the rest comes from a checkpoint.
 _OF_CHECKPOINT = {"model": ModelConfig, "optimizer": OptimizerConfig, "batch": BatchConfig,
@@ -62,7 +62,8 @@ def request_from(request: type, arguments: argparse.Namespace):
 
 def groups(request: type) -> Iterator[type[Settings]]:
     """The groups of settings that a request is made of."""
-    for kind in typing.get_type_hints(request).values():
+    kinds = typing.get_type_hints(request)
+    for kind in (kinds[f.name] for f in fields_in_order(request)):
         if kind is Given:
             yield from (_OF_CHECKPOINT[key] for key in _given_groups(request))
         else:

@@ -16,39 +16,30 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_direct.config import (
-    Given,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Precision,
-)
+from megatron_direct.commands.requests import LossesKey, SelectionRequest
 from megatron_direct.data import indexed
 from megatron_direct.data.blend_plan import MAX_EPOCHS, Blend, BlendPart, BlendRules
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import blend, checkpoint, grid, model
 from megatron_direct.runtime import files, parallel, typed_json
-from megatron_direct.runtime.manifest import Artefact, Key, State
+from megatron_direct.runtime.manifest import Artefact, State
 from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps import selected
 from megatron_direct.steps import solve as solve_step
 from megatron_direct.steps.annealed import Losses
-from megatron_direct.steps.curvature import CurvatureConfig
 from megatron_direct.steps.decay import Decay, Segment, decay, set_losses
-from megatron_direct.steps.extend import require_can_share
-from megatron_direct.steps.measure import MeasureSettings, measure
-from megatron_direct.steps.onset import Onset, OnsetConfig, dataset_digests, open_onset
+from megatron_direct.steps.measure import measure
+from megatron_direct.steps.onset import Onset, OnsetConfig, dataset_digests
 from megatron_direct.steps.pilot import PilotConfig
 from megatron_direct.steps.selected import SelectionSummary
-from megatron_direct.steps.sketch import SketchConfig
 
 _NAME = "direct"  # of the selection of each round
 
@@ -81,38 +72,17 @@ class AlternateConfig(Settings):
 
 
 @dataclass(frozen=True)
-class AlternateRequest:
+class AlternateRequest(SelectionRequest):
     alternate: AlternateConfig
     onset: OnsetConfig
-    pilot: PilotConfig = field(default_factory=PilotConfig)
-    sketch: SketchConfig = field(default_factory=SketchConfig)
-    curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
-    selection: SelectionConfig = field(default_factory=SelectionConfig)
-    layout: ParallelConfig = field(default_factory=ParallelConfig)
-    given: Given = field(default_factory=Given)
 
 
-@dataclass(frozen=True)
-class AlternationKey(Key):
-    """What the weights and losses depend on."""
-
-    checkpoint_digest: str
-    pool_digests: tuple[str, ...]
-    valid_digests: tuple[str, ...]
-    test_digests: tuple[str, ...]
+@dataclass(frozen=True, kw_only=True)
+class AlternationKey(LossesKey):
     rounds: int
-    lr_wsd_decay_iters: int
     max_epochs: float
     load_optim: bool
     order_seed: int
-    global_batch_size: int
-    model: ModelConfig
-    optimizer: OptimizerConfig
-    pilot: PilotConfig
-    sketch: SketchConfig
-    curvature: CurvatureConfig
-    problem: SelectionConfig
-    precision: Precision = field(default_factory=Precision)
 
 
 @dataclass(frozen=True)
@@ -156,19 +126,11 @@ class _Run:
 def alternate(request: AlternateRequest) -> None:
     """All ranks call this."""
     config = request.alternate
-    onset = open_onset(request.onset, request.layout, request.given, config.test_data_path)
-    onset.job.require_runs_on(parallel.world_size(), trains=True)
-    request.selection.require_number_where_needed()
-    solve_step.check_number(request.selection, len(onset.pool.usable))
-    solve_step.require_quotas(request.selection, onset.pool)
-    require_can_share(request.selection, request.sketch, onset)
+    onset = request.open(request.onset, config.test_data_path)
     key = _key(_Run(request, onset))
-    if request.selection.anneal_tokens is None:  # those of a round
-        tokens = config.lr_wsd_decay_iters * onset.job.batch.global_batch_size \
-            * onset.job.model.seq_length // config.rounds
-        request = dataclasses.replace(request, selection=dataclasses.replace(
-            request.selection, anneal_tokens=tokens))
-    run = _Run(request, onset)
+    tokens_of_a_round = config.lr_wsd_decay_iters * onset.job.batch.global_batch_size \
+        * onset.job.model.seq_length // config.rounds
+    run = _Run(request.for_annealing(tokens_of_a_round), onset)
     directory, artefact = RunDirectory(run.folder), Artefact(run.folder, "an annealing in rounds")
     with directory.entered("alternate", request):
         _alternate(run, artefact, key)
@@ -195,17 +157,13 @@ def _key(run: _Run) -> AlternationKey:
         raise UserError("--at merged is not supported by alternate: the later rounds have no "
                         "training behind them whose states could be averaged. Use --at checkpoint "
                         "or --at pilot.")
-    defaults = SketchConfig()
-    return AlternationKey(
-        onset.checkpoint.digest, onset.digests_of(onset.pool), onset.digests_of(onset.valid),
-        tuple(dataset_digests(config.test_data_path).values()), config.rounds,
-        config.lr_wsd_decay_iters, config.max_epochs, config.load_optim, onset.job.batch.seed,
-        onset.job.batch.global_batch_size, onset.job.model, onset.job.optimizer,
-        request.pilot.in_one_spelling(),
-        dataclasses.replace(request.sketch, micro_batch_size=defaults.micro_batch_size),
-        request.curvature,
+    return AlternationKey.of(
+        onset, dataclasses.replace(request.measure, pilot=request.pilot.in_one_spelling()),
         dataclasses.replace(request.selection, sketch_rows=SelectionConfig().sketch_rows),
-        onset.job.precision)
+        tuple(dataset_digests(config.test_data_path).values()),
+        lr_wsd_decay_iters=config.lr_wsd_decay_iters, rounds=config.rounds,
+        max_epochs=config.max_epochs, load_optim=config.load_optim,
+        order_seed=onset.job.batch.seed)
 
 
 def _done(run: _Run) -> int:
@@ -253,13 +211,13 @@ def _round(run: _Run, number: int) -> dict[str, Losses]:
 def _select(run: _Run, number: int) -> dict:
     """The masks of a segment, made if they are not there."""
     request, onset, folder = run.request, run.onset, run.round_folder(number)
-    pilot = request.pilot
+    settings = request.measure
     if number:
         # The learning rate has fallen by then, which is what a pilot would be for.
-        pilot = PilotConfig(at="checkpoint")
+        settings = dataclasses.replace(settings, pilot=PilotConfig(at="checkpoint"))
         first = run.folder / "checkpoints" / f"iter_{run.config.bounds[number]:07d}"
         onset = dataclasses.replace(onset, checkpoint=checkpoint.open_checkpoint(first))
-    measured = measure(MeasureSettings(pilot, request.sketch, request.curvature), onset, folder)
+    measured = measure(settings, onset, folder)
     key = solve_step.selection_key(request.selection, request.curvature, measured, request.sketch)
     target = selected.selection_folder(folder, _NAME)
     artefact = Artefact(target, "a selection")

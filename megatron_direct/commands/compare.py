@@ -13,9 +13,10 @@ that count are of test sets that no selection saw.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_direct.commands.requests import LossesKey, SelectionRequest
 from megatron_direct.comparison import ceiling, record
 from megatron_direct.comparison.arms import BY_DOMAIN, DATASET, REGISTRY, find_arm
 from megatron_direct.comparison.measurements import (
@@ -34,63 +35,34 @@ from megatron_direct.comparison.replicates import (
 )
 from megatron_direct.comparison.summarise import summarise
 from megatron_direct.comparison.summary import write_summary
-from megatron_direct.config import (
-    Given,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Precision,
-)
 from megatron_direct.data import indexed
 from megatron_direct.errors import UserError
 from megatron_direct.evaluation.tokenizers import tokenizer_of
 from megatron_direct.mcore import checkpoint, grid, model, shards
 from megatron_direct.reports import comparison_page, markdown
 from megatron_direct.runtime import files, parallel
-from megatron_direct.runtime.manifest import Artefact, Key, State
+from megatron_direct.runtime.manifest import Artefact, State
 from megatron_direct.runtime.run_directory import RunDirectory
-from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.steps import solve as solve_step
-from megatron_direct.steps.curvature import CurvatureConfig
-from megatron_direct.steps.measure import MeasureSettings
-from megatron_direct.steps.onset import OnsetConfig, dataset_digests, open_onset
-from megatron_direct.steps.pilot import PilotConfig, states_to_merge
+from megatron_direct.steps.onset import OnsetConfig, dataset_digests
+from megatron_direct.steps.pilot import states_to_merge
 from megatron_direct.steps.sketch import SketchConfig
 
 REFERENCE = "random"
 
 
 @dataclass(frozen=True)
-class CompareRequest:
+class CompareRequest(SelectionRequest):
     compare: CompareConfig
     onset: OnsetConfig
-    pilot: PilotConfig = field(default_factory=PilotConfig)
-    sketch: SketchConfig = field(default_factory=SketchConfig)
-    curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
-    selection: SelectionConfig = field(default_factory=SelectionConfig)
-    layout: ParallelConfig = field(default_factory=ParallelConfig)
-    given: Given = field(default_factory=Given)
 
 
-@dataclass(frozen=True)
-class ComparisonKey(Key):
-    """What the figures depend on. Arms and seeds are not: more may be added later. How many
-    samples are computed at once, and the seed of the hashes, are left at their defaults."""
+@dataclass(frozen=True, kw_only=True)
+class ComparisonKey(LossesKey):
+    """Arms and seeds are no part of it: more may be added later. The seed of the hashes is left at
+    its default."""
 
-    checkpoint_digest: str
-    pool_digests: tuple[str, ...]
-    valid_digests: tuple[str, ...]
-    test_digests: tuple[str, ...]
-    lr_wsd_decay_iters: int
     first_seed: int
-    global_batch_size: int
-    model: ModelConfig
-    optimizer: OptimizerConfig
-    pilot: PilotConfig
-    sketch: SketchConfig
-    curvature: CurvatureConfig
-    problem: SelectionConfig
-    precision: Precision = field(default_factory=Precision)
 
 
 def compare(request: CompareRequest) -> None:
@@ -129,10 +101,6 @@ def _compare(setting: Setting, chosen: list[str], artefact: Artefact) -> None:
 
 def _setting(request: CompareRequest) -> Setting:
     config, selection = request.compare, request.selection
-    onset = open_onset(request.onset, request.layout, request.given, config.test_data_path)
-    if config.tokenizer_model:
-        parallel.kept_on_rank_zero(
-            lambda: tokenizer_of(config.tokenizer_model, onset.checkpoint, onset.job.model))
     if selection.sketch_rows == "spread":
         raise UserError("--sketch-rows spread is not supported by compare, which solves with all "
                         "rows on rank 0. Leave the flag out, and compare on a smaller pool.")
@@ -140,15 +108,15 @@ def _setting(request: CompareRequest) -> Setting:
         raise UserError("--sketch-share is not supported by compare, which takes gradients of all "
                         "samples: its arm direct-share shows what a tenth of them gives. Leave the "
                         "flag out.")
-    selection.require_number_where_needed()
+    onset = request.open(request.onset, config.test_data_path)
     # Most arms select no sample twice.
     solve_step.check_number(dataclasses.replace(selection, max_count=1), len(onset.pool.usable))
-    onset.job.require_runs_on(parallel.world_size(), trains=True)
-    solve_step.require_quotas(selection, onset.pool)
+    if config.tokenizer_model:
+        parallel.kept_on_rank_zero(
+            lambda: tokenizer_of(config.tokenizer_model, onset.checkpoint, onset.job.model))
     return Setting(config, Path(request.onset.run_dir), onset,
-                   MeasureSettings(request.pilot.in_one_spelling(), request.sketch,
-                                   request.curvature), selection,
-                   dataset_digests(config.test_data_path))
+                   dataclasses.replace(request.measure, pilot=request.pilot.in_one_spelling()),
+                   selection, dataset_digests(config.test_data_path))
 
 
 def _arms(setting: Setting) -> list[str]:
@@ -196,20 +164,15 @@ def _arms(setting: Setting) -> list[str]:
 
 def _key(setting: Setting) -> ComparisonKey:
     onset, sketch, pilot = setting.onset, setting.measure.sketch, setting.measure.pilot
-    defaults = SketchConfig()
     if pilot.at == "merged":  # states are known by their digests, however they were found
         states = states_to_merge(pilot, onset.checkpoint)
         pilot = dataclasses.replace(pilot, merge_load=tuple(state.digest for state in states),
                                     merge_last=0)
-    return ComparisonKey(
-        onset.checkpoint.digest, onset.digests_of(onset.pool), onset.digests_of(onset.valid),
-        tuple(setting.test_digests.values()), setting.config.lr_wsd_decay_iters, sketch.seed,
-        onset.job.batch.global_batch_size, onset.job.model, onset.job.optimizer,
-        pilot,
-        dataclasses.replace(sketch, micro_batch_size=defaults.micro_batch_size,
-                            seed=defaults.seed),
-        setting.measure.curvature, setting.selection,
-        onset.job.precision)
+    return ComparisonKey.of(
+        onset, dataclasses.replace(setting.measure, pilot=pilot, sketch=dataclasses.replace(
+            sketch, seed=SketchConfig().seed)),
+        setting.selection, tuple(setting.test_digests.values()),
+        lr_wsd_decay_iters=setting.config.lr_wsd_decay_iters, first_seed=sketch.seed)
 
 
 def _paths(setting: Setting) -> dict:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_direct.commands.requests import SelectionRequest
 from megatron_direct.config import (
     BatchConfig,
-    Given,
     Job,
     OptimizerConfig,
     ParallelConfig,
@@ -21,16 +21,12 @@ from megatron_direct.config import (
 )
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import parallel
-from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps import calibrate, estimate
 from megatron_direct.steps.cost import RunEstimate, Workload
-from megatron_direct.steps.curvature import CurvatureConfig
 from megatron_direct.steps.machines import H100
 from megatron_direct.steps.model_shapes import MODEL_SHAPES
 from megatron_direct.steps.onset import OnsetConfig, open_onset
-from megatron_direct.steps.pilot import PilotConfig
-from megatron_direct.steps.sketch import SketchConfig
 
 _MACHINES = {"h100": H100}
 HERE = "here"
@@ -66,14 +62,8 @@ class PlanConfig(Settings):
 
 
 @dataclass(frozen=True)
-class PlanRequest:
+class PlanRequest(SelectionRequest):
     plan: PlanConfig = field(default_factory=PlanConfig)
-    pilot: PilotConfig = field(default_factory=PilotConfig)
-    sketch: SketchConfig = field(default_factory=SketchConfig)
-    curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
-    selection: SelectionConfig = field(default_factory=SelectionConfig)
-    layout: ParallelConfig = field(default_factory=ParallelConfig)
-    given: Given = field(default_factory=Given)
 
 
 def plan_run(request: PlanRequest) -> None:

@@ -19,22 +19,17 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_direct.config import Given, ParallelConfig
+from megatron_direct.commands.requests import SelectionRequest
 from megatron_direct.errors import UserError
 from megatron_direct.evaluation.tokenizers import tokenizer_of
 from megatron_direct.runtime import files, parallel
 from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.runtime.run_directory import RunDirectory
-from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps import solve as solve_step
-from megatron_direct.steps.curvature import CurvatureConfig
-from megatron_direct.steps.extend import require_can_share
-from megatron_direct.steps.measure import MeasureSettings, measure
-from megatron_direct.steps.onset import Onset, OnsetConfig, open_onset
-from megatron_direct.steps.pilot import PilotConfig
+from megatron_direct.steps.measure import measure
+from megatron_direct.steps.onset import Onset, OnsetConfig
 from megatron_direct.steps.selected import SelectionOrigin, is_annealed, selection_folder
-from megatron_direct.steps.sketch import SketchConfig
 
 
 @dataclass(frozen=True)
@@ -58,15 +53,9 @@ class NameConfig(Settings):
 
 
 @dataclass(frozen=True)
-class SelectRequest:
+class SelectRequest(SelectionRequest):
     onset: OnsetConfig
     name: NameConfig = field(default_factory=NameConfig)
-    pilot: PilotConfig = field(default_factory=PilotConfig)
-    sketch: SketchConfig = field(default_factory=SketchConfig)
-    curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
-    selection: SelectionConfig = field(default_factory=SelectionConfig)
-    layout: ParallelConfig = field(default_factory=ParallelConfig)
-    given: Given = field(default_factory=Given)
 
 
 def select(request: SelectRequest, annealing_iters: int | None = None) -> None:
@@ -75,16 +64,10 @@ def select(request: SelectRequest, annealing_iters: int | None = None) -> None:
     annealing_iters: iterations of the annealing to come, where they are known, for --num-select
     auto without --anneal-tokens.
     """
-    request.selection.require_number_where_needed()
-    onset = open_onset(request.onset, request.layout, request.given)
-    onset.job.require_runs_on(parallel.world_size(), trains=request.pilot.has_pilot)
-    solve_step.check_number(request.selection, len(onset.pool.usable))
-    solve_step.require_quotas(request.selection, onset.pool)
-    require_can_share(request.selection, request.sketch, onset)
-    if annealing_iters is not None and request.selection.anneal_tokens is None:
-        tokens = annealing_iters * onset.job.batch.global_batch_size * onset.job.model.seq_length
-        request = dataclasses.replace(request, selection=dataclasses.replace(
-            request.selection, anneal_tokens=tokens))
+    onset = request.open(request.onset, trains=request.pilot.has_pilot)
+    if annealing_iters is not None:
+        request = request.for_annealing(
+            annealing_iters * onset.job.batch.global_batch_size * onset.job.model.seq_length)
     tokenizer = None if not request.name.tokenizer_model else parallel.kept_on_rank_zero(
         lambda: tokenizer_of(request.name.tokenizer_model, onset.checkpoint, onset.job.model))
     run = RunDirectory(request.onset.run_dir)
@@ -94,8 +77,7 @@ def select(request: SelectRequest, annealing_iters: int | None = None) -> None:
 
 def _select(request: SelectRequest, onset: Onset, run: RunDirectory,
             decode: Callable[[np.ndarray], str] | None) -> None:
-    measured = measure(MeasureSettings(request.pilot, request.sketch, request.curvature), onset,
-                       run.path)
+    measured = measure(request.measure, onset, run.path)
     key = solve_step.selection_key(request.selection, request.curvature, measured, request.sketch)
     folder = selection_folder(run.path, request.name.selection_name)
     if parallel.on_rank_zero(lambda: _is_there(folder, key)):

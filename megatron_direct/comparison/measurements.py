@@ -31,7 +31,7 @@ from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, stiff_costs
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps import solve as solve_step
-from megatron_direct.steps.curvature import SKETCHED_FISHER
+from megatron_direct.steps.curvature_config import SKETCHED_FISHER
 from megatron_direct.steps.measure import Measured, MeasureSettings, measure
 from megatron_direct.steps.onset import Onset
 from megatron_direct.steps.pilot import PilotConfig

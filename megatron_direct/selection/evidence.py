@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.errors import UserError
 from megatron_direct.selection.rows import row_blocks
 from megatron_direct.selection.share import AllReduceSum, Share
+from megatron_direct.selection.shrinkage import Partition, find_clusters
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,42 @@ class Evidence:
     directions: Directions
     all_reduce_sum: AllReduceSum = lambda array: array
     valid_datasets: np.ndarray | None = None
+    # Of these rows and no others: what is derived from this evidence begins without any.
+    _clusters: dict[tuple[int, int], Partition] = field(default_factory=dict, init=False,
+                                                        repr=False, compare=False)
 
     def share(self) -> Share:
         """This rank's share of the candidates; all ranks call this."""
         return Share.of_rank(len(self.rows), self.ids, self.all_reduce_sum)
 
+    def pools(self) -> Partition:
+        return Partition(self.datasets, self.num_datasets)
+
+    def clusters(self, count: int, seed: int) -> Partition:
+        """About so many clusters of the candidates, within their pools, which are found when they
+        are first asked for; all ranks call this."""
+        asked = (count, seed)
+        if asked not in self._clusters:
+            self._clusters[asked] = find_clusters(self.rows, self.pools(), count, self.share(),
+                                                  seed)
+        return self._clusters[asked]
+
     def of(self, kept: np.ndarray) -> Evidence:
         """Of some of all candidates, by a mask [N], numbered anew; all ranks hold the same mask."""
+        if kept.all():
+            return self
         here = kept[self.ids]
+        # Their clusters are found anew: as many as all had, which part what is left more finely.
         return dataclasses.replace(
             self, rows=self.rows[here], labels=self.labels[here], datasets=self.datasets[here],
             ids=(np.cumsum(kept) - 1)[self.ids[here]])
 
     def half(self, coordinates: np.ndarray, valid: np.ndarray) -> Evidence:
         """What some coordinates [k] bool, and some of the validation samples [M] bool, tell of the
-        same candidates: inner products over so many coordinates, scaled to those over all."""
+        same candidates: inner products over so many coordinates, scaled to those over all.
+
+        The two halves find clusters of their own, since they are to share nothing.
+        """
         scale = np.float32(np.sqrt(len(coordinates) / coordinates.sum()))
         directions = dataclasses.replace(
             self.directions, sketches=self.directions.sketches[:, coordinates] * scale)

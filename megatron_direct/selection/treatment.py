@@ -23,7 +23,7 @@ from megatron_direct.selection.objectives import find_objective
 from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.rows import row_blocks
 from megatron_direct.selection.share import Share
-from megatron_direct.selection.shrinkage import Partition, find_clusters, shrink
+from megatron_direct.selection.shrinkage import shrink
 from megatron_direct.selection.solver import solve_selection
 
 
@@ -84,14 +84,15 @@ def _treated(
     total_length, total_labels = share.summed(np.array([lengths.sum(), labels.sum()]))
     mean_length, mean_labels = total_length / share.num_samples, total_labels / share.num_samples
     weights = labels / mean_labels if config.weight_by_tokens else np.ones(len(labels))
+    # Before the rows are copied, since a search of clusters needs a copy of its own.
+    clusters = evidence.clusters(config.shrinkage_clusters, seed) if config.shrinkage_clusters \
+        else None
     # The one copy of the rows; what follows changes it in place.
     rows = np.array(evidence.rows, dtype=np.float32)
     if config.normalize_gradients:  # a row of zeros stays one
         _scale(rows, np.divide(mean_length, lengths, out=np.zeros_like(lengths),
                                where=lengths > 0))
-    if config.shrinkage_clusters:
-        clusters = find_clusters(rows, Partition(evidence.datasets, evidence.num_datasets),
-                                 config.shrinkage_clusters, share, seed)
+    if clusters is not None:
         shrink(rows, weights, clusters, config.kept_deviation, share)
     _scale(rows, weights)
     return rows

@@ -30,7 +30,6 @@ import numpy as np
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.rows import row_blocks
-from megatron_direct.selection.shrinkage import Partition, find_clusters
 
 # Blocks of consecutive validation samples, each on one side of the split. More are a finer sample
 # for the error of the mean; fewer keep documents of one source together.
@@ -86,11 +85,9 @@ def first_coordinates(size: int, seed: int) -> np.ndarray:
 
 def cluster_numbers(config: SelectionConfig, evidence: Evidence, seed: int) -> np.ndarray:
     """[N] the cluster of each candidate, the same on every rank; all ranks call this."""
-    share = evidence.share()
-    found = find_clusters(np.array(evidence.rows, dtype=np.float32),
-                          Partition(evidence.datasets, evidence.num_datasets),
-                          max(1, config.shrinkage_clusters), share, seed)
-    return share.known_to_all(found.numbers).astype(np.int64)
+    # Without shrinkage each pool is one cluster.
+    found = evidence.clusters(max(1, config.shrinkage_clusters), seed)
+    return evidence.share().known_to_all(found.numbers).astype(np.int64)
 
 
 def measure_alignments(evidence: Evidence, seed: int) -> Alignments:

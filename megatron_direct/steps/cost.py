@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from megatron_direct.config import BatchConfig, ParallelConfig
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.steps.curvature import SKETCHED_FISHER, CurvatureConfig
+from megatron_direct.steps.curvature_config import SKETCHED_FISHER, CurvatureConfig
 from megatron_direct.steps.machines import Machine, PassCost
 from megatron_direct.steps.sketch import SketchConfig
 
@@ -25,7 +25,8 @@ _PRODUCTS = {"hessian": (2.68, 1.93), "gauss-newton": (1.67, 1.59), "fisher": (2
 _KEPT = {"hessian": 1.0, "gauss-newton": 0.5, "fisher": 0.0}
 # Products that Lanczos takes for an eigenpair, and besides: fitted to runs with 4 to 64 pairs.
 _PRODUCTS_PER_PAIR, _PRODUCTS_BESIDES = 2.0, 10
-# Copies of the rows that a rank holds while it solves: as read, treated, of length one in clusters.
+# Copies of the rows that a rank holds while it solves: as read, those that may be selected, and
+# either of length one, while clusters are found, or treated.
 _COPIES_OF_ROWS = 3
 # Vectors of float64 over all candidates that the rank which leads the solve holds at its peak:
 # 17 were measured of 10^5 candidates on one rank, by tracemalloc.

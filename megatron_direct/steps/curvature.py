@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_direct.config import Precision
 from megatron_direct.curvature.density import SpectralDensity, spectral_density
-from megatron_direct.curvature.fisher import FisherOperator
-from megatron_direct.curvature.gauss_newton import GaussNewtonOperator
-from megatron_direct.curvature.hessian import HessianOperator
 from megatron_direct.curvature.krylov import KrylovState, SymmetricOperator
 from megatron_direct.curvature.lanczos import AsymmetricOperator, Spectrum, leading_eigenpairs
 from megatron_direct.curvature.preconditioner import PreconditionedOperator
 from megatron_direct.curvature.resume import LanczosLog
 from megatron_direct.curvature.sketched import SketchedFisherOperator
-from megatron_direct.curvature.spectrum import (
-    PAPER_ENERGY_SHARE,
-    Directions,
-    Elbow,
-    find_elbow,
-)
+from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.curvature.symmetry import check_symmetry
 from megatron_direct.curvature.thick_restart import SYMMETRY_TOL, Target
 from megatron_direct.curvature.vectors import ParameterSpace
@@ -34,133 +24,20 @@ from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.per_sample import GradientModel
 from megatron_direct.mcore import grid
-from megatron_direct.runtime import arrays, attendance, files, host, parallel
-from megatron_direct.runtime.manifest import Artefact, Key
-from megatron_direct.settings import Settings, flag
+from megatron_direct.runtime import attendance, host, parallel
+from megatron_direct.steps.curvature_config import (
+    EXACT,
+    OPERATORS,
+    SKETCHED_FISHER,
+    CurvatureConfig,
+)
+from megatron_direct.steps.eigenpairs import Eigenpairs, SpectrumKey, write_eigenpairs
 from megatron_direct.steps.pass_plan import Drawn
-from megatron_direct.steps.sketch import SketchesKey
 
-OPERATORS: dict[str, Any] = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator,
-                             "fisher": FisherOperator}
-SKETCHED_FISHER = "sketched-fisher"
 # In the place of SYMMETRY_TOL: 1.3e-3 was measured of a Fisher in bfloat16.
 _BF16_SYMMETRY_TOL = 2e-2
-EXACT = ("hessian", "gauss-newton")  # with second derivatives of the layers
 # A basis on disk from this size on is worth a word to the user: it stays after the run.
 _REPORTED_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class CurvatureConfig(Settings):
-    """Curvature."""
-
-    curvature: str = flag(
-        SKETCHED_FISHER, "operator whose leading directions are the stiff ones; sketched-fisher "
-        "is computed from the validation set's sketches and needs no further pass",
-        choices=(*OPERATORS, SKETCHED_FISHER))
-    num_eigenpairs: int = flag(
-        64, "leading eigenpairs to compute; those up to the elbow are stiff; sketched-fisher "
-        "has all of its pairs, and uses so many, or all up to the elbow", at_least=1)
-    energy_share: float = flag(
-        PAPER_ENERGY_SHARE, "share of the energy that the stiff directions hold", above=0,
-        at_most=1)
-    lanczos_tol: float = flag(
-        1e-3, "residual of an eigenpair, relative to the largest eigenvalue, that stops Lanczos",
-        above=0, below=1)
-    max_matvecs: int = flag(200, "largest number of operator products of Lanczos", at_least=2)
-    num_curvature_samples: int = flag(
-        0, "largest number of validation samples in operator products; 0: all",
-        at_least=0)
-    density_samples: int = flag(
-        0, "random vectors for the spectral density and the trace, at least 2; 0: none, and "
-        "the elbow of --curvature hessian and gauss-newton is found among the computed pairs",
-        at_least=0)
-    density_steps: int = flag(16, "Lanczos steps from each of the random vectors", at_least=2)
-
-    def check(self) -> None:
-        if self.density_samples == 1:
-            raise UserError("--density-samples is 1: it must be 0, or at least 2 for an estimate "
-                            "with a standard error.")
-
-
-@dataclass(frozen=True)
-class SpectrumKey(Key):
-    """What eigenpairs depend on. How many were requested is not part of it: more resume."""
-
-    sketches_digest: str
-    valid_digests: tuple[str, ...]
-    num_valid_samples: int
-    curvature: str
-    lanczos_tol: float
-    seed: int
-    num_curvature_samples: int = 0
-    density_samples: int = 0
-    density_steps: int = 16
-
-
-def spectrum_key(config: CurvatureConfig, sketches: SketchesKey, valid: Drawn) -> SpectrumKey:
-    return SpectrumKey(sketches.digest(), tuple(valid.digests), len(valid.numbers),
-                       config.curvature, config.lanczos_tol, sketches.seed,
-                       config.num_curvature_samples, config.density_samples, config.density_steps)
-
-
-@dataclass(frozen=True)
-class Eigenpairs:
-    """What a spectrum folder holds. sketches: [p, k] of the eigenvectors; rank: the largest that
-    the operator can have; total_energy: the sum of all positive eigenvalues, or None if that is not
-    known."""
-
-    eigenvalues: np.ndarray
-    sketches: np.ndarray
-    rank: int
-    max_matvecs: int
-    converged: bool
-    total_energy: float | None
-
-    def serve(self, config: CurvatureConfig) -> bool:
-        """Whether they are all that the flags ask for."""
-        if config.curvature == SKETCHED_FISHER:  # earlier versions wrote the leading ones only
-            return len(self.eigenvalues) == self.rank
-        if self.converged:
-            return len(self.eigenvalues) >= min(config.num_eigenpairs, self.rank)
-        return self.max_matvecs >= config.max_matvecs
-
-    def elbow(self, config: CurvatureConfig) -> Elbow:
-        """Among all pairs that the operator has, or the leading ones that the flags ask for."""
-        count = self.rank if len(self.eigenvalues) == self.rank else config.num_eigenpairs
-        return find_elbow(self.eigenvalues[:count], config.energy_share,
-                          total_energy=self.total_energy)
-
-    def directions(self, config: CurvatureConfig) -> Directions:
-        """The leading pairs that the flags ask for, and all up to the elbow, which are stiff."""
-        num_stiff = self.elbow(config).num_stiff
-        values = self.eigenvalues[: max(config.num_eigenpairs, num_stiff)]
-        return Directions(values, self.sketches[: len(values)], num_stiff)
-
-
-def layer_spec(config: CurvatureConfig) -> str:
-    """Of the layers that its products can be taken of."""
-    return "local" if config.curvature in EXACT else "fused"
-
-
-def require_precision(config: CurvatureConfig, precision: Precision) -> None:
-    """Raises UserError for exact products of a model in bfloat16, before any work."""
-    if precision.bf16 and config.curvature in EXACT:
-        raise UserError(
-            f"--curvature {config.curvature} needs float32: its products are exact, which they "
-            "would not be with bfloat16 weights and activations. Add --no-bf16, or use "
-            "--curvature fisher.")
-
-
-def known_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path) -> Directions | None:
-    """Those of an earlier run, if they are all that is asked for; all ranks call this."""
-    def read() -> Directions | None:
-        if not Artefact(folder, "a spectrum").matches(key):
-            return None
-        found = _read(folder)
-        return found.directions(config) if found.serve(config) else None
-
-    return parallel.on_rank_zero(read)
 
 
 def leading_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path, valid: Drawn,
@@ -188,7 +65,7 @@ def leading_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path, 
                        spectrum.converged,
                        _total_energy(config, density, valid_rows, gradients))
     notes = _notes(config, found, work.operator)
-    parallel.on_rank_zero(lambda: _write(folder, key, found, {
+    parallel.on_rank_zero(lambda: write_eigenpairs(folder, key, found, {
         **_summary(spectrum, density), "operator": config.curvature,
         "num_valid_samples": len(numbers), "dimension": work.space.dimension,
         "elbow": vars(found.elbow(config)), "notes": notes}))
@@ -325,21 +202,3 @@ def _summary(spectrum: Spectrum, density: SpectralDensity | None) -> dict:
         "density": None if density is None else {
             "nodes": density.nodes.tolist(), "weights": density.weights.tolist(),
             "trace": vars(density.trace), "positive_trace": vars(density.positive_trace)}}
-
-
-def _write(folder: Path, key: SpectrumKey, found: Eigenpairs, summary: dict) -> None:
-    artefact = Artefact(folder, "a spectrum")
-    artefact.begin(key)  # what is there is of another run, or is about to be replaced by more
-    total = np.nan if found.total_energy is None else found.total_energy
-    with files.written_whole(folder / "directions.npz") as file:
-        np.savez(file, **{**vars(found), "total_energy": total})
-    files.write_json(folder / "spectrum.json", summary)
-    artefact.finish(key)
-
-
-def _read(folder: Path) -> Eigenpairs:
-    names = ("eigenvalues", "sketches", "rank", "max_matvecs", "converged", "total_energy")
-    values, sketches, rank, max_matvecs, converged, total = arrays.read_named(
-        folder / "directions.npz", names, f"Delete {folder}, and run the command again.")
-    return Eigenpairs(values, sketches, int(rank), int(max_matvecs), bool(converged),
-                      None if np.isnan(total) else float(total))

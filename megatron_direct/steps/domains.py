@@ -29,7 +29,7 @@ from megatron_direct.runtime import files, typed_json
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.group_worth import GroupWorth, group_worths, typical_samples
-from megatron_direct.selection.shrinkage import Partition, find_clusters
+from megatron_direct.selection.shrinkage import Partition
 
 _NUM_TYPICAL = 3
 _SHOWN_TOKENS = 48
@@ -93,7 +93,7 @@ def find_domains(config: SelectionConfig, evidence: Evidence, counts: np.ndarray
     """All ranks call this. counts: [N] how often each candidate is selected; halves: as in
     group_worths."""
     share = evidence.share()
-    domains = Partition(evidence.datasets, evidence.num_datasets)
+    domains = evidence.pools()
     taken = np.minimum(counts, 1).astype(np.float64)[share.ids]
 
     def worths(groups: Partition) -> list[GroupWorth]:
@@ -104,7 +104,7 @@ def find_domains(config: SelectionConfig, evidence: Evidence, counts: np.ndarray
 
     if not config.shrinkage_clusters:
         return FoundGroups(everywhere(domains), None, worths(domains), [], [])
-    clusters = find_clusters(evidence.rows, domains, config.shrinkage_clusters, share, seed)
+    clusters = evidence.clusters(config.shrinkage_clusters, seed)
     return FoundGroups(everywhere(domains), everywhere(clusters), worths(domains), worths(clusters),
                  typical_samples(evidence, clusters, _NUM_TYPICAL))
 

@@ -16,7 +16,7 @@ from megatron_direct.runtime import host, parallel
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.steps import calibrate, cost
 from megatron_direct.steps.cost import RunEstimate, Site, Training, Workload
-from megatron_direct.steps.curvature import CurvatureConfig
+from megatron_direct.steps.curvature_config import CurvatureConfig
 from megatron_direct.steps.machines import Machine, PassSetup, pass_cost
 from megatron_direct.steps.model_size import size_of
 from megatron_direct.steps.pilot import PilotConfig

@@ -12,7 +12,13 @@ from megatron_direct.runtime import files, parallel
 from megatron_direct.selection.distilled import draw_share
 from megatron_direct.steps import curvature as curvature_step
 from megatron_direct.steps import sketch as sketch_step
-from megatron_direct.steps.curvature import SKETCHED_FISHER, CurvatureConfig
+from megatron_direct.steps.curvature_config import (
+    SKETCHED_FISHER,
+    CurvatureConfig,
+    layer_spec,
+    require_precision,
+)
+from megatron_direct.steps.eigenpairs import SpectrumKey, known_directions, spectrum_key
 from megatron_direct.steps.onset import Onset
 from megatron_direct.steps.pass_plan import Drawn
 from megatron_direct.steps.pilot import PilotConfig, gradient_point
@@ -44,7 +50,7 @@ def measure(settings: MeasureSettings, onset: Onset, folder: Path) -> Measured:
 
     ``seconds.json`` tells what the stages took, unless a part had been done before.
     """
-    curvature_step.require_precision(settings.curvature, onset.job.precision)
+    require_precision(settings.curvature, onset.job.precision)
     clock = _Clock(folder)
     point = gradient_point(settings.pilot, onset, folder, settings.sketch.seed)
     clock.stop("pilot")
@@ -56,9 +62,9 @@ def measure(settings: MeasureSettings, onset: Onset, folder: Path) -> Measured:
         onset.digests_of(onset.valid))
     key = sketch_step.sketches_key(settings.sketch, onset.job, point)
     store = sketch_step.open_store(folder / "sketches", key)
-    spectrum = curvature_step.spectrum_key(settings.curvature, key, valid)
+    spectrum = spectrum_key(settings.curvature, key, valid)
     missing = [drawn for drawn in (pool, valid) if sketch_step.num_missing(store, drawn)]
-    directions = None if missing else curvature_step.known_directions(
+    directions = None if missing else known_directions(
         settings.curvature, spectrum, folder / "curvature")
     if directions is None:
         work = _Work(folder, point, store, missing, valid, spectrum)
@@ -76,7 +82,7 @@ class _Work:
     store: SketchStore
     missing: list[Drawn]
     valid: Drawn
-    spectrum: curvature_step.SpectrumKey
+    spectrum: SpectrumKey
 
 
 def _compute(settings: MeasureSettings, onset: Onset, work: _Work, clock: _Clock) -> Directions:
@@ -92,7 +98,7 @@ def _compute(settings: MeasureSettings, onset: Onset, work: _Work, clock: _Clock
     if work.missing or needs_model:
         with sketch_step.gradient_model(
                 settings.sketch, onset.job, work.point,
-                curvature_step.layer_spec(settings.curvature)) as gradients:
+                layer_spec(settings.curvature)) as gradients:
             for drawn in work.missing:
                 sketch_step.write_sketches(work.store, gradients, drawn)
             clock.stop("sketch")

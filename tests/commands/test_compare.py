@@ -192,7 +192,8 @@ def test_carries_on_arm_by_arm_and_takes_more_arms_later(folder, run):
     assert json.loads((broken / "comparison.json").read_text())["arms"] == found["arms"]
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(dp=2)], ids=str)
+@pytest.mark.parametrize("layout", [
+    pytest.param(Layout(tp=2, pp=2), marks=pytest.mark.slow), Layout(dp=2)], ids=str)
 def test_other_layouts_find_the_same(folder, run, layout):
     name = f"run-{layout}"
     run_on_ranks(layout.world_size, _compare, folder, layout, name, ("random", "direct"), 1)

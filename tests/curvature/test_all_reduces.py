@@ -46,7 +46,7 @@ def _counts(model, layout, prefix):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(grid, "all_reduce", counting)
             leading_eigenpairs(
-                SymmetricOperator(operator.matvec, space), Target(2, tol=1e-6, max_matvecs=6),
+                SymmetricOperator(operator.matvec, space), Target(2, tol=1e-6, max_matvecs=4),
                 space.random_signs(0), on_step=lambda _, counts=counts: counts.append(len(calls)))
         found[kind] = np.diff(counts).tolist(), len(operator._passes)
     return found
@@ -61,5 +61,5 @@ def test_a_step_takes_one_all_reduce_and_a_product_of_the_fisher_one_more(
     for found in on_layout(layout, _counts, MODELS[name], prefix):
         for kind, of_fisher in ((GaussNewtonOperator, 0), (FisherOperator, 1)):
             counts, num_passes = found[kind]
-            assert num_passes > 1  # whose sums travel together
+            assert counts and num_passes > 1  # whose sums travel together
             assert counts == [1 + of_gradients + of_fisher] * len(counts)

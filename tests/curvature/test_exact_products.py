@@ -148,15 +148,17 @@ def _expected(model: ModelConfig, prefix: str):
                                     for kind in ALL_OPERATORS}
 
 
-_ALSO = (("gpt2-untied", Layout()), ("gpt2-untied", Layout(pp=2)),
-         ("gpt2-untied", Layout(tp=2, sp=True)),
-         ("qwen3", Layout(tp=2)), ("minicpm3", Layout(tp=2, sp=True)),
-         ("hybrid-tied", Layout(pp=2)), ("nemotron-h", Layout(tp=2, sp=True)))
+_DEFAULT = (("llama-tied", Layout()), ("llama-tied", Layout(tp=2, pp=2)),
+            ("llama-tied", Layout(dp=2)), ("llama-tied", Layout(pp=2, vp=1)),
+            ("gpt2-untied", Layout()), ("gpt2-untied", Layout(pp=2)),
+            ("gpt2-untied", Layout(tp=2, sp=True)), ("qwen3", Layout(tp=2)),
+            ("minicpm3", Layout(tp=2, sp=True)), ("hybrid-tied", Layout(pp=2)),
+            ("nemotron-h", Layout(tp=2, sp=True)))
 
 
 def _grid():
-    """Every layout and model; by default a Llama in each, a GPT-2 in three, and norms of queries
-    and latents where they are cut; the rest with the slow."""
+    """Every layout and model; by default each layout with one or more of them, a GPT-2 in three,
+    and norms of queries and latents where they are cut; the rest with the slow."""
     for layout in [Layout(), *LAYOUTS]:
         for name, model in MODELS.items():
             if layout.vp and model.hybrid_layer_pattern:
@@ -165,7 +167,7 @@ def _grid():
                 model = dataclasses.replace(model, num_layers=4)
             if layout.tp > 1 and (name == "starcoder" or name == "minicpm3" and not layout.sp):
                 continue  # refused: one key for all heads, latents without sequence parallelism
-            default = name == "llama-tied" or (name, layout) in _ALSO
+            default = (name, layout) in _DEFAULT
             slow = () if default else pytest.mark.slow
             yield pytest.param(layout, model, id=f"{layout}-{name}", marks=slow)
 
@@ -200,8 +202,11 @@ def _with_room(model, layout, prefix, kind, rooms):
     return products, taken
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, sp=True), Layout(pp=2, vp=1)], ids=str)
-@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize(("kind", "layout"), [
+    ("hessian", Layout()), ("gauss-newton", Layout()),
+    ("hessian", Layout(tp=2, sp=True)), ("gauss-newton", Layout(pp=2, vp=1)),
+    pytest.param("gauss-newton", Layout(tp=2, sp=True), marks=pytest.mark.slow),
+    pytest.param("hessian", Layout(pp=2, vp=1), marks=pytest.mark.slow)], ids=str)
 def test_kept_products_change_no_bit(kind, layout, prefix):
     model = dataclasses.replace(MODELS["llama-tied"], num_layers=4)
     plenty, little = 1 << 30, 10_000

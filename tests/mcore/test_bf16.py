@@ -23,14 +23,15 @@ from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import checkpoint, passes, training
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import parameter_shards
-from megatron_direct.steps.curvature import CurvatureConfig, require_precision
+from megatron_direct.steps.curvature_config import CurvatureConfig, require_precision
 
 BF16, FP32 = Precision(bf16=True), Precision()
 # Wide enough that sums have some terms: rounding of a unit in 2^9 averages out in them.
 MODEL = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2,
                     ffn_hidden_size=96, vocab_size=VOCAB_SIZE, seq_length=32,
                     make_vocab_size_divisible_by=32)
-_LAYOUTS = [Layout(), Layout(tp=2), Layout(tp=2, pp=2), Layout(dp=2)]
+_LAYOUTS = [Layout(), pytest.param(Layout(tp=2), marks=pytest.mark.slow), Layout(tp=2, pp=2),
+            Layout(dp=2)]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,10 @@ from megatron_direct.mcore import checkpoint, compat, integrity
 LLAMA = MODELS["llama-tied"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Experts are in the other mixture, too.
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=pytest.mark.slow if case.model == "qwen2-moe" else ())
+    for case in CASES], ids=str)
 def test_training_goes_on_in_another_layout(tmp_path, case):
     expected = save(case, tmp_path)
     require_equal(resume(case, tmp_path), expected)
@@ -53,7 +56,8 @@ def _load_bare(model, layout, folder):
     checkpoint.load_model(found.path, models.build(Job(model, layout)))
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2)], ids=str)
+@pytest.mark.parametrize("layout", [
+    pytest.param(Layout(), marks=pytest.mark.slow), Layout(dp=2)], ids=str)
 def test_a_damaged_file_is_named_with_an_older_checkpoint(bare, tmp_path, layout):
     """One flipped bit anywhere, a file that is cut short, and one that is gone."""
     folder = shutil.copytree(bare, tmp_path / "theta")

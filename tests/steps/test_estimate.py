@@ -14,7 +14,7 @@ from megatron_direct.mcore import grid
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.steps import calibrate, cost, estimate
 from megatron_direct.steps.cost import Workload
-from megatron_direct.steps.curvature import CurvatureConfig
+from megatron_direct.steps.curvature_config import CurvatureConfig
 from megatron_direct.steps.estimate import Asked
 from megatron_direct.steps.machines import H100, PassSetup, pass_cost
 from megatron_direct.steps.model_shapes import MODEL_SHAPES

@@ -29,7 +29,7 @@ from megatron_direct.mcore import checkpoint, grid, model, training
 from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.steps import selected
 from megatron_direct.steps import sketch as sketch_step
-from megatron_direct.steps.curvature import OPERATORS
+from megatron_direct.steps.curvature_config import OPERATORS
 from megatron_direct.steps.pass_plan import Drawn
 from megatron_direct.steps.sketch import (
     SketchesKey,

@@ -1,0 +1,93 @@
+"""What commands that select are asked alike, and what depends on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from megatron_direct.config import Given, ModelConfig, OptimizerConfig, ParallelConfig, Precision
+from megatron_direct.runtime import parallel
+from megatron_direct.runtime.manifest import Key
+from megatron_direct.selection.config import SelectionConfig
+from megatron_direct.steps import solve as solve_step
+from megatron_direct.steps.curvature_config import CurvatureConfig
+from megatron_direct.steps.extend import require_can_share
+from megatron_direct.steps.measure import MeasureSettings
+from megatron_direct.steps.onset import Onset, OnsetConfig, open_onset
+from megatron_direct.steps.pilot import PilotConfig
+from megatron_direct.steps.sketch import SketchConfig
+
+_Request = TypeVar("_Request", bound="SelectionRequest")
+_Key = TypeVar("_Key", bound="LossesKey")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionRequest:
+    """How to select. Base of requests, to which each command adds groups of its own."""
+
+    pilot: PilotConfig = field(default_factory=PilotConfig)
+    sketch: SketchConfig = field(default_factory=SketchConfig)
+    curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    layout: ParallelConfig = field(default_factory=ParallelConfig)
+    given: Given = field(default_factory=Given)
+
+    @property
+    def measure(self) -> MeasureSettings:
+        return MeasureSettings(self.pilot, self.sketch, self.curvature)
+
+    def open(self, onset: OnsetConfig, test_data_path: Sequence[str] = (), *,
+             trains: bool = True) -> Onset:
+        """Reads what the flags name; all ranks call this. trains: whether these ranks train.
+
+        Raises UserError for what cannot be selected there, before any work.
+        """
+        self.selection.require_number_where_needed()
+        opened = open_onset(onset, self.layout, self.given, test_data_path)
+        opened.job.require_runs_on(parallel.world_size(), trains=trains)
+        solve_step.check_number(self.selection, len(opened.pool.usable))
+        solve_step.require_quotas(self.selection, opened.pool)
+        require_can_share(self.selection, self.sketch, opened)
+        return opened
+
+    def for_annealing(self: _Request, tokens: int) -> _Request:
+        """For an annealing of so many tokens, unless --anneal-tokens says how many."""
+        if self.selection.anneal_tokens is not None:
+            return self
+        return dataclasses.replace(
+            self, selection=dataclasses.replace(self.selection, anneal_tokens=tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossesKey(Key):
+    """What the losses of annealings on selections depend on. Base of keys, to which each command
+    adds fields of its own. How many samples are computed at once is left at its default."""
+
+    checkpoint_digest: str
+    pool_digests: tuple[str, ...]
+    valid_digests: tuple[str, ...]
+    test_digests: tuple[str, ...]
+    lr_wsd_decay_iters: int
+    global_batch_size: int
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    pilot: PilotConfig
+    sketch: SketchConfig
+    curvature: CurvatureConfig
+    problem: SelectionConfig
+    precision: Precision = field(default_factory=Precision)
+
+    @classmethod
+    def of(cls: type[_Key], onset: Onset, measure: MeasureSettings, problem: SelectionConfig,
+           test_digests: Sequence[str], **own: Any) -> _Key:
+        job = onset.job
+        return cls(
+            checkpoint_digest=onset.checkpoint.digest, pool_digests=onset.digests_of(onset.pool),
+            valid_digests=onset.digests_of(onset.valid), test_digests=tuple(test_digests),
+            global_batch_size=job.batch.global_batch_size, model=job.model,
+            optimizer=job.optimizer, pilot=measure.pilot,
+            sketch=dataclasses.replace(measure.sketch,
+                                       micro_batch_size=SketchConfig().micro_batch_size),
+            curvature=measure.curvature, problem=problem, precision=job.precision, **own)
