@@ -193,14 +193,13 @@ def _key(run: _Run) -> AlternationKey:
         raise UserError("--at merged is not supported by alternate: the later rounds have no "
                         "training behind them whose states could be averaged. Use --at checkpoint "
                         "or --at pilot.")
-    defaults = SketchConfig()
     return AlternationKey(
         onset.checkpoint.digest, onset.digests_of(onset.pool), onset.digests_of(onset.valid),
         tuple(dataset_digests(config.test_data_path).values()), config.rounds,
         config.lr_wsd_decay_iters, config.max_epochs, config.load_optim, onset.job.batch.seed,
         onset.job.batch.global_batch_size, onset.job.model, onset.job.optimizer,
         request.pilot.in_one_spelling(),
-        dataclasses.replace(request.sketch, micro_batch_size=defaults.micro_batch_size),
+        request.sketch.without_micro_batch(),
         request.curvature,
         dataclasses.replace(request.selection, sketch_rows=SelectionConfig().sketch_rows),
         onset.job.precision)

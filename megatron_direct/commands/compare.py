@@ -184,7 +184,6 @@ def _arms(setting: Setting) -> list[str]:
 
 def _key(setting: Setting) -> ComparisonKey:
     onset, sketch, pilot = setting.onset, setting.measure.sketch, setting.measure.pilot
-    defaults = SketchConfig()
     if pilot.at == "merged":  # states are known by their digests, however they were found
         states = states_to_merge(pilot, onset.checkpoint)
         pilot = dataclasses.replace(pilot, merge_load=tuple(state.digest for state in states),
@@ -194,8 +193,7 @@ def _key(setting: Setting) -> ComparisonKey:
         tuple(setting.test_digests.values()), setting.config.lr_wsd_decay_iters, sketch.seed,
         onset.job.batch.global_batch_size, onset.job.model, onset.job.optimizer,
         pilot,
-        dataclasses.replace(sketch, micro_batch_size=defaults.micro_batch_size,
-                            seed=defaults.seed),
+        dataclasses.replace(sketch.without_micro_batch(), seed=SketchConfig().seed),
         setting.measure.curvature, setting.selection,
         onset.job.precision)
 

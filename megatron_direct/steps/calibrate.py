@@ -23,7 +23,7 @@ import torch
 
 from megatron_direct.config import Job, ModelConfig, expert_layers
 from megatron_direct.curvature.spectrum import Directions
-from megatron_direct.data.samples import PassShape, SampleSource
+from megatron_direct.data.samples import MicroBatchLimits, PassShape, SampleSource
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import grid, model, passes
@@ -137,7 +137,7 @@ def _measure(job: Job, setup: PassSetup) -> PassCost:
         chunks = model.build(job)
         shards = parameter_shards(chunks)
         gradients = GradientModel(chunks, shards, Sketch(shards, setup.sketch_size, 0),
-                                  micro_batch_size=size)
+                                  micro_batch=MicroBatchLimits(size))
         mean, longest = (_RandomText(size * at_once * grid.data_size(), length, job.model)
                          for length in (max(1, round(setup.length)), setup.longest))
         held = memory.peak_bytes(lambda: list(sketch_samples(
@@ -164,7 +164,7 @@ def _weights_of(job: Job) -> float:
 
 
 def _train(chunks: Sequence[torch.nn.Module], text: SampleSource, size: int, at_once: int) -> None:
-    shape = PassShape(size, at_once, grid.data_rank(), grid.data_size(),
+    shape = PassShape(MicroBatchLimits(size), at_once, grid.data_rank(), grid.data_size(),
                       count_multiple=chunks[0].config.pipeline_model_parallel_size)  # type: ignore
     for micro_batches in text.passes(np.arange(len(text.num_labels)), shape):
         passes.run_pass(chunks, micro_batches, backward=True)

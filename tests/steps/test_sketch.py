@@ -20,7 +20,7 @@ from megatron_direct.curvature.preconditioner import adam_scales
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.data.mask import SampleMask
-from megatron_direct.data.samples import Samples
+from megatron_direct.data.samples import MicroBatchLimits, Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
@@ -153,7 +153,7 @@ def _sketches(folder, layout, settings):
     sketch = Sketch(shards, SIZE, 1, scales if settings.get("precondition") else None)
     samples = Samples([str(folder / "pool")], MODEL.seq_length, VOCAB_SIZE)
     rows = {}
-    gradients = GradientModel(chunks, shards, sketch, micro_batch_size=4,
+    gradients = GradientModel(chunks, shards, sketch, micro_batch=MicroBatchLimits(4),
                               sample_loss=settings.get("sample_loss", "mean"))
     for sketches, numbers, _ in sketch_samples(gradients, samples, samples.usable):
         rows.update(zip(numbers.tolist(), sketches, strict=True))
