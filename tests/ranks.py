@@ -28,7 +28,11 @@ from megatron_direct.config import ModelConfig, ParallelConfig
 TIMEOUT_SECONDS = 240
 # Each gloo group has a thread that wakes a hundred times a second; those of groups that something
 # still refers to would slow down all that follows.
-MOST_THREADS = 100
+MOST_THREADS = 40
+# By the process that workers are forked from.
+IMPORTED = ["torch.distributed", "megatron.core.distributed", "megatron.core.optimizer",
+            "megatron.core.dist_checkpointing", "megatron.core.datasets.gpt_dataset",
+            "megatron_direct.mcore.model", "megatron_direct.mcore.checkpoint"]
 
 
 class RankError(AssertionError):
