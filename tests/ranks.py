@@ -1,5 +1,5 @@
-"""Real ranks for tests: processes on gloo, kept between tests, and forked from one that has imported
-torch and megatron, which takes 3 s.
+"""Real ranks for tests: processes on gloo, kept between tests, and forked from one that has
+imported torch and megatron, which takes 3 s.
 
 ``run_on_ranks(n, function, *arguments)`` calls the function on n ranks, inside host() and a process
 group of n, and returns what each rank returned, in the order of ranks. The function is a top-level

@@ -444,7 +444,7 @@ def test_a_loss_that_is_not_finite_names_the_sample(layout, prefix):
 def _refusals(model, layout, prefix):
     chunks, space, samples = _build(model, layout, prefix)
     with pytest.raises(UserError, match="holds no samples.*--valid-data-path"):
-        HessianOperator(chunks, space, samples, np.empty(0, np.int64), 1)
+        HessianOperator(chunks, space, samples, np.empty(0, np.int64), MicroBatchLimits(1))
     for field, value, match in (
             ("hidden_dropout", 0.1, "--hidden-dropout 0"),
             ("attention_dropout", 0.1, "--attention-dropout 0"),
@@ -458,7 +458,7 @@ def _refusals(model, layout, prefix):
             patch.setattr(chunks[0].config, field, value)
             for operator in OPERATORS.values():
                 with pytest.raises(UserError, match=match):
-                    operator(chunks, space, samples, samples.usable, 1)
+                    operator(chunks, space, samples, samples.usable, MicroBatchLimits(1))
     for attribute, value, match in (
             ("layer_spec", dataclasses.replace(chunks[0].layer_spec, exact_products=False),
              "built from a spec without exact second derivatives.*--transformer-impl local"),
@@ -470,13 +470,13 @@ def _refusals(model, layout, prefix):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(chunks[0], attribute, value, raising=False)
             with pytest.raises(UserError, match=match):
-                HessianOperator(chunks, space, samples, samples.usable, 1)
+                HessianOperator(chunks, space, samples, samples.usable, MicroBatchLimits(1))
     chunks[0].bfloat16()
     with pytest.raises(UserError, match="float32, but some are torch.bfloat16.*--bf16"):
-        HessianOperator(chunks, space, samples, samples.usable, 1)
+        HessianOperator(chunks, space, samples, samples.usable, MicroBatchLimits(1))
     chunks[0].float().requires_grad_(False)
     with pytest.raises(UserError, match="some are frozen"):
-        HessianOperator(chunks, space, samples, samples.usable, 1)
+        HessianOperator(chunks, space, samples, samples.usable, MicroBatchLimits(1))
 
 
 def test_settings_without_exact_products_are_refused(prefix):
@@ -487,9 +487,9 @@ def _summed_in_parts(model, layout, prefix):
     chunks, space, samples = _build(model, layout, prefix)
     vector = space.random_signs(0)
     numbers = samples.usable
-    first, second = (HessianOperator(chunks, space, samples, part, 3)
+    first, second = (HessianOperator(chunks, space, samples, part, MicroBatchLimits(3))
                      for part in (numbers[:5], numbers[5:]))
-    whole = HessianOperator(chunks, space, samples, numbers, 4)
+    whole = HessianOperator(chunks, space, samples, numbers, MicroBatchLimits(4))
     assert whole.num_tokens == first.num_tokens + second.num_tokens
     parts = (first.num_tokens * first.matvec(vector) + second.num_tokens * second.matvec(vector))
     return _error(parts / whole.num_tokens, whole.matvec(vector)), grid.data_size()

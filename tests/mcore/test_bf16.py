@@ -107,7 +107,8 @@ def _pieces_and_product(model, layout, prefix):
             losses = passes.run_pass(chunks, batch, backward=True, before_forward=hooks.begin)
     space = ParameterSpace(shards)
     vector = space.random_signs(3)
-    product = FisherOperator(chunks, space, samples, samples.usable, 4).matvec(vector)
+    product = FisherOperator(chunks, space, samples, samples.usable,
+                             MicroBatchLimits(4)).matvec(vector)
     return seen, losses.dtype, vector.dtype, product.dtype
 
 

@@ -232,7 +232,7 @@ def _projections(model, layout, prefix, sketch_size):
     fill_by_hash(shards)
     samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
     space = ParameterSpace(shards)
-    operator = FisherOperator(chunks, space, samples, samples.usable, 4)
+    operator = FisherOperator(chunks, space, samples, samples.usable, MicroBatchLimits(4))
     sketch = Sketch(shards, sketch_size, 0)
     rows, norms, exact, sketched = {}, {}, [], []
     gradients = GradientModel(chunks, shards, sketch, micro_batch=MicroBatchLimits(4))

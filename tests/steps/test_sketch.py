@@ -235,10 +235,11 @@ def _products_over_some_parameters(folder, layout):
         for kind, operator in OPERATORS.items():
             vector = whole.join([v * (s.name in names) for s, v in zip(
                 shards, whole.split(whole.random_signs(1)), strict=True)])
-            product = operator(chunks, whole, samples, samples.usable, 4).matvec(vector)
+            given = samples, samples.usable, MicroBatchLimits(4)
+            product = operator(chunks, whole, *given).matvec(vector)
             expected = part.join([p for s, p in zip(shards, whole.split(product), strict=True)
                                   if s.name in names])
-            alone = operator(chunks, part, samples, samples.usable, 4).matvec(part.random_signs(1))
+            alone = operator(chunks, part, *given).matvec(part.random_signs(1))
             found[kind] = float((alone - expected).norm() / expected.norm())
         return found, [p.grad is None for chunk in chunks for p in chunk.parameters()]
 
