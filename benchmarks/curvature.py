@@ -32,7 +32,7 @@ from megatron_direct.curvature.krylov import SymmetricOperator
 from megatron_direct.curvature.lanczos import leading_eigenpairs
 from megatron_direct.curvature.thick_restart import Target
 from megatron_direct.curvature.vectors import ParameterSpace
-from megatron_direct.data.samples import Samples
+from megatron_direct.data.samples import MicroBatchLimits, Samples
 from megatron_direct.mcore import grid, model, passes
 from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.mcore.without_gpu import megatron_runtime
@@ -77,13 +77,13 @@ def main() -> None:
 def _measure(layout: ParallelConfig, samples: Samples, arguments) -> None:
     chunks = model.build(Job(MODEL, layout), spec="local")
     space = ParameterSpace(parameter_shards(chunks))
-    operators = {name: operator(chunks, space, samples, samples.usable, arguments.micro_batch_size)
+    micro_batch = MicroBatchLimits(arguments.micro_batch_size)
+    operators = {name: operator(chunks, space, samples, samples.usable, micro_batch)
                  for name, operator in OPERATORS.items()}
-    all_passes = list(passes.of_samples(chunks, samples, samples.usable,
-                                        arguments.micro_batch_size))
+    all_passes = list(passes.of_samples(chunks, samples, samples.usable, micro_batch))
     # The same, taking up what an earlier product has kept (curvature/kept.py).
     kept = {f"{name}, kept": OPERATORS[name](chunks, space, samples, samples.usable,
-                                             arguments.micro_batch_size, ROOM) for name in EXACT}
+                                             micro_batch, ROOM) for name in EXACT}
     operators.update(kept)
     vector = space.random_signs(0)
     calls = {"gradient": lambda: _gradient(chunks, space, all_passes)}

@@ -33,7 +33,7 @@ from gpu_yardstick import Decoder, Shape
 
 from megatron_direct.cli import main as cli
 from megatron_direct.config import Job, ModelConfig, ParallelConfig, Precision
-from megatron_direct.data.samples import MicroBatch, SampleSource
+from megatron_direct.data.samples import MicroBatch, MicroBatchLimits, SampleSource
 from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
@@ -174,7 +174,7 @@ def _parts(chunks: list[torch.nn.Module], shape: Shape, runs: Runs, ends: float,
 
     def sketches() -> Callable[[], None]:
         gradients = GradientModel(chunks, shards, Sketch(shards, SKETCH_SIZE, seed=1),
-                                  micro_batch_size=shape.at_once)
+                                  micro_batch=MicroBatchLimits(shape.at_once))
 
         def sketch() -> None:
             for _ in sketch_samples(gradients, source, numbers):

@@ -34,7 +34,7 @@ from megatron_direct.config import ParallelConfig
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.data import indexed
 from megatron_direct.data.blend_plan import Blend
-from megatron_direct.data.samples import PassShape, Samples
+from megatron_direct.data.samples import MicroBatchLimits, PassShape, Samples
 from megatron_direct.gradients.store import SketchStore
 from megatron_direct.mcore import blend, grid
 from megatron_direct.mcore.without_gpu import megatron_runtime
@@ -137,7 +137,7 @@ def plan(flags: argparse.Namespace) -> None:
         with watch.step("plan of the passes"):
             passes = pass_plan.make_plan(store, drawn)
         with watch.step(f"first 100 passes, a share of {flags.of}"):
-            shape = PassShape(8, share=rank, num_shares=flags.of)
+            shape = PassShape(MicroBatchLimits(8), share=rank, num_shares=flags.of)
             batches = samples.passes(passes.planned, shape, passes.done)
             for _ in range(100):
                 next(batches, None)

@@ -88,6 +88,5 @@ class LossesKey(Key):
             valid_digests=onset.digests_of(onset.valid), test_digests=tuple(test_digests),
             global_batch_size=job.batch.global_batch_size, model=job.model,
             optimizer=job.optimizer, pilot=measure.pilot,
-            sketch=dataclasses.replace(measure.sketch,
-                                       micro_batch_size=SketchConfig().micro_batch_size),
+            sketch=measure.sketch.without_micro_batch(),
             curvature=measure.curvature, problem=problem, precision=job.precision, **own)

@@ -22,7 +22,7 @@ from megatron_direct.curvature import tangents
 from megatron_direct.curvature.kept import KeptProducts
 from megatron_direct.curvature.requirements import require_exact_products
 from megatron_direct.curvature.vectors import ParameterSpace
-from megatron_direct.data.samples import MicroBatch, Samples
+from megatron_direct.data.samples import MicroBatch, MicroBatchLimits, Samples
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import grid, passes
 
@@ -97,7 +97,7 @@ class DualOperator:
     with_tangents: bool
 
     def __init__(self, chunks: Sequence[torch.nn.Module], space: ParameterSpace, samples: Samples,
-                 numbers: np.ndarray, micro_batch_size: int, room: int = 0):
+                 numbers: np.ndarray, micro_batch: MicroBatchLimits, room: int = 0):
         if len(numbers) == 0:
             raise UserError("the validation set holds no samples: curvature needs at least one. "
                             "Check --valid-data-path.")
@@ -108,7 +108,7 @@ class DualOperator:
         self._chunks = chunks
         self.kept = KeptProducts(room)
         # Held: the tokens of the validation set are small beside one vector.
-        self._passes = list(passes.of_samples(chunks, samples, self.samples, micro_batch_size))
+        self._passes = list(passes.of_samples(chunks, samples, self.samples, micro_batch))
 
     def matvec(self, vector: torch.Tensor) -> torch.Tensor:
         """The product with a flat local vector of ``space``, as another such.

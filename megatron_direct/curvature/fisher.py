@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megatron_direct.curvature.vectors import ParameterSpace
-from megatron_direct.data.samples import MicroBatch, Samples
+from megatron_direct.data.samples import MicroBatch, MicroBatchLimits, Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.mcore import grid, passes
@@ -24,7 +24,7 @@ class FisherOperator:
     """Products F v over ``numbers`` of ``samples``; vectors as in ``curvature.vectors``."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], space: ParameterSpace, samples: Samples,
-                 numbers: np.ndarray, micro_batch_size: int):
+                 numbers: np.ndarray, micro_batch: MicroBatchLimits):
         if len(numbers) == 0:
             raise UserError("the validation set holds no samples: curvature needs at least one. "
                             "Check --valid-data-path.")
@@ -32,7 +32,7 @@ class FisherOperator:
         self.num_samples = len(numbers)
         self._chunks = chunks
         # Kept: the tokens of the validation set are small beside one vector.
-        self._passes = list(passes.of_samples(chunks, samples, numbers, micro_batch_size))
+        self._passes = list(passes.of_samples(chunks, samples, numbers, micro_batch))
 
     def matvec(self, vector: torch.Tensor) -> torch.Tensor:
         product = torch.zeros_like(vector)

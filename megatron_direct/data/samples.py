@@ -46,6 +46,27 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class MicroBatchLimits:
+    """The most of a micro-batch: samples, and positions that they take when all are padded to the
+    longest of them. tokens: 0 for no such limit; a sample that is longer is alone."""
+
+    samples: int
+    tokens: int = 0
+
+    def rows(self, longest: int) -> int:
+        """b, where the longest sample has so many labels.
+
+        The positions' limit is rounded down to three binary digits: so samples of like length have
+        micro-batches of one shape, of which passes are made.
+        """
+        if not self.tokens:
+            return self.samples
+        fitting = max(1, self.tokens // max(1, longest))
+        unit = 1 << max(0, fitting.bit_length() - 3)
+        return min(self.samples, fitting // unit * unit)
+
+
+@dataclass(frozen=True)
 class PassShape:
     """How samples are cut into passes, and which of them a data-parallel rank computes.
 
@@ -54,7 +75,7 @@ class PassShape:
     equally many passes, and the passes of one number are of one shape in all of them.
     """
 
-    micro_batch_size: int
+    micro_batch: MicroBatchLimits
     micro_batches_per_pass: int = 1
     share: int = 0
     num_shares: int = 1
@@ -92,20 +113,20 @@ class SampleSource:
         """Every sample of ``numbers`` once, in passes of equally shaped micro-batches.
 
         Samples of like length, out of a stretch of ``numbers``, share a micro-batch. Which samples
-        do depends on ``numbers`` and the micro-batch size alone; share r of n takes every n-th
+        do depends on ``numbers`` and the micro-batch's limits alone; share r of n takes every n-th
         micro-batch, so that the layout changes nothing but who computes what. done: [samples] bool,
         True for what need not be computed any more: it leaves its place in a micro-batch empty, so
         that the others are computed as they would have been, and a pass with nothing left is left
         out.
         """
-        plan = micro_batches(self.num_labels, numbers, shape.micro_batch_size)
+        plan = micro_batches(self.num_labels, numbers, shape.micro_batch)
         at_once = shape.micro_batches_per_pass * shape.num_shares
-        while of_all := list(itertools.islice(plan, at_once)):
+        for size, of_all in _grouped(plan, at_once):
             group = of_all[shape.share:: shape.num_shares]
             seen, count = (of_all, -(-len(of_all) // shape.num_shares)) if shape.in_step else (
                 group, len(group))
             if count == 0:
-                return
+                continue
             if done is not None and all(done[ids].all() for ids in seen):
                 continue
             longest = max(int(self.num_labels[ids].max()) for ids in seen)
@@ -114,7 +135,7 @@ class SampleSource:
             group += [np.empty(0, np.int64)] * (count - len(group))
             if done is not None:
                 group = [ids[~done[ids]] for ids in group]
-            yield [self._micro_batch(ids, shape.micro_batch_size, length) for ids in group]
+            yield [self._micro_batch(ids, size, length) for ids in group]
 
     def _micro_batch(self, samples: np.ndarray, size: int, length: int) -> MicroBatch:
         tokens = np.zeros((size, length), np.int64)
@@ -212,17 +233,38 @@ class Samples(SampleSource):
         return tokens
 
 
-def micro_batches(num_labels: np.ndarray, samples: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Samples cut into micro-batches, made as they are asked for.
+def _grouped(plan: Iterator[tuple[int, np.ndarray]], at_once: int,
+             ) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """(b, at most ``at_once`` micro-batches that follow one another and have b rows)"""
+    for size, alike in itertools.groupby(plan, key=lambda planned: planned[0]):
+        while group := [ids for _, ids in itertools.islice(alike, at_once)]:
+            yield size, group
+
+
+def micro_batches(num_labels: np.ndarray, samples: np.ndarray, limits: MicroBatchLimits,
+                  ) -> Iterator[tuple[int, np.ndarray]]:
+    """(b, the samples of a micro-batch of b rows), made as they are asked for.
 
     A stretch of the samples at a time is sorted by length, then by number: so nothing is ever as
     long as the list, and samples that are computed at one time lie near one another on the disk.
     Every other stretch is sorted the other way round, so that lengths do not jump between two.
     """
-    stretch = max(1, _STRETCH // size) * size
+    stretch = max(1, _STRETCH // limits.samples) * limits.samples
     for number, start in enumerate(range(0, len(samples), stretch)):
         here = samples[start: start + stretch]
         order = here[np.lexsort((here, num_labels[here]))]
         if number % 2:
             order = order[::-1]
-        yield from (order[first: first + size] for first in range(0, len(order), size))
+        yield from _cut(order, num_labels, limits)
+
+
+def _cut(order: np.ndarray, num_labels: np.ndarray, limits: MicroBatchLimits,
+         ) -> Iterator[tuple[int, np.ndarray]]:
+    """order: samples, by length."""
+    lengths, which = np.unique(num_labels[order], return_inverse=True)
+    rows = np.array([limits.rows(int(length)) for length in lengths])[which]
+    for alike in np.split(np.arange(len(order)), np.flatnonzero(np.diff(rows)) + 1):
+        size = int(rows[alike[0]])
+        yield from ((size, order[alike[first: first + size]])
+                    for first in range(0, len(alike), size))
+

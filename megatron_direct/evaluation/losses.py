@@ -8,7 +8,7 @@ import torch
 
 from megatron_direct.config import ModelConfig
 from megatron_direct.data.indexed import prefix_names
-from megatron_direct.data.samples import Samples
+from megatron_direct.data.samples import MicroBatchLimits, Samples
 from megatron_direct.mcore import grid, passes
 from megatron_direct.runtime import host
 
@@ -24,7 +24,8 @@ def dataset_losses(chunks: Sequence[torch.nn.Module], prefixes: Sequence[str],
     for prefix in prefixes:
         samples = Samples([prefix], model.seq_length, model.vocab_size)
         sums = torch.zeros(2, dtype=torch.float64, device=host.device())
-        for micro_batches in passes.of_samples(chunks, samples, samples.usable, micro_batch_size):
+        for micro_batches in passes.of_samples(chunks, samples, samples.usable,
+                                               MicroBatchLimits(micro_batch_size)):
             sample_losses = passes.run_pass(chunks, micro_batches, backward=False)
             labels = torch.stack([batch.loss_mask.sum(1) for batch in micro_batches])
             sums += torch.stack([(sample_losses * labels).double().sum(), labels.double().sum()])

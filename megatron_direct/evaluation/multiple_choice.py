@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from megatron_direct.data.samples import MicroBatchLimits
 from megatron_direct.evaluation.choices import ChoiceSamples, EncodedChoice
 from megatron_direct.evaluation.questions import Question
 from megatron_direct.mcore import grid, passes
@@ -34,7 +35,7 @@ def log_likelihoods(chunks: Sequence[torch.nn.Module], samples: ChoiceSamples,
     with torch.no_grad(), tqdm(total=len(samples), desc="evaluate", unit="choice",
                                disable=None if parallel.is_rank_zero() else True) as progress:
         for micro_batches in passes.of_samples(chunks, samples, np.arange(len(samples)),
-                                             micro_batch_size):
+                                               MicroBatchLimits(micro_batch_size)):
             losses = passes.run_pass(chunks, micro_batches, backward=False)
             sums = -losses.double() * torch.stack([b.num_labels for b in micro_batches])
             numbers = passes.sample_numbers(micro_batches)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_direct.data.samples import MicroBatch, SampleSource
+from megatron_direct.data.samples import MicroBatch, MicroBatchLimits, SampleSource
 from megatron_direct.mcore import grid, passes
 from megatron_direct.runtime import host
 
@@ -35,7 +35,8 @@ def predict(chunks: Sequence[torch.nn.Module], samples: SampleSource, numbers: n
     """
     found = {}
     with torch.no_grad():
-        for micro_batches in passes.of_samples(chunks, samples, numbers, micro_batch_size):
+        for micro_batches in passes.of_samples(chunks, samples, numbers,
+                                               MicroBatchLimits(micro_batch_size)):
             scores = _run(chunks, micro_batches, vocab_size).cpu().numpy()
             for row, sample in _rows(micro_batches):
                 count = int(samples.num_labels[sample])

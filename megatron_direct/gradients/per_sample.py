@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_direct.data.samples import MicroBatch, SampleSource
+from megatron_direct.data.samples import MicroBatch, MicroBatchLimits, SampleSource
 from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.gradients.pieces import Piece
 from megatron_direct.gradients.sketch import Sketch
@@ -25,7 +25,7 @@ class GradientModel:
 
     shards: of the parameters that count. scales: of the diagonal preconditioner by shard name, or
     None; they are part of the sketch. sample_loss: a sample's gradient is that of the ``mean``, or
-    of the ``sum``, of the losses over its own labels. micro_batch_size: samples a rank computes at
+    of the ``sum``, of the losses over its own labels. micro_batch: the most that a rank computes at
     once.
     """
 
@@ -34,7 +34,7 @@ class GradientModel:
     sketch: Sketch
     scales: Mapping[str, torch.Tensor] | None = None
     sample_loss: str = "mean"
-    micro_batch_size: int = 8
+    micro_batch: MicroBatchLimits = MicroBatchLimits(8)
 
 
 def sketch_samples(model: GradientModel, samples: SampleSource, numbers: np.ndarray,
@@ -67,8 +67,7 @@ def _passes(model: GradientModel, samples: SampleSource, numbers: np.ndarray,
     """([n, k + 1] float32 sketches and mean losses on the device, [n] sample numbers)"""
     chunks = model.chunks
     with PieceHooks(chunks, model.shards) as hooks:
-        for micro_batches in passes.of_samples(chunks, samples, numbers, model.micro_batch_size,
-                                               done):
+        for micro_batches in passes.of_samples(chunks, samples, numbers, model.micro_batch, done):
             yield _one_pass(model, hooks, micro_batches), passes.sample_numbers(micro_batches)
 
 

@@ -8,35 +8,46 @@ losses chooses the weights. The same code drives one rank, tensor parallel ranks
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_direct.data.samples import MicroBatch, PassShape, SampleSource
+from megatron_direct.data.samples import MicroBatch, MicroBatchLimits, PassShape, SampleSource
 from megatron_direct.mcore import grid
 from megatron_direct.runtime import host
 
 
 def of_samples(chunks: Sequence[torch.nn.Module], samples: SampleSource, numbers: np.ndarray,
-               micro_batch_size: int, done: np.ndarray | None = None) -> Iterator[list[MicroBatch]]:
+               micro_batch: MicroBatchLimits, done: np.ndarray | None = None,
+               ) -> Iterator[list[MicroBatch]]:
     """This data-parallel rank's share of the samples, in passes that suit the layout.
 
     A pipeline of p stages is busy m / (m + p - 1) of the time with m micro-batches: 4 p of them
     keep it busy 4/5 of the time. The interleaved schedule takes multiples of p only. Ranks that
     share experts exchange tokens all the time, and go through equal passes in step. done: [samples]
-    bool, what need not be computed any more.
+    bool, what need not be computed any more. The tokens of a pass are read while the one before it
+    is computed.
     """
     layout: Any = chunks[0].config
     stages = layout.pipeline_model_parallel_size
-    return samples.passes(numbers, PassShape(
-        micro_batch_size,
+    return _read_ahead(samples.passes(numbers, PassShape(
+        micro_batch,
         micro_batches_per_pass=1 if stages == 1 else 4 * stages,
         share=grid.data_rank(),
         num_shares=grid.data_size(),
         length_multiple=layout.tensor_model_parallel_size if layout.sequence_parallel else 1,
         count_multiple=stages,
-        in_step=layout.expert_model_parallel_size > 1), done)
+        in_step=layout.expert_model_parallel_size > 1), done))
+
+
+def _read_ahead(found: Iterator[list[MicroBatch]]) -> Iterator[list[MicroBatch]]:
+    with ThreadPoolExecutor(1, "read-ahead") as reader:
+        following = reader.submit(next, found, None)
+        while (micro_batches := following.result()) is not None:
+            following = reader.submit(next, found, None)
+            yield micro_batches
 
 
 def run_pass(

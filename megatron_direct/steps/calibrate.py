@@ -26,7 +26,7 @@ import torch
 
 from megatron_direct.config import Job, ModelConfig, expert_layers
 from megatron_direct.curvature.spectrum import Directions
-from megatron_direct.data.samples import PassShape, SampleSource
+from megatron_direct.data.samples import MicroBatchLimits, PassShape, SampleSource
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import grid, model, passes
@@ -171,7 +171,7 @@ def _gradient_model(job: Job, setup: PassSetup) -> GradientModel:
     chunks = model.build(job)
     shards = parameter_shards(chunks)
     return GradientModel(chunks, shards, Sketch(shards, setup.sketch_size, 0),
-                         micro_batch_size=setup.micro_batch_size)
+                         micro_batch=MicroBatchLimits(setup.micro_batch_size))
 
 
 def _weights_of(job: Job) -> float:
@@ -181,7 +181,7 @@ def _weights_of(job: Job) -> float:
 
 
 def _train(chunks: Sequence[torch.nn.Module], text: SampleSource, size: int, at_once: int) -> None:
-    shape = PassShape(size, at_once, grid.data_rank(), grid.data_size(),
+    shape = PassShape(MicroBatchLimits(size), at_once, grid.data_rank(), grid.data_size(),
                       count_multiple=chunks[0].config.pipeline_model_parallel_size)  # type: ignore
     for micro_batches in text.passes(np.arange(len(text.num_labels)), shape):
         passes.run_pass(chunks, micro_batches, backward=True)

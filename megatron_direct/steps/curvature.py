@@ -84,7 +84,7 @@ def _over_parameters(config: CurvatureConfig, key: SpectrumKey, folder: Path, sa
     chunk_config: Any = gradients.chunks[0].config
     room = (_room_for_products(config, space),) if config.curvature in EXACT else ()
     operator: Any = OPERATORS[config.curvature](
-        gradients.chunks, space, samples, numbers, gradients.micro_batch_size, *room)
+        gradients.chunks, space, samples, numbers, gradients.micro_batch, *room)
     if gradients.scales is not None:
         operator = PreconditionedOperator(operator, space, gradients.scales)
     return _Lanczos(config, operator, key,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def on_this_machine(job: Job, asked: Asked, work: Workload, path: Path) -> RunEs
     setup = _setup(job, asked, work)
     measured = calibrate.measured(job, setup, path)
     site = Site(measured.machine, parallel.world_size(), job.layout, measured.one_pass,
-                asked.sketch.micro_batch_size, job.precision.bf16, size_of(job.model).columns)
+                setup.micro_batch_size, job.precision.bf16, size_of(job.model).columns)
     found = _estimate(site, job, asked, work)
     return found if host.has_gpu() else _in_processes(found, site)
 
@@ -66,9 +67,9 @@ def _in_processes(found: RunEstimate, site: Site) -> RunEstimate:
 def on_gpus(machine: Machine, ranks: int, job: Job, asked: Asked, work: Workload) -> RunEstimate:
     """By the terms of a machine, on so many of its GPUs in the job's layout."""
     size = size_of(job.model)
-    one_pass = pass_cost(machine, size, _setup(job, asked, work))
-    site = Site(machine, ranks, job.layout, one_pass, asked.sketch.micro_batch_size,
-                job.precision.bf16, size.columns)
+    setup = _setup(job, asked, work)
+    site = Site(machine, ranks, job.layout, pass_cost(machine, size, setup),
+                setup.micro_batch_size, job.precision.bf16, size.columns)
     return _estimate(site, job, asked, work)
 
 
@@ -114,13 +115,17 @@ def _layouts(job: Job, ranks: int, ranks_per_node: int) -> Iterator[ParallelConf
 
 
 def _setup(job: Job, asked: Asked, work: Workload) -> PassSetup:
-    return PassSetup(job.layout, asked.sketch.micro_batch_size,
-                     round(work.tokens / max(1, work.candidates), 1), job.model.seq_length,
-                     job.precision.bf16, asked.sketch.sketch_size)
+    limits, seq_length = asked.sketch.micro_batch, job.model.seq_length
+    length = round(work.tokens / max(1, work.candidates), 1)
+    rows = limits.rows(math.ceil(length))
+    # Of the fullest micro-batch: the longest samples are fewer where tokens are limited.
+    fullest = max(limits.rows(seq_length) * seq_length, min(limits.tokens, rows * seq_length))
+    return PassSetup(job.layout, rows, length, fullest // rows, job.precision.bf16,
+                     asked.sketch.sketch_size)
 
 
 def _estimate(site: Site, job: Job, asked: Asked, work: Workload) -> RunEstimate:
-    micro_batch_tokens = asked.sketch.micro_batch_size * work.tokens / max(1, work.candidates)
+    micro_batch_tokens = site.micro_batch_size * work.tokens / max(1, work.candidates)
 
     def trained(name: str, iterations: int):
         batch = job.batch
@@ -141,5 +146,5 @@ def _estimate(site: Site, job: Job, asked: Asked, work: Workload) -> RunEstimate
                cost.mask_stage(site, work)]
     if asked.anneal_iters:
         stages.append(trained("anneal", asked.anneal_iters))
-    micro_batches = -(-int(sketched.candidates) // (asked.sketch.micro_batch_size * site.copies))
+    micro_batches = -(-int(sketched.candidates) // (site.micro_batch_size * site.copies))
     return RunEstimate(tuple(stages), micro_batches, site.machine.host_memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from megatron_direct.config import Job, ModelConfig, Precision
 from megatron_direct.curvature.preconditioner import adam_scales
+from megatron_direct.data.samples import MicroBatchLimits
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.per_sample import SAMPLE_LOSSES, GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
@@ -50,10 +52,21 @@ class SketchConfig(Settings):
         "none", "adam: gradients are multiplied by the checkpoint's second moments of Adam to the "
         "power -1/4, in sketches and curvature alike", choices=("none", "adam"))
     micro_batch_size: int = flag(8, "samples per rank in one pass", at_least=1)
+    micro_batch_tokens: int = flag(
+        0, "most tokens per rank in one pass, padding included: long samples are then fewer than "
+        "--micro-batch-size at a time; 0: no such limit", at_least=0)
     num_valid_samples: int = flag(
         256, "largest number of validation samples for the curvature; 0: all", at_least=0)
     seed: int = flag(1234, "seed of hashes, of the validation samples drawn and of the solver",
                      at_least=0, at_most=2**32 - 1)
+
+    @property
+    def micro_batch(self) -> MicroBatchLimits:
+        return MicroBatchLimits(self.micro_batch_size, self.micro_batch_tokens)
+
+    def without_micro_batch(self) -> SketchConfig:
+        """What tells one result from another: the micro-batch does not, but for rounding."""
+        return dataclasses.replace(self, micro_batch_size=8, micro_batch_tokens=0)
 
 
 # The question waits for what is queued on a GPU.
@@ -124,7 +137,7 @@ def gradient_model(config: SketchConfig, job: Job, point: GradientPoint, spec: s
         scales = (adam_scales(point.moments, chunks, shards) if config.precondition == "adam"
                   else None)
         yield GradientModel(chunks, shards, Sketch(shards, config.sketch_size, config.seed, scales),
-                            scales, config.sample_loss, config.micro_batch_size)
+                            scales, config.sample_loss, config.micro_batch)
 
 
 def sketched_shards(shards: Sequence[ParameterShard], patterns: Sequence[str],

@@ -16,7 +16,7 @@ from megatron_direct.curvature.krylov import SymmetricOperator
 from megatron_direct.curvature.lanczos import leading_eigenpairs
 from megatron_direct.curvature.thick_restart import Target
 from megatron_direct.curvature.vectors import ParameterSpace
-from megatron_direct.data.samples import Samples
+from megatron_direct.data.samples import MicroBatchLimits, Samples
 from megatron_direct.mcore import grid
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import parameter_shards
@@ -42,7 +42,7 @@ def _counts(model, layout, prefix):
         return original(tensor, group)
 
     for kind in (GaussNewtonOperator, FisherOperator):
-        operator, counts = kind(chunks, space, samples, samples.usable, 1), []
+        operator, counts = kind(chunks, space, samples, samples.usable, MicroBatchLimits(1)), []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(grid, "all_reduce", counting)
             leading_eigenpairs(

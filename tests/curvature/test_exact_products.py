@@ -26,7 +26,7 @@ from megatron_direct.curvature.lanczos import leading_eigenpairs, residual_norms
 from megatron_direct.curvature.symmetry import check_symmetry
 from megatron_direct.curvature.thick_restart import Target
 from megatron_direct.curvature.vectors import ParameterSpace
-from megatron_direct.data.samples import PassShape, Samples
+from megatron_direct.data.samples import MicroBatchLimits, PassShape, Samples
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import dual_functions, grid
 from megatron_direct.mcore import model as models
@@ -37,7 +37,7 @@ ALL_OPERATORS = {**OPERATORS, "fisher": FisherOperator}
 # Double precision rounds at 1e-16, sums of some thousand terms lose two or three digits; the bar
 # leaves three more. Single precision likewise, from 6e-8.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-MICRO_BATCH_SIZE = 3
+MICRO_BATCH = MicroBatchLimits(3, 16)  # of 3, and of 2 of the longest
 MODELS = {name: tiny_models.MODELS[name] for name in (
     "gpt2-tied", "gpt2-untied", "llama-tied", "llama-untied", "neox", "starcoder", "qwen3",
     "minicpm3", "hybrid-tied", "nemotron-h")}
@@ -72,9 +72,9 @@ def _build(model: ModelConfig, layout: ParallelConfig, prefix: str, dtype=torch.
     return chunks, ParameterSpace(shards), Samples([prefix], model.seq_length, VOCAB_SIZE)
 
 
-def _operator(kind: str, model, layout, prefix, micro_batch_size=MICRO_BATCH_SIZE):
+def _operator(kind: str, model, layout, prefix, micro_batch=MICRO_BATCH):
     chunks, space, samples = _build(model, layout, prefix)
-    return OPERATORS[kind](chunks, space, samples, samples.usable, micro_batch_size)
+    return OPERATORS[kind](chunks, space, samples, samples.usable, micro_batch)
 
 
 def _plain(whole: dict[str, np.ndarray], model: ModelConfig):
@@ -124,7 +124,7 @@ def _products(model, layout, prefix):
         for kind, operator in ALL_OPERATORS.items():
             # The second product of an exact operator takes up what the first has kept.
             room = () if kind == "fisher" else (1 << 30,)
-            matvec = operator(chunks, space, samples, samples.usable, MICRO_BATCH_SIZE,
+            matvec = operator(chunks, space, samples, samples.usable, MICRO_BATCH,
                               *room).matvec
             with pytest.MonkeyPatch.context() as patch:
                 _losses_in_given_precision(patch)
@@ -196,7 +196,7 @@ def _with_room(model, layout, prefix, kind, rooms):
     chunks, space, samples = _build(model, layout, prefix, torch.float32)
     products, taken = [], []
     for room in rooms:
-        operator = OPERATORS[kind](chunks, space, samples, samples.usable, MICRO_BATCH_SIZE, room)
+        operator = OPERATORS[kind](chunks, space, samples, samples.usable, MICRO_BATCH, room)
         products.append([operator.matvec(space.random_signs(seed)) for seed in (1, 2, 1)])
         taken.append(operator.kept.num_bytes)
     return products, taken
@@ -233,7 +233,7 @@ def _columns(model, layout, prefix, kind, picked):
 
 
 def _leading(model, layout, prefix, kind, count):
-    operator = _operator(kind, model, layout, prefix, micro_batch_size=8)
+    operator = _operator(kind, model, layout, prefix, micro_batch=MicroBatchLimits(8))
     space = operator.space
     found = leading_eigenpairs(SymmetricOperator(operator.matvec, space),
                                Target(count, tol=1e-7, max_matvecs=1000), space.random_signs(0))
@@ -342,7 +342,7 @@ def _double_backward(model, layout, prefix):
     parts = space.split(space.random_signs(2))
     total = int(samples.num_labels.sum())
     product = [torch.zeros_like(parameter) for parameter in parameters]
-    for (batch,) in samples.passes(samples.usable, PassShape(MICRO_BATCH_SIZE)):
+    for (batch,) in samples.passes(samples.usable, PassShape(MICRO_BATCH)):
         losses = chunks[0](batch.tokens, batch.position_ids, None, labels=batch.labels)
         loss = (losses * batch.loss_mask).sum().double() / total
         gradient = torch.autograd.grad(loss, parameters, create_graph=True)
@@ -449,7 +449,7 @@ def test_a_loss_that_is_not_finite_names_the_sample(layout, prefix):
 def _refusals(model, layout, prefix):
     chunks, space, samples = _build(model, layout, prefix)
     with pytest.raises(UserError, match="holds no samples.*--valid-data-path"):
-        HessianOperator(chunks, space, samples, np.empty(0, np.int64), 1)
+        HessianOperator(chunks, space, samples, np.empty(0, np.int64), MicroBatchLimits(1))
     for field, value, match in (
             ("hidden_dropout", 0.1, "--hidden-dropout 0"),
             ("attention_dropout", 0.1, "--attention-dropout 0"),
@@ -463,7 +463,7 @@ def _refusals(model, layout, prefix):
             patch.setattr(chunks[0].config, field, value)
             for operator in OPERATORS.values():
                 with pytest.raises(UserError, match=match):
-                    operator(chunks, space, samples, samples.usable, 1)
+                    operator(chunks, space, samples, samples.usable, MicroBatchLimits(1))
     for attribute, value, match in (
             ("layer_spec", dataclasses.replace(chunks[0].layer_spec, exact_products=False),
              "built from a spec without exact second derivatives.*--transformer-impl local"),
@@ -475,13 +475,13 @@ def _refusals(model, layout, prefix):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(chunks[0], attribute, value, raising=False)
             with pytest.raises(UserError, match=match):
-                HessianOperator(chunks, space, samples, samples.usable, 1)
+                HessianOperator(chunks, space, samples, samples.usable, MicroBatchLimits(1))
     chunks[0].bfloat16()
     with pytest.raises(UserError, match="float32, but some are torch.bfloat16.*--bf16"):
-        HessianOperator(chunks, space, samples, samples.usable, 1)
+        HessianOperator(chunks, space, samples, samples.usable, MicroBatchLimits(1))
     chunks[0].float().requires_grad_(False)
     with pytest.raises(UserError, match="some are frozen"):
-        HessianOperator(chunks, space, samples, samples.usable, 1)
+        HessianOperator(chunks, space, samples, samples.usable, MicroBatchLimits(1))
 
 
 def test_settings_without_exact_products_are_refused(prefix):
@@ -492,9 +492,9 @@ def _summed_in_parts(model, layout, prefix):
     chunks, space, samples = _build(model, layout, prefix)
     vector = space.random_signs(0)
     numbers = samples.usable
-    first, second = (HessianOperator(chunks, space, samples, part, 3)
+    first, second = (HessianOperator(chunks, space, samples, part, MicroBatchLimits(3))
                      for part in (numbers[:5], numbers[5:]))
-    whole = HessianOperator(chunks, space, samples, numbers, 4)
+    whole = HessianOperator(chunks, space, samples, numbers, MicroBatchLimits(4))
     assert whole.num_tokens == first.num_tokens + second.num_tokens
     parts = (first.num_tokens * first.matvec(vector) + second.num_tokens * second.matvec(vector))
     return _error(parts / whole.num_tokens, whole.matvec(vector)), grid.data_size()

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_direct.data.samples import PassShape
+from megatron_direct.data.samples import MicroBatchLimits, PassShape
 from megatron_direct.errors import UserError
 from megatron_direct.evaluation import choices
 from megatron_direct.evaluation import questions as multiple_choice
@@ -194,7 +194,7 @@ def test_a_choice_that_takes_all_of_the_context_has_no_likelihood():
 
 def test_only_the_choices_labels_count():
     samples = ChoiceSamples(_encode(Question("it:", ("a", "bcd"), 0, 1)))
-    (batch,), = samples.passes(np.arange(2), PassShape(3))
+    (batch,), = samples.passes(np.arange(2), PassShape(MicroBatchLimits(3)))
     assert batch.samples.tolist() == [0, 1]
     for row, text in enumerate(("it: a", "it: bcd")):
         scored = batch.labels[row][batch.loss_mask[row] == 1]

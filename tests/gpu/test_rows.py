@@ -14,7 +14,7 @@ from weights import fill_by_hash, fill_expert_bias
 
 from megatron_direct import solve_selection
 from megatron_direct.config import Job, ModelConfig, ParallelConfig, Precision
-from megatron_direct.data.samples import Samples
+from megatron_direct.data.samples import MicroBatchLimits, Samples
 from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
@@ -44,7 +44,7 @@ def _model(name: str, bf16: bool) -> GradientModel:
     shards = parameter_shards(chunks)
     fill_by_hash(shards, scale=0.1)
     fill_expert_bias(chunks)
-    return GradientModel(chunks, shards, Sketch(shards, 512, 5), micro_batch_size=4)
+    return GradientModel(chunks, shards, Sketch(shards, 512, 5), micro_batch=MicroBatchLimits(4))
 
 
 def _rows(prefix: str) -> dict[tuple[str, bool], np.ndarray]:

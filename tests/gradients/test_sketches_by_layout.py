@@ -22,7 +22,7 @@ from weights import assemble, fill_by_hash, fill_expert_bias, pieces
 from megatron_direct.config import Job
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.vectors import ParameterSpace
-from megatron_direct.data.samples import Samples
+from megatron_direct.data.samples import MicroBatchLimits, Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients import hashing
 from megatron_direct.gradients.hooks import PieceHooks
@@ -33,7 +33,7 @@ from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import ParameterShard, parameter_shards
 
 SKETCH_SIZE, SEED = 64, 5
-MICRO_BATCH_SIZE = 5  # 13 micro-batches of the 64 samples, so that shares are uneven
+MICRO_BATCH = MicroBatchLimits(5, 24)  # of 5, 4 and 3 of the 64 samples, so that shares are uneven
 # fp32 products and sums of some thousand terms, in an order that differs with the layout, round to
 # 1e-6 of a sketch's norm; the bars are 1e-5 against autograd and 1e-4 between layouts.
 AGAINST_AUTOGRAD = 1e-5
@@ -58,12 +58,12 @@ def _on_ranks(model, layout, prefix):
     samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
     sketch = Sketch(shards, SKETCH_SIZE, SEED)
     rows, losses = {}, {}
-    model = GradientModel(chunks, shards, sketch, micro_batch_size=MICRO_BATCH_SIZE)
+    model = GradientModel(chunks, shards, sketch, micro_batch=MICRO_BATCH)
     for sketches, numbers, values in sketch_samples(model, samples, samples.usable):
         rows.update(zip(numbers.tolist(), sketches, strict=True))
         losses.update(zip(numbers.tolist(), values.tolist(), strict=True))
     space = ParameterSpace(shards)
-    operator = FisherOperator(chunks, space, samples, samples.usable, MICRO_BATCH_SIZE)
+    operator = FisherOperator(chunks, space, samples, samples.usable, MICRO_BATCH)
     vector = space.random_signs(3)
     of_vector = grid.sum_over_model(sketch.of_vector(space.split(vector), shards))
     return {"rows": rows, "losses": losses, "sketch of vector": of_vector.numpy(),
@@ -205,7 +205,7 @@ def _product_over_the_first_layer(model, layout, prefix):
     fill_by_hash(shards)
     space = ParameterSpace([s for s in shards if s.name.startswith("decoder.layers.0.")])
     samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
-    operator = FisherOperator(chunks, space, samples, samples.usable, MICRO_BATCH_SIZE)
+    operator = FisherOperator(chunks, space, samples, samples.usable, MICRO_BATCH)
     product = operator.matvec(space.random_signs(3))
     return pieces(space.shards, space.split(product)), space.dot(product, product)
 

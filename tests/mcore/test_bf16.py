@@ -15,7 +15,7 @@ from megatron_direct import solve_selection
 from megatron_direct.config import BatchConfig, Job, ModelConfig, OptimizerConfig, Precision
 from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.vectors import ParameterSpace
-from megatron_direct.data.samples import Samples
+from megatron_direct.data.samples import MicroBatchLimits, Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
@@ -48,7 +48,8 @@ def _rows(model, layout, prefix, precision) -> dict[int, np.ndarray]:
     shards = parameter_shards(chunks)
     fill_by_hash(shards, scale=0.1)
     samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
-    gradients = GradientModel(chunks, shards, Sketch(shards, 512, 5), micro_batch_size=4)
+    gradients = GradientModel(chunks, shards, Sketch(shards, 512, 5),
+                              micro_batch=MicroBatchLimits(4))
     return {number: row for rows, numbers, _ in sketch_samples(gradients, samples, samples.usable)
             for number, row in zip(numbers.tolist(), rows, strict=True)}
 
@@ -107,7 +108,8 @@ def _pieces_and_product(model, layout, prefix):
             losses = passes.run_pass(chunks, batch, backward=True, before_forward=hooks.begin)
     space = ParameterSpace(shards)
     vector = space.random_signs(3)
-    product = FisherOperator(chunks, space, samples, samples.usable, 4).matvec(vector)
+    product = FisherOperator(chunks, space, samples, samples.usable,
+                             MicroBatchLimits(4)).matvec(vector)
     return seen, losses.dtype, vector.dtype, product.dtype
 
 

@@ -17,7 +17,7 @@ from megatron_direct.config import ParallelConfig
 from megatron_direct.data import indexed, object_storage
 from megatron_direct.data.blend_plan import Blend
 from megatron_direct.data.mask import SampleMask
-from megatron_direct.data.samples import PassShape, Samples
+from megatron_direct.data.samples import MicroBatchLimits, PassShape, Samples
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import blend, grid
 from megatron_direct.mcore.object_storage import read_object_stores
@@ -72,8 +72,8 @@ def test_samples_and_digests_are_those_of_the_files(store, tmp_path):
     np.testing.assert_array_equal(ours.num_labels, theirs.num_labels)
     for sample in ours.usable:
         np.testing.assert_array_equal(ours.tokens(sample), theirs.tokens(sample))
-    pairs = zip(ours.passes(ours.usable, PassShape(4)), theirs.passes(theirs.usable, PassShape(4)),
-                strict=True)
+    shape = PassShape(MicroBatchLimits(4))
+    pairs = zip(ours.passes(ours.usable, shape), theirs.passes(theirs.usable, shape), strict=True)
     assert all((a.tokens == b.tokens).all() for left, right in pairs
                for a, b in zip(left, right, strict=True))
     SampleMask(np.ones(40, bool), indexed.dataset_digest(local)).require_belongs_to(stored)

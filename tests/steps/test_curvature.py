@@ -19,7 +19,7 @@ from megatron_direct.curvature.fisher import FisherOperator
 from megatron_direct.curvature.sketched import SketchedFisherOperator
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.indexed import dataset_digest
-from megatron_direct.data.samples import Samples
+from megatron_direct.data.samples import MicroBatchLimits, Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
@@ -233,10 +233,10 @@ def _projections(model, layout, prefix, sketch_size):
     fill_by_hash(shards)
     samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
     space = ParameterSpace(shards)
-    operator = FisherOperator(chunks, space, samples, samples.usable, 4)
+    operator = FisherOperator(chunks, space, samples, samples.usable, MicroBatchLimits(4))
     sketch = Sketch(shards, sketch_size, 0)
     rows, norms, exact, sketched = {}, {}, [], []
-    gradients = GradientModel(chunks, shards, sketch, micro_batch_size=4)
+    gradients = GradientModel(chunks, shards, sketch, micro_batch=MicroBatchLimits(4))
     for some, numbers, _ in sketch_samples(gradients, samples, samples.usable):
         rows.update(zip(numbers.tolist(), some, strict=True))
     for seed in range(8):

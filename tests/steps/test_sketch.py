@@ -20,7 +20,7 @@ from megatron_direct.curvature.preconditioner import adam_scales
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.data.mask import SampleMask
-from megatron_direct.data.samples import Samples
+from megatron_direct.data.samples import MicroBatchLimits, Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
@@ -153,7 +153,7 @@ def _sketches(folder, layout, settings):
     sketch = Sketch(shards, SIZE, 1, scales if settings.get("precondition") else None)
     samples = Samples([str(folder / "pool")], MODEL.seq_length, VOCAB_SIZE)
     rows = {}
-    gradients = GradientModel(chunks, shards, sketch, micro_batch_size=4,
+    gradients = GradientModel(chunks, shards, sketch, micro_batch=MicroBatchLimits(4),
                               sample_loss=settings.get("sample_loss", "mean"))
     for sketches, numbers, _ in sketch_samples(gradients, samples, samples.usable):
         rows.update(zip(numbers.tolist(), sketches, strict=True))
@@ -235,10 +235,11 @@ def _products_over_some_parameters(folder, layout):
         for kind, operator in OPERATORS.items():
             vector = whole.join([v * (s.name in names) for s, v in zip(
                 shards, whole.split(whole.random_signs(1)), strict=True)])
-            product = operator(chunks, whole, samples, samples.usable, 4).matvec(vector)
+            given = samples, samples.usable, MicroBatchLimits(4)
+            product = operator(chunks, whole, *given).matvec(vector)
             expected = part.join([p for s, p in zip(shards, whole.split(product), strict=True)
                                   if s.name in names])
-            alone = operator(chunks, part, samples, samples.usable, 4).matvec(part.random_signs(1))
+            alone = operator(chunks, part, *given).matvec(part.random_signs(1))
             found[kind] = float((alone - expected).norm() / expected.norm())
         return found, [p.grad is None for chunk in chunks for p in chunk.parameters()]
 
