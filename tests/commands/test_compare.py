@@ -323,7 +323,7 @@ def _losses_of_the_mean(folder):
                           test=(str(folder / "test"),))["test"]
 
 
-def test_averages_of_the_stable_phase_and_of_one_annealing(folder, run):
+def test_averages_of_the_stable_phase_and_of_one_annealing(folder):
     """The first is the mean of its states, and sees no token; the others share an annealing, and
     are what they are when each is annealed alone."""
     run_on_ranks(1, _stable_phase, folder, "stable")

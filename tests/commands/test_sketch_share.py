@@ -95,7 +95,8 @@ def test_what_has_sketches_is_selected_as_if_it_were_the_pool(folder, shared):
         np.isin(np.flatnonzero(shared[0]), sketched)])
 
 
-@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(tp=2)], ids=str)
+@pytest.mark.parametrize("layout", [
+    Layout(dp=2), pytest.param(Layout(tp=2), marks=pytest.mark.slow)], ids=str)
 def test_other_layouts_select_the_same(folder, shared, layout):
     run_on_ranks(layout.world_size, _select, folder, f"shared-{layout}", {}, layout)
     masks, _ = _found(folder, f"shared-{layout}")
