@@ -73,7 +73,8 @@ class MaskedGPTDataset(GPTDataset):
                 self.unique_description.encode("utf-8"), usedforsecurity=False).hexdigest()
         if self.config.fast_cache_load or self.config.defer_npy_index_mmap:
             self._require_index()
-        if not self.config.path_to_cache:  # then Megatron keeps its indices beside the dataset
+        if not self.config.path_to_cache and self.dataset_path is not None:  # None: mock data
+            # Megatron keeps its indices beside the dataset.
             index_caches.require_plain_caches(os.path.join(
                 self.dataset.path_prefix, "cache", f"{type(self).__name__}_indices"))
         return super()._build_document_sample_shuffle_indices()
