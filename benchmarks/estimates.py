@@ -43,7 +43,7 @@ CONFIGURATIONS = (
                   "--tensor-model-parallel-size 2"),
     Configuration(2, 400, "--num-layers 8 --hidden-size 512",
                   "--pipeline-model-parallel-size 2", "--pilot-iters 3"),
-    Configuration(1, 200, "--num-layers 12 --hidden-size 512", "",
+    Configuration(1, 100, "--num-layers 12 --hidden-size 512", "",
                   "--curvature gauss-newton --num-eigenpairs 4 --max-matvecs 18 "
                   "--num-curvature-samples 8"),
     Configuration(4, 400, "--num-layers 8 --hidden-size 384",
