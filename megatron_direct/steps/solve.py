@@ -27,8 +27,8 @@ from megatron_direct.selection.quotas import state_quotas
 from megatron_direct.selection.share import Share
 from megatron_direct.selection.treatment import CostRange
 from megatron_direct.steps import sketch as sketch_step
-from megatron_direct.steps.curvature import CurvatureConfig
-from megatron_direct.steps.domains import Chosen, FoundGroups, find_domains, halves_of, write_blend
+from megatron_direct.steps.curvature_config import CurvatureConfig
+from megatron_direct.steps.domains import Chosen, FoundGroups, find_domains, write_blend
 from megatron_direct.steps.measure import Measured
 from megatron_direct.steps.selected import (
     MeanLoss,
@@ -238,10 +238,8 @@ def _solve(config: SelectionConfig, here: _Part, seed: int) -> _Solved:
         choice = choose(config, evidence, seed, limits(config, samples, numbers))
     mean_loss = evidence.share().from_leader(
         lambda of_all: _mean_loss(of_all, choice.selection), part.losses[finite])
-    valid = here.measured.valid
     counts = np.bincount(choice.selection.indices, minlength=num_finite)
-    return _Solved(choice, not_finite, mean_loss, find_domains(
-        config, evidence, counts, halves_of(valid.samples, valid.numbers), seed))
+    return _Solved(choice, not_finite, mean_loss, find_domains(config, evidence, counts, seed))
 
 
 def _evidence(here: _Part, numbers: np.ndarray) -> Evidence:
