@@ -117,10 +117,18 @@ def _receive(pipe, rank: int):
 _workers: dict[int, tuple] = {}
 
 
+def _context():
+    # A process that may have met the driver of a GPU must not be forked.
+    if os.path.exists("/dev/nvidiactl"):
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
 def _worker(rank: int):
     if rank not in _workers:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED)
+        context = _context()
         ours, theirs = context.Pipe()
         # Not daemonic: Megatron's checkpoint writer starts processes of its own.
         process = context.Process(target=_serve, args=(theirs,))

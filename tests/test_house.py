@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "megatron_direct"
 # knows.
 ROOMS = ("cli", "commands", "reports", "comparison", "steps", "selection", "curvature", "gradients",
          "evaluation", "plugins", "preprocessing", "mcore", "data", "runtime")
-GROUND = ("config", "hybrid_pattern", "settings", "errors")
+GROUND = ("config", "architecture", "hybrid_pattern", "settings", "errors")
 # Outside of mcore, only a plug-in knows the program that it plugs into.
 FOREIGN = {"megatron.core": "mcore", "megatron.training": "plugins", "megatron.bridge": "plugins"}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_direct import config
+from megatron_direct import architecture
 from megatron_direct.config import Job, ModelConfig
 from megatron_direct.mcore import compat
 from megatron_direct.mcore.specs import SPECS, LayerSpec
@@ -92,7 +92,7 @@ def _transformer_config(job: Job, dtype: torch.dtype):
         **_of_hybrids(model),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size(model),
+        ffn_hidden_size=architecture.ffn_hidden_size(model),
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
         kv_channels=model.kv_channels,
@@ -153,7 +153,7 @@ def _of_experts(model: ModelConfig) -> dict:
     return {
         "num_moe_experts": model.num_experts,
         "moe_layer_freq": int(frequency) if frequency.isdigit() else [
-            int(has_experts) for has_experts in config.expert_layers(model)],
+            int(has_experts) for has_experts in architecture.expert_layers(model)],
         # A balancing loss is one of the whole batch: no sample has a gradient of its own then.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from megatron_direct.errors import UserError
 from megatron_direct.selection.rows import row_blocks
 from megatron_direct.selection.share import AllReduceSum, Share
 from megatron_direct.selection.shrinkage import Partition, find_clusters
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,7 @@ class Evidence:
     all_reduce_sum: AllReduceSum = lambda array: array
     valid_datasets: np.ndarray | None = None
     # Of these rows and no others: what is derived from this evidence begins without any.
-    _clusters: dict[tuple[int, int], Partition] = field(default_factory=dict, init=False,
-                                                        repr=False, compare=False)
+    _found: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def share(self) -> Share:
         """This rank's share of the candidates; all ranks call this."""
@@ -55,13 +57,15 @@ class Evidence:
         return Partition(self.datasets, self.num_datasets)
 
     def clusters(self, count: int, seed: int) -> Partition:
-        """About so many clusters of the candidates, within their pools, which are found when they
-        are first asked for; all ranks call this."""
-        asked = (count, seed)
-        if asked not in self._clusters:
-            self._clusters[asked] = find_clusters(self.rows, self.pools(), count, self.share(),
-                                                  seed)
-        return self._clusters[asked]
+        """About so many clusters of the candidates, within their pools; all ranks call this."""
+        return self.once(("clusters", count, seed), lambda: find_clusters(
+            self.rows, self.pools(), count, self.share(), seed))
+
+    def once(self, what: tuple, find: Callable[[], T]) -> T:
+        """What ``find`` makes of this evidence, made when it is first asked for."""
+        if what not in self._found:
+            self._found[what] = find()
+        return self._found[what]
 
     def of(self, kept: np.ndarray) -> Evidence:
         """Of some of all candidates, by a mask [N], numbered anew; all ranks hold the same mask."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_direct.selection.worth import Fold, Worth
+from megatron_direct.selection.worth import Fold, Worth, cross_fitted, mean_over_blocks
 
 # R. Muennighoff et al. (2023, arXiv 2305.16264) fitted 15 to training from scratch. In annealings
 # variety is worth more: 3 had the least regret of 15, 5, 3, 2 and 1 (docs/selection.md).
@@ -70,14 +70,8 @@ def nested_selections(worth: Worth) -> NestedSelections:
     total = float(weights.sum())
     positive = float(weights[worth.values > 0].sum()) / total
     shares = np.array(sorted({*_SHARES, positive} - {0.0, 1.0}) + [1.0])
-    num_blocks = 1 + max(int(fold.blocks.max()) for fold in worth.folds)
-    sums, judges, sizes = (np.zeros((len(shares), num_blocks)), np.zeros(num_blocks),
-                           np.zeros(num_blocks))
     spread = 0.0
     for fold in worth.folds:
-        sums[:, fold.blocks] += _best_means(fold, weights, shares)
-        judges[fold.blocks] += 1
-        sizes[fold.blocks] = fold.sizes
         judged = fold.sizes @ fold.judged / fold.sizes.sum()
         mean = weights @ judged / total
         spread += float(weights @ (judged - mean) ** 2 / total) / len(worth.folds)
@@ -87,7 +81,8 @@ def nested_selections(worth: Worth) -> NestedSelections:
     # Of a mean over so many of equally many; 1 / (effective number of samples).
     squares = float(weights @ weights) / total**2
     noise = spread * squares * (1 / shares - 1)
-    return NestedSelections(counts, held[counts - 1], sums / judges, sizes, noise)
+    by_block = cross_fitted(worth, lambda fold: _best_means(fold, weights, shares))
+    return NestedSelections(counts, held[counts - 1], by_block, worth.sizes, noise)
 
 
 def _order(worth: np.ndarray) -> np.ndarray:
@@ -132,7 +127,7 @@ class Values:
     @property
     def mean(self) -> np.ndarray:
         """[C] V."""
-        return self.by_block @ self._shares
+        return self.by_block @ (self.found.sizes / self.found.sizes.sum())
 
     def over_pool(self, number: int) -> Gain:
         return self._gain(number, self.by_block[number] - self.by_block[-1])
@@ -141,15 +136,9 @@ class Values:
         return self._gain(number, self.by_block[number] - self.random[number])
 
     def _gain(self, number: int, differences: np.ndarray) -> Gain:
-        shares = self._shares
-        mean = float(differences @ shares)
-        scatter = float((differences - mean) ** 2 @ shares) / max(len(shares) - 1, 1)
+        mean, scatter = mean_over_blocks(differences, self.found.sizes)
         error = _WIDTH * np.sqrt(scatter + self.factors[number] ** 2 * self.found.noise[number])
         return Gain(mean, mean - error, mean + error)
-
-    @property
-    def _shares(self) -> np.ndarray:
-        return self.found.sizes / self.found.sizes.sum()
 
 
 def best_selection(values: Values) -> int:

@@ -26,6 +26,13 @@ def row_blocks(count: int) -> Iterator[slice]:
     return (slice(start, start + _BLOCK) for start in range(0, count, _BLOCK))
 
 
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """float64 rows of length 1; a row of zeros stays one."""
+    rows = rows.astype(np.float64)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(lengths > 0, lengths, 1.0)
+
+
 class LocalRows:
     """This rank's rows of the sketches: ``flat`` [k, n], its columns of F."""
 

@@ -18,18 +18,22 @@ between and within being the slopes of the regression of the other half's alignm
 clusters and within them: the shares of the spread that repeat. Two halves together are more
 reliable than one (Spearman and Brown): 2 r / (1 + r) in the place of r.
 
+It says how many samples to select (how_many.py), and what groups of them are worth
+(group_worth.py).
+
 Shapes: N samples, B blocks of the validation set, k coordinates; "weights" [N] are tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.rows import row_blocks
+from megatron_direct.selection.rows import row_blocks, unit_rows
 
 # Blocks of consecutive validation samples, each on one side of the split. More are a finer sample
 # for the error of the mean; fewer keep documents of one source together.
@@ -92,23 +96,20 @@ def cluster_numbers(config: SelectionConfig, evidence: Evidence, seed: int) -> n
 
 def measure_alignments(evidence: Evidence, seed: int) -> Alignments:
     """Of the rows of all ranks, the same on every rank; all ranks call this."""
+    return evidence.once(("alignments", seed), lambda: _measure(evidence, seed))
+
+
+def _measure(evidence: Evidence, seed: int) -> Alignments:
     rows, valid_rows, blocks = evidence.rows, evidence.valid_rows, source_blocks(evidence)
     in_first = first_coordinates(rows.shape[1], seed)
-    valid = _unit(valid_rows)
+    valid = unit_rows(valid_rows)
     means = np.stack([valid[blocks == block].mean(0) for block in range(blocks.max() + 1)])
     local = np.empty((2, len(means), len(rows)))
     for block in row_blocks(len(rows)):
-        unit = _unit(rows[block])
+        unit = unit_rows(rows[block])
         for part, coordinates in enumerate((in_first, ~in_first)):
             local[part, :, block] = 2 * means[:, coordinates] @ unit[:, coordinates].T
     return Alignments(evidence.share().known_to_all(local), np.bincount(blocks).astype(np.float64))
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    """float64 rows of length 1; a row of zeros stays one."""
-    rows = rows.astype(np.float64)
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(lengths > 0, lengths, 1.0)
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,12 @@ class Fold:
 
 @dataclass(frozen=True, eq=False)
 class Worth:
-    """values: [N] from all evidence, shrunk; folds: what judges it; weights: [N] tokens; clusters:
-    [N] numbers."""
+    """values: [N] from all evidence, shrunk; folds: what judges it; sizes: [B] validation samples
+    of each block; weights: [N] tokens; clusters: [N] numbers."""
 
     values: np.ndarray
     folds: tuple[Fold, ...]
+    sizes: np.ndarray
     reliability: Reliability
     weights: np.ndarray
     clusters: np.ndarray
@@ -160,7 +162,26 @@ def estimate_worth(alignments: Alignments, clusters: np.ndarray, weights: np.nda
              alignments.sizes[~blocks], np.flatnonzero(~blocks))
         for x, (part, blocks) in zip(scores, pairs, strict=True))
     return Worth(_shrunk(np.mean(scores, axis=0), clusters, weights, reliability.of_both_halves()),
-                 folds, reliability, weights, clusters)
+                 folds, alignments.sizes, reliability, weights, clusters)
+
+
+def cross_fitted(worth: Worth, judge: Callable[[Fold], np.ndarray]) -> np.ndarray:
+    """[C, B] of C choices, which ``judge`` makes by a fold's worth and judges by its blocks
+    ([C, B']): the mean over the folds that have a block."""
+    found = [judge(fold) for fold in worth.folds]
+    sums, judges = np.zeros((len(found[0]), len(worth.sizes))), np.zeros(len(worth.sizes))
+    for fold, means in zip(worth.folds, found, strict=True):
+        sums[:, fold.blocks] += means
+        judges[fold.blocks] += 1
+    return sums / judges
+
+
+def mean_over_blocks(by_block: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """The mean of values [B], weighted by the validation samples of each block, and what the
+    scatter over blocks says of its variance."""
+    shares = sizes / sizes.sum()
+    mean = float(by_block @ shares)
+    return mean, float((by_block - mean) ** 2 @ shares) / max(len(shares) - 1, 1)
 
 
 def _parts(x: np.ndarray, clusters: np.ndarray, weights: np.ndarray,

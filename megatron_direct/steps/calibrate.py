@@ -24,7 +24,8 @@ import numpy as np
 import psutil
 import torch
 
-from megatron_direct.config import Job, ModelConfig, expert_layers
+from megatron_direct.architecture import ModelConfig, expert_layers
+from megatron_direct.config import Job
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.data.samples import MicroBatchLimits, PassShape, SampleSource
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples

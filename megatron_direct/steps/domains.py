@@ -26,10 +26,17 @@ from megatron_direct.data import indexed, mask_files
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
 from megatron_direct.runtime import files, typed_json
+from megatron_direct.selection.auto import FEWEST_VALID, worth_of
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.group_worth import GroupWorth, group_worths, typical_samples
+from megatron_direct.selection.group_worth import (
+    GroupWorth,
+    group_worths,
+    members_of,
+    typical_samples,
+)
 from megatron_direct.selection.shrinkage import Partition
+from megatron_direct.selection.worth import measure_alignments
 
 _NUM_TYPICAL = 3
 _SHOWN_TOKENS = 48
@@ -62,7 +69,8 @@ class Domains:
     clusters: tuple[Group, ...]
 
     def __str__(self) -> str:
-        lines = ["worth to the validation set (mean cosine), and weight by the tokens selected:"]
+        lines = ["worth of a token to the validation set (mean cosine), and weight by the tokens "
+                 "selected:"]
         for group in self.domains:
             value, low, high = group.worth
             lines.append(f"  {group.name}: {value:+.4f} [{low:+.4f}, {high:+.4f}], weight "
@@ -88,34 +96,27 @@ class FoundGroups:
     typical: list[np.ndarray]
 
 
-def find_domains(config: SelectionConfig, evidence: Evidence, counts: np.ndarray,
-                 halves: np.ndarray, seed: int) -> FoundGroups:
-    """All ranks call this. counts: [N] how often each candidate is selected; halves: as in
-    group_worths."""
+def find_domains(config: SelectionConfig, evidence: Evidence, counts: np.ndarray, seed: int,
+                 ) -> FoundGroups:
+    """All ranks call this. counts: [N] how often each candidate is selected."""
     share = evidence.share()
-    domains = evidence.pools()
-    taken = np.minimum(counts, 1).astype(np.float64)[share.ids]
+    alignments = measure_alignments(evidence, seed)
+    worth = worth_of(config, evidence, seed) if len(evidence.valid_rows) >= FEWEST_VALID else None
+    weights = share.known_to_all(evidence.labels)
 
-    def worths(groups: Partition) -> list[GroupWorth]:
-        return group_worths(evidence, groups, share.summed(groups.totals(taken)), halves, seed)
+    def of(groups: Partition) -> tuple[np.ndarray, list[GroupWorth]]:
+        numbers = share.known_to_all(groups.numbers).astype(np.int64)
+        members = members_of(numbers, groups.count)
+        selected = [int((counts[group] > 0).sum()) for group in members]
+        return numbers, group_worths(alignments, weights, members, selected, worth)
 
-    def everywhere(groups: Partition) -> np.ndarray:
-        return share.known_to_all(groups.numbers).astype(np.int64)
-
+    of_domain, worth_of_domains = of(evidence.pools())
     if not config.shrinkage_clusters:
-        return FoundGroups(everywhere(domains), None, worths(domains), [], [])
+        return FoundGroups(of_domain, None, worth_of_domains, [], [])
     clusters = evidence.clusters(config.shrinkage_clusters, seed)
-    return FoundGroups(everywhere(domains), everywhere(clusters), worths(domains), worths(clusters),
-                 typical_samples(evidence, clusters, _NUM_TYPICAL))
-
-
-def halves_of(samples: Samples, numbers: np.ndarray) -> np.ndarray:
-    """[M] bool: the first half of each dataset's samples. Documents that were cut out of one source
-    follow each other, so the halves share at most the source at the cut."""
-    of_dataset = samples.dataset_of(numbers)
-    _, first, size = np.unique(of_dataset, return_index=True, return_counts=True)
-    place = np.arange(len(numbers)) - np.repeat(first, size)
-    return 2 * place < np.repeat(size, size)
+    of_cluster, worth_of_clusters = of(clusters)
+    return FoundGroups(of_domain, of_cluster, worth_of_domains, worth_of_clusters,
+                       typical_samples(evidence, clusters, _NUM_TYPICAL))
 
 
 @dataclass(frozen=True, eq=False)

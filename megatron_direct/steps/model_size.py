@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_direct.config import ModelConfig, expert_layers, ffn_hidden_size
+from megatron_direct.architecture import ModelConfig, expert_layers, ffn_hidden_size
 from megatron_direct.errors import UserError
 
 

@@ -29,8 +29,8 @@ from megatron_direct.selection.share import Share
 from megatron_direct.selection.treatment import CostRange
 from megatron_direct.selection.worth import Worth
 from megatron_direct.steps import sketch as sketch_step
-from megatron_direct.steps.curvature import CurvatureConfig
-from megatron_direct.steps.domains import Chosen, FoundGroups, find_domains, halves_of, write_blend
+from megatron_direct.steps.curvature_config import CurvatureConfig
+from megatron_direct.steps.domains import Chosen, FoundGroups, find_domains, write_blend
 from megatron_direct.steps.extend import SolvedShare, is_share, problem_of_share
 from megatron_direct.steps.measure import Measured
 from megatron_direct.steps.selected import (
@@ -248,11 +248,10 @@ def _solve(config: SelectionConfig, here: _Part, seed: int) -> _Solved:
         choice = choose(config, evidence, seed, limits(config, samples, numbers))
     mean_loss = evidence.share().from_leader(
         lambda of_all: _mean_loss(of_all, choice.selection), part.losses[finite])
-    valid = here.measured.valid
     counts = np.bincount(choice.selection.indices, minlength=num_finite)
     worth = worth_of(config, evidence, seed) if is_share(here.measured) else None
-    return _Solved(choice, not_finite, mean_loss, find_domains(
-        config, evidence, counts, halves_of(valid.samples, valid.numbers), seed), worth)
+    return _Solved(choice, not_finite, mean_loss,
+                   find_domains(config, evidence, counts, seed), worth)
 
 
 def _evidence(here: _Part, numbers: np.ndarray) -> Evidence:

@@ -11,7 +11,8 @@ from ranks import Layout, RankError, on_layout, run_on_ranks
 from tiny_models import MODELS, VOCAB_SIZE
 from weights import assemble, fill_by_hash, fill_expert_bias, pieces
 
-from megatron_direct.config import BatchConfig, Job, ModelConfig, OptimizerConfig, expert_layers
+from megatron_direct.architecture import ModelConfig, expert_layers
+from megatron_direct.config import BatchConfig, Job, OptimizerConfig
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import checkpoint, grid, training
 from megatron_direct.mcore import model as models

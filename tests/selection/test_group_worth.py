@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import threading
+import dataclasses
 
 import numpy as np
 import pytest
+from selection.test_spread_selection import ThreadRanks
 
 from megatron_direct.curvature.spectrum import Directions
+from megatron_direct.selection.auto import worth_of
+from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.group_worth import cosines, group_worths, typical_samples
+from megatron_direct.selection.group_worth import group_worths, members_of, typical_samples
 from megatron_direct.selection.shrinkage import Partition
+from megatron_direct.selection.worth import first_coordinates, measure_alignments, source_blocks
 
 DIM = 24
+CONFIG = SelectionConfig(shrinkage_clusters=2)
 
 
 def _evidence(rows, valid, ids=None, all_reduce_sum=lambda array: array):
@@ -29,29 +34,43 @@ def _unit(rows):
 def _instance(seed=0, count=60, num_valid=20):
     rng = np.random.default_rng(seed)
     return (rng.standard_normal((count, DIM)), rng.standard_normal((num_valid, DIM)) + 0.3,
-            rng.integers(0, 3, count), np.arange(num_valid) < num_valid // 2)
+            rng.integers(0, 3, count))
+
+
+def _worths(evidence, groups, num_best, seed=1):
+    """groups: [N] numbers."""
+    return group_worths(measure_alignments(evidence, seed),
+                        evidence.share().known_to_all(evidence.labels),
+                        members_of(groups, len(num_best)), num_best,
+                        worth_of(CONFIG, evidence, seed))
 
 
 def test_worths_written_out():
-    rows, valid, groups, halves = _instance()
+    rows, valid, groups = _instance()
+    tokens = np.random.default_rng(2).integers(1, 9, len(rows))
+    evidence = dataclasses.replace(_evidence(rows, valid), labels=tokens)
     number = np.array([5, 0, 8])
-    found = group_worths(_evidence(rows, valid), Partition(groups, 3), number, halves, seed=1)
-
-    def cosine_with(which):
-        return (_unit(rows) @ _unit(valid)[which].T).mean(1)
-
+    found = _worths(evidence, groups, number)
+    # Four folds: half of the blocks, and of the coordinates; judged by the two other halves.
+    blocks, first = source_blocks(evidence), first_coordinates(DIM, 1)
+    folds = worth_of(CONFIG, evidence, 1).folds
+    sides = [(part, half) for part in (first, ~first) for half in (0, 1)]
     for group, worth in enumerate(found):
         here = np.flatnonzero(groups == group)
-        assert worth.whole.value == pytest.approx(cosine_with(slice(None))[here].mean(), abs=1e-6)
+        cosines = (_unit(rows) @ _unit(valid).T).mean(1)
+        assert worth.whole.value == pytest.approx(np.average(cosines[here], weights=tokens[here]),
+                                                  abs=1e-6)
         assert worth.whole.low < worth.whole.value < worth.whole.high
         if number[group] == 0:
             assert worth.best is None
             continue
-        both = []
-        for fitted in (halves, ~halves):
-            best = here[np.argsort(-cosine_with(fitted)[here])[: number[group]]]
-            both.append(cosine_with(~fitted)[best].mean())
-        assert worth.best.value == pytest.approx(np.mean(both), abs=1e-6)
+        judged = []
+        for fold, (part, half) in zip(folds, sides, strict=True):
+            best = here[np.argsort(-fold.worth[here])[: number[group]]]
+            others = _unit(valid)[blocks % 2 != half].mean(0)
+            alignments = 2 * _unit(rows)[best][:, ~part] @ others[~part]
+            judged.append(np.average(alignments, weights=tokens[best]))
+        assert worth.best.value == pytest.approx(np.mean(judged), abs=1e-6)
 
 
 def test_choosing_among_noise_is_worth_nothing():
@@ -60,13 +79,21 @@ def test_choosing_among_noise_is_worth_nothing():
     flattered, fitted = [], []
     for seed in range(40):
         rows, valid = rng.standard_normal((80, DIM)), rng.standard_normal((16, DIM))
-        found, = group_worths(_evidence(rows, valid), Partition(np.zeros(80, int), 1),
-                              np.array([10]), np.arange(16) < 8, seed)
+        found, = _worths(_evidence(rows, valid), np.zeros(80, int), [10], seed)
         fitted.append(found.best.value)
-        flattered.append(np.sort(cosines(rows, valid.mean(0)[None])[:, 0])[-10:].mean())
+        flattered.append(np.sort(_unit(rows) @ _unit(valid).mean(0))[-10:].mean())
     error = np.std(fitted) / np.sqrt(len(fitted))
     assert abs(np.mean(fitted)) < 3 * error
     assert np.mean(flattered) > 10 * error  # so the test can fail
+
+
+def test_the_best_part_of_a_group_with_a_harmful_half_is_worth_more_than_the_group():
+    rng = np.random.default_rng(4)
+    rows = rng.standard_normal((80, DIM)) + np.where(np.arange(80) < 40, 0.8, -0.8)[:, None]
+    valid = rng.standard_normal((32, DIM)) + 0.5
+    found, = _worths(_evidence(rows, valid), np.zeros(80, int), [40])
+    truth = (_unit(rows) @ _unit(valid).mean(0))[:40].mean()
+    assert found.whole.high < found.best.low and found.best.value == pytest.approx(truth, rel=0.1)
 
 
 def test_the_interval_covers_what_more_validation_samples_would_say():
@@ -77,14 +104,21 @@ def test_the_interval_covers_what_more_validation_samples_would_say():
     inside = 0
     for seed in range(60):
         valid = population[rng.choice(4000, 64, replace=False)]
-        found, = group_worths(_evidence(rows, valid), Partition(np.zeros(30, int), 1),
-                              np.array([3]), np.arange(64) < 32, seed)
+        found, = _worths(_evidence(rows, valid), np.zeros(30, int), [3], seed)
         inside += found.whole.low <= truth <= found.whole.high
     assert 44 <= inside <= 60  # 54 expected; below 44 has a probability of 1e-4
 
 
+def test_too_few_validation_samples_leave_the_best_part_open():
+    rows, valid, groups = _instance(num_valid=1)
+    evidence = _evidence(rows, valid)
+    for worth in group_worths(measure_alignments(evidence, 1), evidence.labels,
+                              members_of(groups, 3), [1, 1, 1], None):
+        assert worth.best is None and worth.whole.low == worth.whole.value == worth.whole.high
+
+
 def test_typical_samples_are_the_nearest_to_the_mean():
-    rows, valid, groups, _ = _instance(7)
+    rows, valid, groups = _instance(7)
     found = typical_samples(_evidence(rows, valid), Partition(groups, 3), 4)
     for group, samples in enumerate(found):
         here = np.flatnonzero(groups == group)
@@ -93,30 +127,18 @@ def test_typical_samples_are_the_nearest_to_the_mean():
 
 
 def test_spread_rows_give_the_same():
-    rows, valid, groups, halves = _instance(9)
-    number = np.array([5, 2, 8])
-    expected = group_worths(_evidence(rows, valid), Partition(groups, 3), number, halves, 1)
-    parts, found, barrier = {}, {}, threading.Barrier(2)
+    rows, valid, groups = _instance(9)
+    number, meeting = np.array([5, 2, 8]), ThreadRanks(2)
+    expected = _worths(_evidence(rows, valid), groups, number)
 
     def on_rank(rank):
-        def all_reduce_sum(array):
-            parts[rank] = np.array(array, dtype=float)
-            barrier.wait(60)
-            total = parts[0] + parts[1]
-            barrier.wait(60)
-            return total
-
         ids = np.arange(len(rows))[rank::2]
-        found[rank] = group_worths(_evidence(rows[ids], valid, ids, all_reduce_sum),
-                                   Partition(groups[ids], 3), number, halves, 1)
+        return _worths(_evidence(rows[ids], valid, ids,
+                                 lambda array: meeting.all_reduce_sum(rank, array)),
+                       groups, number)
 
-    threads = [threading.Thread(target=on_rank, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    for rank in range(2):
-        for one, other in zip(found[rank], expected, strict=True):
+    for found in meeting.run(on_rank):
+        for one, other in zip(found, expected, strict=True):
             assert one.whole.value == pytest.approx(other.whole.value, abs=1e-7)
             assert one.best.value == pytest.approx(other.best.value, abs=1e-7)
             assert one.best.low == pytest.approx(other.best.low, abs=1e-7)
