@@ -199,7 +199,7 @@ def _disk_errors_told(target: Path) -> Iterator[None]:
     """Megatron writes in other processes, and says in its own words what became of it."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
             if os.strerror(number) in str(error):
                 raise files.cannot_write(target, OSError(number, os.strerror(number))) from error

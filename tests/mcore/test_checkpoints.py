@@ -8,12 +8,14 @@ import json
 import pickle
 import re
 import shutil
+from traceback import StackSummary
 
 import numpy as np
 import pytest
 import torch
 from ranks import Layout, RankError, on_layout, run_on_ranks
 from tiny_models import MODELS
+from torch.distributed.checkpoint.api import CheckpointException
 from trained_checkpoint import CASES, require_equal, resume, save
 
 from megatron_direct.config import Job, ModelConfig
@@ -308,3 +310,12 @@ def test_a_full_disk_that_torch_does_not_name_is_told(tmp_path):
     with pytest.raises(UserError, match=words), \
             checkpoint._disk_errors_told(tmp_path / "iter_0000002"):
         torch.save({"weights": torch.ones(100_000)}, "/dev/full")
+
+
+def test_a_full_disk_that_a_writer_of_megatrons_met_is_told(tmp_path):
+    """torch's exception for it is no Exception."""
+    met = CheckpointException("write", {0: (RuntimeError(
+        "Worker failure: [Errno 28] No space left on device"), StackSummary())})
+    with pytest.raises(UserError, match="iter_0000002 cannot be written .No space left"), \
+            checkpoint._disk_errors_told(tmp_path / "iter_0000002"):
+        raise met
