@@ -160,7 +160,7 @@ def _parts(chunks: list[torch.nn.Module], shape: Shape, runs: Runs, ends: float,
     source = _RandomSamples(shape, passes_at_once * shape.at_once)
     numbers = np.arange(len(source.num_labels))
     micro_batches = next(passes.of_samples(chunks, source, numbers[: shape.at_once],
-                                           shape.at_once))
+                                           MicroBatchLimits(shape.at_once)))
     shards = parameter_shards(chunks)
 
     def training_pass() -> None:

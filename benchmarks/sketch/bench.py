@@ -30,9 +30,9 @@ from quality import print_quality
 
 from megatron_direct.cli import main as cli
 from megatron_direct.config import Job, ModelConfig, ParallelConfig
-from megatron_direct.data.samples import Samples
+from megatron_direct.data.samples import MicroBatchLimits, Samples
 from megatron_direct.gradients.hooks import PieceHooks
-from megatron_direct.gradients.per_sample import sketch_samples
+from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import grid, model, passes
 from megatron_direct.mcore.shards import num_parameters, parameter_shards
@@ -43,6 +43,7 @@ from megatron_direct.runtime import host, parallel
 MODEL = ModelConfig(num_layers=6, hidden_size=512, num_attention_heads=8, ffn_hidden_size=1408,
                     vocab_size=8192, seq_length=512)
 SIZE, MICRO_BATCH = 2048, 4
+LIMITS = MicroBatchLimits(MICRO_BATCH)
 # Forward pass, gradients of activations, gradients of weights: three passes of like cost, of which
 # a sketch needs two.
 LIMIT = 2 / 3
@@ -104,18 +105,19 @@ def _model(architecture: ModelConfig, folder: str, count: int):
 
 
 def _train(chunks, samples: Samples) -> None:
-    for micro_batches in passes.of_samples(chunks, samples, samples.usable, MICRO_BATCH):
+    for micro_batches in passes.of_samples(chunks, samples, samples.usable, LIMITS):
         passes.run_pass(chunks, micro_batches, backward=True)
 
 
 def _sketch(chunks, shards, sketch: Sketch, samples: Samples) -> None:
-    for _ in sketch_samples(chunks, shards, sketch, samples, samples.usable, MICRO_BATCH):
+    for _ in sketch_samples(GradientModel(chunks, shards, sketch, micro_batch=LIMITS), samples,
+                            samples.usable):
         pass
 
 
 def _passes_alone(chunks, shards, samples: Samples) -> None:
     """What a sketch takes of the model: no weight gradients, and every piece, but no hashing."""
-    for micro_batches in passes.of_samples(chunks, samples, samples.usable, MICRO_BATCH):
+    for micro_batches in passes.of_samples(chunks, samples, samples.usable, LIMITS):
         with PieceHooks(chunks, shards, lambda *_: None) as hooks:
             passes.run_pass(chunks, micro_batches, backward=True, before_forward=hooks.begin)
 

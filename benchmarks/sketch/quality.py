@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from megatron_direct.config import Job, ModelConfig, ParallelConfig
-from megatron_direct.data.samples import Samples
-from megatron_direct.gradients.per_sample import sketch_samples
+from megatron_direct.data.samples import MicroBatchLimits, Samples
+from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import model, passes
 from megatron_direct.mcore.shards import num_parameters, parameter_shards
@@ -75,7 +75,8 @@ def _bytes_of_python(folder: str, count: int) -> str:
 
 def _train(chunks, samples: Samples, numbers: np.ndarray) -> None:
     optimizer = torch.optim.AdamW(chunks[0].parameters(), lr=1e-3)
-    for micro_batches in passes.of_samples(chunks, samples, numbers, MICRO_BATCH):
+    for micro_batches in passes.of_samples(chunks, samples, numbers,
+                                           MicroBatchLimits(MICRO_BATCH)):
         optimizer.zero_grad()
         passes.run_pass(chunks, micro_batches, backward=True)
         optimizer.step()
@@ -83,7 +84,7 @@ def _train(chunks, samples: Samples, numbers: np.ndarray) -> None:
 
 
 def _gradient(chunks, samples: Samples, number: np.ndarray) -> torch.Tensor:
-    for micro_batches in passes.of_samples(chunks, samples, number, 1):
+    for micro_batches in passes.of_samples(chunks, samples, number, MicroBatchLimits(1)):
         passes.run_pass(chunks, micro_batches, backward=True)
     gradient = torch.cat([p.grad.flatten() for p in chunks[0].parameters()])
     chunks[0].zero_grad()
@@ -92,6 +93,7 @@ def _gradient(chunks, samples: Samples, number: np.ndarray) -> torch.Tensor:
 
 def _sketches(chunks, shards, samples: Samples, numbers, sketch: Sketch) -> np.ndarray:
     rows = {}
-    for found, ids, _ in sketch_samples(chunks, shards, sketch, samples, numbers, MICRO_BATCH):
+    model = GradientModel(chunks, shards, sketch, micro_batch=MicroBatchLimits(MICRO_BATCH))
+    for found, ids, _ in sketch_samples(model, samples, numbers):
         rows.update(zip(ids.tolist(), found, strict=True))
     return np.stack([rows[number] for number in numbers.tolist()]).astype(np.float64)

@@ -102,7 +102,8 @@ def test_the_same_bytes_from_run_to_run(prefix, on_gpu):
 def _pass_without_waiting(prefix: str) -> int:
     """Pieces of a pass in which anything that waits for the GPU raises."""
     gradients, samples, pieces = _model("llama", True), Samples([prefix], LENGTH, VOCAB_SIZE), []
-    for micro_batches in passes.of_samples(gradients.chunks, samples, samples.usable[:8], 4):
+    for micro_batches in passes.of_samples(gradients.chunks, samples, samples.usable[:8],
+                                           MicroBatchLimits(4)):
         for mode in ("default", "error"):  # what is set up once may wait
             with PieceHooks(gradients.chunks, gradients.shards,
                             lambda *piece: pieces.append(piece[0])) as hooks:

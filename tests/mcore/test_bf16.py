@@ -95,7 +95,7 @@ def _pieces_and_product(model, layout, prefix):
     shards = parameter_shards(chunks)
     fill_by_hash(shards, scale=0.1)
     samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
-    batch = next(passes.of_samples(chunks, samples, samples.usable, 4))
+    batch = next(passes.of_samples(chunks, samples, samples.usable, MicroBatchLimits(4)))
     seen = {}
     for dtype in (None, torch.float32):
         seen[dtype] = found = []

@@ -12,7 +12,7 @@ from weights import fill_by_hash, fill_expert_bias
 
 from megatron_direct.config import Job
 from megatron_direct.curvature.requirements import require_exact_products
-from megatron_direct.data.samples import Samples
+from megatron_direct.data.samples import MicroBatchLimits, Samples
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import model as models
@@ -42,7 +42,7 @@ def _logits(chunks, samples) -> list[np.ndarray]:
     """Of the first micro-batch, where the whole model is on this rank."""
     if chunks[0].config.pipeline_model_parallel_size > 1:
         return []
-    batch, = next(passes.of_samples(chunks, samples, samples.usable, 4))
+    batch, = next(passes.of_samples(chunks, samples, samples.usable, MicroBatchLimits(4)))
     with torch.no_grad():
         return [chunks[0](batch.tokens, batch.position_ids, None).numpy()]
 
@@ -51,7 +51,7 @@ def _computed(model, layout, prefix, spec) -> dict[str, list[np.ndarray]]:
     chunks = _build(model, layout, spec)
     samples, shards = Samples([prefix], model.seq_length, VOCAB_SIZE), parameter_shards(chunks)
     found = {"logits": _logits(chunks, samples), "losses": [], "sketches": []}
-    for micro_batches in passes.of_samples(chunks, samples, samples.usable, 4):
+    for micro_batches in passes.of_samples(chunks, samples, samples.usable, MicroBatchLimits(4)):
         found["losses"].append(passes.run_pass(chunks, micro_batches, backward=True).numpy())
     found["gradients"] = [shard.parameter.grad.numpy() for shard in shards]
     for rows, _, _ in sketch_samples(GradientModel(chunks, shards, Sketch(shards, 64, 5)),
