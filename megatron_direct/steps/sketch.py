@@ -66,7 +66,9 @@ class SketchConfig(Settings):
 
     def without_micro_batch(self) -> SketchConfig:
         """What tells one result from another: the micro-batch does not, but for rounding."""
-        return dataclasses.replace(self, micro_batch_size=8, micro_batch_tokens=0)
+        defaults = SketchConfig()
+        return dataclasses.replace(self, micro_batch_size=defaults.micro_batch_size,
+                                   micro_batch_tokens=defaults.micro_batch_tokens)
 
 
 # The question waits for what is queued on a GPU.
