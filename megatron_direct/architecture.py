@@ -93,8 +93,15 @@ class ModelConfig(Settings):
         None, "groups that each token may use; default: all", type=int, at_least=1)
 
     mtp_num_layers: int | None = flag(
-        None, "heads for multi-token prediction; 0 leaves those of a checkpoint out, and no other "
-        "number is supported", type=int, at_least=0)
+        None, "heads for multi-token prediction, which are trained beside the model; 0 leaves "
+        "those of a checkpoint out", type=int, at_least=0)
+    mtp_loss_scaling_factor: float = flag(
+        0.1, "weight of the prediction heads' mean loss beside the model's own", at_least=0,
+        at_most=1e6)
+    mtp_use_repeated_layer: bool = flag(
+        False, "one layer that all prediction heads share (megatron-core 0.17 or later)")
+    mtp_detach_heads: bool = flag(
+        False, "gradients of the prediction heads' loss end at the heads (megatron-core 0.19)")
     hybrid_layer_pattern: str | None = flag(
         None, "layers of a hybrid model, a letter each: * attention, + latent attention, - MLP, "
         "E experts, M Mamba; default: layers of attention and MLP", type=str)
@@ -112,11 +119,10 @@ class ModelConfig(Settings):
             require_divides(self, "num_query_groups", "num_attention_heads")
         self._check_latent_attention()
         self._check_experts()
-        if self.mtp_num_layers:
-            raise UserError(f"a model with {self.mtp_num_layers} heads for multi-token prediction "
-                            "(--mtp-num-layers) cannot be built. With --mtp-num-layers 0 its main "
-                            "model is used, and the heads are left out: rows and curvature are "
-                            "those of the main loss, and what anneal saves has no heads.")
+        if self.mtp_num_layers and self.hybrid_layer_pattern is not None:
+            raise UserError(f"{self.mtp_num_layers} heads for multi-token prediction "
+                            "(--mtp-num-layers) of a hybrid model are not supported. With "
+                            "--mtp-num-layers 0 they are left out: what anneal saves has no heads.")
         hybrid_pattern.check(self)
 
     def _check_latent_attention(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_direct import hybrid_pattern
 from megatron_direct.architecture import ModelConfig, ffn_hidden_size
@@ -68,6 +68,12 @@ class ParallelConfig(Settings):
             raise UserError(
                 "--num-layers-per-virtual-pipeline-stage needs "
                 "--pipeline-model-parallel-size of at least 2.")
+        if model.mtp_num_layers and pp > 1 and not model.untie_embeddings_and_output_weights:
+            # Megatron makes an output layer of its own for the last stage, and then refuses it.
+            raise UserError(
+                f"--mtp-num-layers {model.mtp_num_layers} with --pipeline-model-parallel-size {pp} "
+                "needs --untie-embeddings-and-output-weights. Use other sizes, or leave the heads "
+                "out with --mtp-num-layers 0.")
         if model.num_layers % (pp * (chunk or 1)):
             raise UserError(
                 f"--num-layers {model.num_layers} cannot be split evenly over "
@@ -176,6 +182,11 @@ class Job:
     def num_model_chunks(self) -> int:
         """On each rank; 1 without the interleaved schedule."""
         return self.layout.num_model_chunks(self.model)
+
+    @property
+    def of_main_loss(self) -> Job:
+        """The same without heads for multi-token prediction: what has gradients of samples."""
+        return replace(self, model=replace(self.model, mtp_num_layers=None))
 
     def require_runs_on(self, world_size: int, *, trains: bool) -> None:
         """Raises UserError where so many ranks cannot hold the model, or, if it ``trains``, cannot

@@ -286,7 +286,7 @@ def _average(arm: _Arm) -> None:
     if parallel.on_rank_zero((folder / "result.json").is_file):
         return
     with grid.model_parallel(job.layout, job.num_model_chunks):
-        chunks = model.build(job)
+        chunks = model.build(job.of_main_loss)
         load_model(parallel.on_rank_zero(lambda: latest(folder)), chunks)
         after = Losses(**set_losses(chunks, job.model, job.batch,
                                     valid=arm.origin.valid_data_path, test=arm.test))

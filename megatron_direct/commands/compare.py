@@ -188,7 +188,7 @@ def _before(setting: Setting) -> dict:
     path, job = setting.folder / "before.json", setting.onset.job
     if not parallel.on_rank_zero(path.is_file):
         with grid.model_parallel(job.layout, job.num_model_chunks):
-            chunks = model.build(job)
+            chunks = model.build(job.of_main_loss)
             checkpoint.load_model(setting.onset.checkpoint.path, chunks)
             losses = {**losses_on_test_sets(setting, chunks),
                       "parameters": shards.num_parameters(chunks)}

@@ -85,7 +85,7 @@ def evaluate(request: EvaluateRequest) -> None:
                              for choice in of_one])
     scores = np.empty(0)
     with grid.model_parallel(job.layout, job.num_model_chunks):
-        chunks = model.build(job)
+        chunks = model.build(job.of_main_loss)
         load_model(checkpoint.path, chunks)
         if tasks:
             scores = log_likelihoods(chunks, samples, config.micro_batch_size)

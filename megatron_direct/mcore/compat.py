@@ -23,6 +23,7 @@ from typing import Any
 from megatron_direct import hybrid_pattern
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import watch
+from megatron_direct.settings import flag_name
 
 _COMMON_FILE = "common.pt"
 _METADATA_FILE = ".metadata"
@@ -84,6 +85,12 @@ def latent_self_attention() -> type:
                     "kv_layernorm": submodules.kv_layernorm}
 
     return LatentSelfAttention
+
+
+def require_setting(config: type, name: str) -> None:
+    """Raises UserError if a dataclass of Megatron's does not have a field yet."""
+    if name not in {field.name for field in dataclasses.fields(config)}:
+        raise UserError(f"megatron-core {version()} has no {flag_name(name)}. Install a newer one.")
 
 
 def hybrid_stack() -> tuple[type, type]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_direct.errors import UserError
 from megatron_direct.mcore import compat
 
 # Before a parameter's own key; experts have an optimizer of their own.
@@ -33,9 +34,16 @@ def load_state(checkpoint: Path, state: dict, stored: Mapping[str, Any]) -> dict
     known = dist_checkpointing.load_tensors_metadata(str(checkpoint))
 
     def where_it_is(entry):
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.key not in known:
-            return dataclasses.replace(entry, key=_MAIN_PARAMETERS.sub("", entry.key))
-        return entry
+        if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or entry.key in known:
+            return entry
+        of_model = dataclasses.replace(entry, key=_MAIN_PARAMETERS.sub("", entry.key))
+        # A factory's tensors have longer keys; Megatron names one that is missing.
+        if isinstance(entry, ShardedTensor) and of_model.key not in known:
+            raise UserError(
+                f"{checkpoint} holds no {entry.key}, so its optimizer cannot be loaded. Where "
+                "experts are distributed they have an optimizer of their own: give the "
+                "--expert-model-parallel-size of the training, or add --no-load-optim.")
+        return of_model
 
     nested = {number: _NESTED in part for number, part in _parts(state).items()}
     loaded = compat.load_sharded(

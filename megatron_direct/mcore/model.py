@@ -12,6 +12,7 @@ from megatron_direct import architecture
 from megatron_direct.config import Job, ModelConfig
 from megatron_direct.mcore import compat
 from megatron_direct.mcore.specs import SPECS, LayerSpec
+from megatron_direct.mcore.specs.local import prediction_heads
 from megatron_direct.runtime import host
 
 
@@ -46,9 +47,10 @@ def build(job: Job, *, seed: int = 1234, spec: str = "fused",
 def _gpt(job: Job, transformer_config, layers: LayerSpec, vp_stage: int | None):
     from megatron.core.models.gpt import GPTModel
 
-    model = job.model
+    model, block = job.model, layers.block(transformer_config, vp_stage)
     return GPTModel(
-        transformer_layer_spec=layers.block(transformer_config, vp_stage),
+        transformer_layer_spec=block,
+        mtp_block_spec=prediction_heads(transformer_config, block, vp_stage),
         rope_scaling=model.use_rope_scaling,
         rope_scaling_factor=model.rope_scaling_factor,
         vp_stage=vp_stage,
@@ -90,6 +92,7 @@ def _transformer_config(job: Job, dtype: torch.dtype):
         **_of_latent_attention(model),
         **_of_experts(model),
         **_of_hybrids(model),
+        **_of_prediction_heads(model, kind),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size(model),
@@ -159,6 +162,17 @@ def _of_experts(model: ModelConfig) -> dict:
         "moe_aux_loss_coeff": 0.0,
         **{name: getattr(model, name) for name in names},
     }
+
+
+def _of_prediction_heads(model: ModelConfig, kind: type) -> dict:
+    if not model.mtp_num_layers:
+        return {}
+    names = ["mtp_num_layers", "mtp_loss_scaling_factor"]
+    for name in ("mtp_use_repeated_layer", "mtp_detach_heads"):
+        if getattr(model, name):
+            compat.require_setting(kind, name)
+            names.append(name)
+    return {name: getattr(model, name) for name in names}
 
 
 def _of_hybrids(model: ModelConfig) -> dict:

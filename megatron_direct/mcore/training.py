@@ -174,10 +174,13 @@ def _step(trainer: Trainer, feed: Feed, index: int) -> tuple[float, float | None
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     sums = torch.zeros(2, dtype=torch.float64, device=host.device())  # loss, tokens
+    config: Any = trainer.chunks[0].config
 
     def forward_step(iterator, chunk):
         tokens, labels, loss_mask, positions = next(iterator)
-        output = chunk(tokens, positions, None, labels=labels)
+        # Prediction heads add their own loss to the gradients, of the labels that count.
+        for_heads = {"loss_mask": loss_mask} if config.mtp_num_layers else {}
+        output = chunk(tokens, positions, None, labels=labels, **for_heads)
 
         def loss_sum(token_losses):
             loss, count = (token_losses * loss_mask).sum(), loss_mask.sum()

@@ -169,7 +169,7 @@ def _measure(job: Job, setup: PassSetup) -> PassCost:
 
 
 def _gradient_model(job: Job, setup: PassSetup) -> GradientModel:
-    chunks = model.build(job)
+    chunks = model.build(job.of_main_loss)
     shards = parameter_shards(chunks)
     return GradientModel(chunks, shards, Sketch(shards, setup.sketch_size, 0),
                          micro_batch=MicroBatchLimits(setup.micro_batch_size))

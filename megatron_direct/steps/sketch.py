@@ -133,7 +133,7 @@ def gradient_model(config: SketchConfig, job: Job, point: GradientPoint, spec: s
     spec: of its layers, by which gradients differ by rounding alone.
     """
     with grid.model_parallel(job.layout, job.num_model_chunks):
-        chunks = model.build(job, spec=spec)
+        chunks = model.build(job.of_main_loss, spec=spec)
         checkpoint.load_model(point.path, chunks)
         shards = sketched_shards(parameter_shards(chunks), config.sketch_parameters)
         scales = (adam_scales(point.moments, chunks, shards) if config.precondition == "adam"

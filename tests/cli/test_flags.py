@@ -142,7 +142,7 @@ _ACCEPTED = {
     "0": _ANY_TEXT | _FORMED | set("""--adam-beta1 --adam-beta2 --average-last --clip-grad
         --corrupt-fraction --density-samples --kept-deviation --lr-warmup-iters
         --lr-wsd-decay-iters --merge-last --micro-batch-tokens --min-lr --mscale
-        --mscale-all-dim --mtp-num-layers
+        --mscale-all-dim --mtp-loss-scaling-factor --mtp-num-layers
         --num-curvature-samples --num-valid-samples --only-replicate --pilot-iters --seed
         --shrinkage-clusters --stiff-budget --stiff-budget-fraction --weight-decay""".split()),
     "-1": _ANY_TEXT | _FORMED, "nan": _ANY_TEXT | _FORMED,

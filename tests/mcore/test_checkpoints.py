@@ -16,9 +16,9 @@ import torch
 from ranks import Layout, RankError, on_layout, run_on_ranks
 from tiny_models import MODELS
 from torch.distributed.checkpoint.api import CheckpointException
-from trained_checkpoint import CASES, require_equal, resume, save
+from trained_checkpoint import CASES, Case, require_equal, resume, save
 
-from megatron_direct.config import Job, ModelConfig
+from megatron_direct.config import Job
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import checkpoint, compat, integrity
 
@@ -34,6 +34,13 @@ def test_training_goes_on_in_another_layout(tmp_path, case):
     require_equal(resume(case, tmp_path), expected)
     with pytest.raises(AssertionError):  # so the test can fail
         require_equal(expected, type(expected)(expected.weights, expected.losses[::-1]))
+
+
+def test_an_optimizer_of_experts_that_were_distributed_otherwise_is_refused(tmp_path):
+    case = Case("qwen2-moe", Layout(), Layout(dp=2, ep=2))
+    save(case, tmp_path)
+    with pytest.raises(RankError, match="expert-model-parallel-size of the training, or add"):
+        resume(case, tmp_path)
 
 
 def _save_bare(model, layout, folder):
@@ -255,54 +262,6 @@ def test_what_changes_the_speed_alone_is_no_reason_to_refuse(tmp_path):
 
     arguments.translated(_arguments_of_megatron_lm(
         moe_grouped_gemm=True, moe_shared_expert_overlap=True, tp_comm_overlap=True), tmp_path)
-
-
-def _save_with_prediction_heads(model, layout, folder):
-    """A model of ours, and Megatron's multi-token prediction beside it, as DeepSeek-V3 has it."""
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
-
-    from megatron_direct.mcore import model as models
-    from megatron_direct.mcore.specs import SPECS
-
-    main, = models.build(Job(model, layout))
-    config = dataclasses.replace(main.config, mtp_num_layers=1)
-    layers = SPECS["local"]
-    with layers.buildable():
-        block = layers.block(config, None)
-        heads = get_gpt_mtp_block_spec(config, block, use_transformer_engine=False)
-        norm = type(main.decoder.final_layernorm)
-        of_head = heads.layer_specs[0].submodules
-        of_head.enorm = of_head.hnorm = of_head.layer_norm = norm
-        chunk = GPTModel(config, block, model.padded_vocab_size, model.seq_length,
-                         share_embeddings_and_output_weights=True, position_embedding_type="rope",
-                         mtp_block_spec=heads)
-    missing = chunk.load_state_dict(main.state_dict(), strict=False).missing_keys
-    assert missing and all(name.startswith("mtp.") for name in missing)
-    checkpoint.save(folder, 7, [chunk], None, None, {**vars(model), "mtp_num_layers": 1})
-    return {name: tensor.numpy() for name, tensor in main.state_dict().items()
-            if torch.is_tensor(tensor)}
-
-
-def _load_without_prediction_heads(model, layout, folder):
-    from megatron_direct.mcore import model as models
-
-    found = checkpoint.open_checkpoint(folder)
-    found.require_same_model({"mtp_num_layers": 0})
-    with pytest.raises(UserError, match="1 heads for multi-token prediction.*--mtp-num-layers 0"):
-        found.settings(ModelConfig, {})
-    chunks = models.build(Job(found.settings(ModelConfig, {"mtp_num_layers": 0}), layout), seed=5)
-    checkpoint.load_model(found.path, chunks)
-    return {name: tensor.numpy() for name, tensor in chunks[0].state_dict().items()
-            if torch.is_tensor(tensor)}
-
-
-def test_heads_for_multi_token_prediction_are_left_out_if_a_flag_says_so(tmp_path):
-    expected, = on_layout(Layout(), _save_with_prediction_heads, LLAMA, str(tmp_path))
-    found, = on_layout(Layout(), _load_without_prediction_heads, LLAMA, str(tmp_path))
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        np.testing.assert_array_equal(found[name], weight)
 
 
 def test_a_full_disk_that_torch_does_not_name_is_told(tmp_path):

@@ -60,6 +60,25 @@ def block_spec(transformer_config, vp_stage: int | None, core_attention: type | 
         layer_norm=norm_class(transformer_config))
 
 
+def prediction_heads(transformer_config, block, vp_stage: int | None):
+    """Megatron's spec of the heads for multi-token prediction that this rank builds, or None.
+
+    block: the layers of the model; a head has one like the last of them.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    if not transformer_config.mtp_num_layers:
+        return None
+    heads = get_gpt_mtp_block_spec(
+        transformer_config, block, use_transformer_engine=False, vp_stage=vp_stage)
+    if heads is None:
+        return None
+    norm = norm_class(transformer_config)
+    return dataclasses.replace(heads, layer_specs=[
+        compat.with_submodules(spec, enorm=norm, hnorm=norm, layer_norm=norm)
+        for spec in heads.layer_specs])
+
+
 def one_layer(transformer_config, has_experts: bool, core_attention: type | None):
     """One layer, of attention and an MLP or experts."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
