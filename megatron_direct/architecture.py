@@ -104,7 +104,8 @@ class ModelConfig(Settings):
         False, "gradients of the prediction heads' loss end at the heads (megatron-core 0.19)")
     hybrid_layer_pattern: str | None = flag(
         None, "layers of a hybrid model, a letter each: * attention, + latent attention, - MLP, "
-        "E experts, M Mamba; default: layers of attention and MLP", type=str)
+        "E experts, M Mamba, and behind each / the layers of a prediction head; default: layers of "
+        "attention and MLP", type=str)
     mamba_state_dim: int = flag(128, "width of a Mamba layer's state", at_least=1)
     mamba_head_dim: int = flag(64, "width of a Mamba layer's heads", at_least=1)
     mamba_num_groups: int = flag(8, "groups of heads of a Mamba layer", at_least=1)
@@ -119,10 +120,6 @@ class ModelConfig(Settings):
             require_divides(self, "num_query_groups", "num_attention_heads")
         self._check_latent_attention()
         self._check_experts()
-        if self.mtp_num_layers and self.hybrid_layer_pattern is not None:
-            raise UserError(f"{self.mtp_num_layers} heads for multi-token prediction "
-                            "(--mtp-num-layers) of a hybrid model are not supported. With "
-                            "--mtp-num-layers 0 they are left out: what anneal saves has no heads.")
         hybrid_pattern.check(self)
 
     def _check_latent_attention(self) -> None:

@@ -186,7 +186,7 @@ class Job:
     @property
     def of_main_loss(self) -> Job:
         """The same without heads for multi-token prediction: what has gradients of samples."""
-        return replace(self, model=replace(self.model, mtp_num_layers=None))
+        return replace(self, model=replace(self.model, mtp_num_layers=0))
 
     def require_runs_on(self, world_size: int, *, trains: bool) -> None:
         """Raises UserError where so many ranks cannot hold the model, or, if it ``trains``, cannot

@@ -1,8 +1,8 @@
 """Megatron-LM's layer patterns of hybrid models (``--hybrid-layer-pattern``): one letter a layer.
 
-A block of a GPT is two layers of a hybrid model, ``*-``. What stands after ``/`` in a pattern are
-heads for multi-token prediction, and ``|`` divides pipeline stages; neither is part of the model
-that is built here, whose stages are of equal size in any layout.
+A block of a GPT is two layers of a hybrid model, ``*-``. What stands after each ``/`` in a pattern
+are the layers of a head for multi-token prediction. ``|`` divides pipeline stages, and is left out
+here: stages are of equal size in any layout.
 """
 
 from __future__ import annotations
@@ -29,15 +29,21 @@ def layers(pattern: str) -> str:
     return pattern.split(_HEAD)[0].replace(_STAGE, "")
 
 
-def num_prediction_heads(pattern: str) -> int:
-    return sum(bool(head) for head in pattern.split(_HEAD)[1:])
+def heads(pattern: str) -> list[str]:
+    """The layers of each prediction head."""
+    return [head for head in pattern.split(_HEAD)[1:] if head]
 
 
-def in_stages(pattern: str, num_stages: int) -> str:
-    """The layers divided into stages of equal size."""
+def without_stages(pattern: str) -> str:
+    return _HEAD.join([layers(pattern), *heads(pattern)])
+
+
+def in_stages(pattern: str, num_stages: int, *, with_heads: bool) -> str:
+    """The layers divided into stages of equal size, and the heads if asked for."""
     plain = layers(pattern)
     size = len(plain) // num_stages
-    return _STAGE.join(plain[first:first + size] for first in range(0, len(plain), size))
+    stages = _STAGE.join(plain[first:first + size] for first in range(0, len(plain), size))
+    return _HEAD.join([stages, *(heads(pattern) if with_heads else [])])
 
 
 def mamba_heads(model: Any) -> int:
@@ -54,6 +60,7 @@ def check(model: Any) -> None:
         return
     given = f"--hybrid-layer-pattern {pattern}"
     _require_supported(pattern)
+    _check_heads(given, heads(pattern), model.mtp_num_layers)
     count = len(layers(pattern))
     if count != model.num_layers:
         raise UserError(f"{given} has {count} layers, but --num-layers is {model.num_layers}. "
@@ -74,6 +81,16 @@ def check(model: Any) -> None:
         _check_mamba(model)
 
 
+def _check_heads(given: str, heads_of_pattern: list[str], count: int | None) -> None:
+    if count not in (0, len(heads_of_pattern) or None):
+        raise UserError(f"{given} has {len(heads_of_pattern)} prediction heads, but "
+                        f"--mtp-num-layers is {count}. Write the layers of each head behind a "
+                        f"{_HEAD} of its own, or leave the heads out with --mtp-num-layers 0.")
+    if len(set(heads_of_pattern)) > 1:
+        raise UserError(f"{given} has prediction heads of different layers, which Megatron does "
+                        "not build. Give all of them the same.")
+
+
 def _check_mamba(model: Any) -> None:
     if model.mamba_num_heads is None and 2 * model.hidden_size % model.mamba_head_dim:
         raise UserError(f"--mamba-head-dim {model.mamba_head_dim} does not divide twice the "
@@ -87,7 +104,7 @@ def _check_mamba(model: Any) -> None:
 
 def _require_supported(pattern: str) -> None:
     """Raises UserError, with the layer's number and name, for a layer that cannot be built."""
-    for number, symbol in enumerate(layers(pattern)):
+    for number, symbol in enumerate(layers(pattern) + "".join(heads(pattern))):
         if symbol not in _NAMES:
             known = ", ".join(f"{letter} ({name})" for letter, name in _NAMES.items())
             raise UserError(

@@ -91,5 +91,6 @@ def _of_hybrid(args: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
                 "with --hybrid-override-pattern.")
         return {}
     layers = hybrid_pattern.layers(pattern)
-    heads = hybrid_pattern.num_prediction_heads(pattern) or args.get("mtp_num_layers")
-    return {"hybrid_layer_pattern": layers, "num_layers": len(layers), "mtp_num_layers": heads}
+    heads = len(hybrid_pattern.heads(pattern)) or args.get("mtp_num_layers")
+    return {"hybrid_layer_pattern": hybrid_pattern.without_stages(pattern),
+            "num_layers": len(layers), "mtp_num_layers": heads}

@@ -104,9 +104,8 @@ def hybrid_stack() -> tuple[type, type]:
     return getattr(block, name), getattr(block, f"{name}Submodules")
 
 
-def hybrid_model(stack: Any, pattern: str, num_stages: int, vp_stage: int | None,
-                 arguments: dict[str, Any]) -> Any:
-    """A HybridModel, or up to 0.17 a MambaModel, with the layers of one stage of ``num_stages``.
+def hybrid_model(stack: Any, pattern: str, vp_stage: int | None, arguments: dict[str, Any]) -> Any:
+    """A HybridModel, or up to 0.17 a MambaModel, with the layers of one stage of the pattern.
 
     The names of what it takes have changed, and 0.16 divides the layers into stages itself.
     """
@@ -116,8 +115,7 @@ def hybrid_model(stack: Any, pattern: str, num_stages: int, vp_stage: int | None
     known = inspect.signature(model.__init__).parameters
     stack_name = next(name for name in ("hybrid_stack_spec", "mamba_stack_spec") if name in known)
     if "hybrid_layer_pattern" in known:
-        layers = {"hybrid_layer_pattern": hybrid_pattern.in_stages(pattern, num_stages),
-                  "vp_stage": vp_stage}
+        layers = {"hybrid_layer_pattern": pattern, "vp_stage": vp_stage}
     elif vp_stage is None:
         layers = {"hybrid_override_pattern": hybrid_pattern.layers(pattern)}
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_direct import architecture
+from megatron_direct import architecture, hybrid_pattern
 from megatron_direct.config import Job, ModelConfig
 from megatron_direct.mcore import compat
 from megatron_direct.mcore.specs import SPECS, LayerSpec
@@ -61,8 +61,10 @@ def _hybrid(job: Job, transformer_config, layers: LayerSpec, vp_stage: int | Non
     model = job.model
     assert model.hybrid_layer_pattern is not None
     num_stages = job.layout.pipeline_model_parallel_size * job.num_model_chunks
+    pattern = hybrid_pattern.in_stages(model.hybrid_layer_pattern, num_stages,
+                                       with_heads=bool(model.mtp_num_layers))
     return compat.hybrid_model(
-        layers.stack(transformer_config), model.hybrid_layer_pattern, num_stages, vp_stage,
+        layers.stack(transformer_config), pattern, vp_stage,
         _of_every_model(model, transformer_config, vp_stage))
 
 

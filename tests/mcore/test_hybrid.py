@@ -26,8 +26,11 @@ NEMOTRON_H = MODELS["nemotron-h"]
 
 def test_stages_and_prediction_heads_are_no_layers():
     assert hybrid_pattern.layers("M-M*|M-E-/*-/*-") == "M-M*M-E-"
-    assert hybrid_pattern.in_stages("M-M*|M-E-/*-", 4) == "M-|M*|M-|E-"
-    assert hybrid_pattern.in_stages("M-M*", 1) == "M-M*"
+    pattern = "M-M*|M-E-/*-"
+    assert hybrid_pattern.in_stages(pattern, 4, with_heads=False) == "M-|M*|M-|E-"
+    assert hybrid_pattern.in_stages(pattern, 2, with_heads=True) == "M-M*|M-E-/*-"
+    assert hybrid_pattern.in_stages("M-M*", 1, with_heads=True) == "M-M*"
+    assert hybrid_pattern.without_stages(pattern) == "M-M*M-E-/*-"
 
 
 @pytest.mark.parametrize(("flags", "match"), [

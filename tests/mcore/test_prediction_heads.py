@@ -14,14 +14,26 @@ from weights import assemble, fill_by_hash, pieces
 
 from megatron_direct.config import BatchConfig, Job, ModelConfig, OptimizerConfig
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import checkpoint, training
+from megatron_direct.mcore import checkpoint, compat, training
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import parameter_shards
 
 NUM_HEADS, FACTOR = 2, 0.3
 
 
+def _has_hybrid_heads() -> bool:
+    _, kinds_of_layers = compat.hybrid_stack()
+    return "mtp_block_spec" in {field.name for field in dataclasses.fields(kinds_of_layers)}
+
+
+needs_hybrid_heads = pytest.mark.skipif(
+    not _has_hybrid_heads(), reason="hybrid models have prediction heads since megatron-core 0.17")
+
+
 def _with_heads(name: str, **settings) -> ModelConfig:
+    pattern = MODELS[name].hybrid_layer_pattern
+    if pattern is not None:  # a head has the last two kinds of layers
+        settings["hybrid_layer_pattern"] = pattern + NUM_HEADS * f"/{pattern[-2:]}"
     return dataclasses.replace(MODELS[name], **{
         "mtp_num_layers": NUM_HEADS, "mtp_loss_scaling_factor": FACTOR} | settings)
 
@@ -58,7 +70,9 @@ def _loss_by_hand(chunk, sequences) -> torch.Tensor:
         watch.remove()
     weight = (chunk.shared_embedding_or_output_weight()
               if chunk.share_embeddings_and_output_weights else chunk.output_layer.weight)
-    rotary = None if chunk.config.multi_latent_attention else chunk.rotary_pos_emb(tokens.shape[1])
+    rotary = chunk.rotary_pos_emb(tokens.shape[1]) if (
+        chunk.position_embedding_type == "rope" and not chunk.config.multi_latent_attention
+    ) else None
 
     def mean_loss(outputs, depth):
         """Position t predicts the label at t + depth."""
@@ -78,8 +92,9 @@ def _loss_by_hand(chunk, sequences) -> torch.Tensor:
         both = torch.cat([head.enorm(embedded), head.hnorm(state)], -1)
         layer = head.transformer_layer if hasattr(head, "transformer_layer") \
             else head.mtp_model_layer
-        state, _ = layer(both @ head.eh_proj.weight.T, attention_mask=None, rotary_pos_emb=rotary)
-        state = head.final_layernorm(state)
+        state = layer(both @ head.eh_proj.weight.T, attention_mask=None, rotary_pos_emb=rotary)
+        # A stack of layers gives its output alone, a layer also a context.
+        state = head.final_layernorm(state[0] if isinstance(state, tuple) else state)
         total = total + FACTOR / NUM_HEADS * mean_loss(state, depth)
     return total
 
@@ -98,7 +113,10 @@ def _gradients(model, layout):
             {name: gradient.numpy() for name, gradient in expected.items()})
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "deepseek-v3"])
+@pytest.mark.parametrize("name", [
+    "llama-tied", "deepseek-v3",
+    pytest.param("hybrid-experts", marks=needs_hybrid_heads),
+    pytest.param("nemotron-h", marks=needs_hybrid_heads)])
 def test_training_follows_the_models_and_the_heads_losses(name):
     (found, expected), = on_layout(Layout(), _gradients, _with_heads(name))
     assert any(name.startswith("mtp.") for name in found) and found.keys() == expected.keys()
@@ -121,6 +139,7 @@ def _train(model, layout):
     ("llama-untied", Layout(tp=2, pp=2)),
     ("llama-untied", Layout(pp=2, vp=1)),
     ("deepseek-v3", Layout(tp=2, sp=True)),
+    pytest.param("nemotron-h", Layout(tp=2, pp=2), marks=needs_hybrid_heads),
     pytest.param("llama-untied", Layout(pp=2), marks=pytest.mark.slow),
     pytest.param("llama-tied", Layout(dp=2), marks=pytest.mark.slow),
     pytest.param("deepseek-v3", Layout(dp=2, ep=2), marks=pytest.mark.slow),
@@ -167,6 +186,7 @@ def _load(model, layout, folder):
 @pytest.mark.parametrize(("name", "written", "read"), [
     ("llama-untied", Layout(pp=2), Layout(tp=2)),
     ("deepseek-v3", Layout(tp=2, sp=True), Layout(dp=2)),
+    pytest.param("hybrid-experts", Layout(pp=2), Layout(tp=2, sp=True), marks=needs_hybrid_heads),
 ], ids=str)
 def test_heads_are_saved_and_read_in_another_layout_or_left_out(name, written, read, tmp_path):
     saved = assemble(on_layout(written, _save, _with_heads(name), str(tmp_path)))
@@ -182,9 +202,16 @@ def test_heads_are_saved_and_read_in_another_layout_or_left_out(name, written, r
 # --- flags ------------------------------------------------------------------------------------
 
 
-def test_heads_of_a_hybrid_model_are_refused_with_what_to_do():
-    with pytest.raises(UserError, match="--mtp-num-layers 0 they are left out"):
-        dataclasses.replace(MODELS["hybrid-experts"], mtp_num_layers=1)
+@pytest.mark.parametrize(("pattern", "count", "match"), [
+    ("*-*E", 1, "has 0 prediction heads, but --mtp-num-layers is 1"),
+    ("*-*E/*-", None, "has 1 prediction heads, but --mtp-num-layers is None"),
+    ("*-*E/*-/*E", 2, "of different layers"),
+    ("*-*E/*X", 1, "layer 5 is X"),
+])
+def test_heads_of_a_hybrid_model_that_its_pattern_does_not_have_are_refused(pattern, count, match):
+    with pytest.raises(UserError, match=match):
+        dataclasses.replace(MODELS["hybrid-experts"], hybrid_layer_pattern=pattern,
+                            mtp_num_layers=count)
 
 
 def test_tied_embeddings_of_heads_in_a_pipeline_are_refused():
@@ -193,6 +220,12 @@ def test_tied_embeddings_of_heads_in_a_pipeline_are_refused():
     with pytest.raises(UserError, match="--mtp-num-layers 2 .* --mtp-num-layers 0"):
         job.require_runs_on(2, trains=True)
     job.of_main_loss.require_runs_on(2, trains=True)
+
+
+@pytest.mark.skipif(_has_hybrid_heads(), reason="this megatron-core builds them")
+def test_heads_of_a_hybrid_model_are_refused_where_megatron_has_none():
+    with pytest.raises(RankError, match="Leave them out with --mtp-num-layers 0, or install 0.17"):
+        on_layout(Layout(), _train, _with_heads("nemotron-h"))
 
 
 @pytest.mark.parametrize("setting", ["mtp_use_repeated_layer", "mtp_detach_heads"])

@@ -14,6 +14,12 @@ from megatron_direct.errors import UserError
 from megatron_direct.mcore import compat
 from megatron_direct.mcore.specs import local, mamba
 
+# What not all supported versions have: what it is, and where it came.
+_SINCE = {
+    "mla_layer": "latent attention (--hybrid-layer-pattern with +). Install 0.19",
+    "mtp_block_spec": "prediction heads. Leave them out with --mtp-num-layers 0, or install 0.17",
+}
+
 
 def stack_spec(transformer_config, core_attention: type | None = None):
     """Megatron's spec of the stack of layers; core_attention: as ``local.block_spec``'s."""
@@ -28,12 +34,32 @@ def stack_spec(transformer_config, core_attention: type | None = None):
     if transformer_config.num_moe_experts is not None:
         layers["moe_layer"] = _mlp_alone(
             local.one_layer(transformer_config, True, core_attention))
+    if transformer_config.mtp_num_layers:
+        layers["mtp_block_spec"] = _prediction_heads(local.norm_class(transformer_config))
     known = {field.name for field in dataclasses.fields(kinds_of_layers)}
     for missing in layers.keys() - known:
-        raise UserError(f"the HybridModel of megatron-core {compat.version()} has no {missing} "
-                        "(latent attention: --hybrid-layer-pattern with +). Install 0.19 or later.")
+        raise UserError(f"the HybridModel of megatron-core {compat.version()} has no "
+                        f"{_SINCE[missing]} or later.")
     return ModuleSpec(module=_stack_with_norm(stack, transformer_config),
                       submodules=kinds_of_layers(**layers))
+
+
+def _prediction_heads(norm: type):
+    """Megatron builds each head's layers from the pattern, and of the kinds that the stack has."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+    from megatron.core.transformer.multi_token_prediction import (
+        MultiTokenPredictionBlock,
+        MultiTokenPredictionBlockSubmodules,
+        MultiTokenPredictionLayer,
+        MultiTokenPredictionLayerSubmodules,
+    )
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    head = ModuleSpec(module=MultiTokenPredictionLayer,
+                      submodules=MultiTokenPredictionLayerSubmodules(
+                          enorm=norm, hnorm=norm, layer_norm=norm, eh_proj=ColumnParallelLinear))
+    return ModuleSpec(module=MultiTokenPredictionBlock,
+                      submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[head]))
 
 
 def _attention_alone(spec):
