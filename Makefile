@@ -170,7 +170,7 @@ study: $(READY)
 
 # Text of Python packages, which are downloaded, and the comparison on it. STUDY_TEXT names a folder
 # in which tools/pypi_text.py has been, where there is no network.
-STUDY_TEXT ?= $(BUILD)/packages
+STUDY_TEXT ?= $(BUILD)/package-text
 
 study-packages: $(READY) $(STUDY_TEXT)/corpus.json
 	$(BIN)/python benchmarks/package_study.py --text $(STUDY_TEXT) --ranks $(GPUS_PER_NODE) \
@@ -254,7 +254,7 @@ $(PACKAGES)/.done: $(if $(WHEELS),$(wildcard $(WHEELS)/*.whl))
 		megatron-core==$(CORE) -e ".[dev]"
 	touch $@
 
-$(BUILD)/packages/corpus.json: $(READY) tools/pypi_text.py tools/pypi_packages.txt
+$(BUILD)/package-text/corpus.json: $(READY) tools/pypi_text.py tools/pypi_packages.txt
 	$(BIN)/python tools/pypi_text.py --output-dir $(@D)
 
 $(TEXT): $(READY) tools/embedded_text.py

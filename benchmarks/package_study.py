@@ -213,7 +213,7 @@ def _about() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--text", type=Path, default=ROOT / "build" / "packages",
+    parser.add_argument("--text", type=Path, default=ROOT / "build" / "package-text",
                         help="folder that tools/pypi_text.py wrote (default %(default)s)")
     parser.add_argument("--folder", type=Path, help="default: runs/packages-SCALE")
     parser.add_argument("--scale", choices=SCALES, default="cpu")

@@ -1,6 +1,6 @@
 """Text out of Python packages: a corpus that anyone can build again.
 
-    python tools/pypi_text.py --output-dir build/packages
+    python tools/pypi_text.py --output-dir build/package-text
 
 Wheels are fetched with pip, at the versions that tools/pypi_packages.txt lists; nothing in them is
 run. Each package belongs to one part (pretrain, pool, valid, test) as a whole, so that no package
