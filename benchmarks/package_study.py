@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import os
 import shlex
 import signal
@@ -65,7 +66,8 @@ SETTINGS = {
 # the default is made of, and other rivals; how much there is to gain.
 FIRST = ("random", "whole-pool", "perplexity-middle", "ngrams", "gradient-cosine", "direct",
          "stable-averaged", "random-averaged", "whole-pool-averaged", "direct-averaged")
-SECOND = ("direct-onset", "domain", "oracle", "flat-energy", "direct-share", "influence",
+SECOND = ("direct-onset", "domain", "oracle", "flat-energy", "direct-share", "direct-proxy",
+          "influence",
           "redundancy-draw", "random-constant-averaged", "whole-pool-constant-averaged",
           "direct-constant-averaged", "random-moderate-averaged", "direct-moderate-averaged")
 CEILING = ("ceiling",)
@@ -89,9 +91,11 @@ STAGES = (Stage(FIRST, MOST_IMPORTANT), Stage(SECOND, MOST_IMPORTANT), Stage(FIR
 
 @dataclass(frozen=True)
 class Scale:
-    """One size of everything. pool: documents; held_out: of each domain; stable: iterations."""
+    """One size of everything. proxy: the smaller model that selects for ``model``; pool: documents;
+    held_out: of each domain; stable: iterations."""
 
     model: tuple[str, ...]
+    proxy: tuple[str, ...]
     vocab_size: int
     pool: int
     held_out: int
@@ -105,15 +109,19 @@ class Scale:
 
 SCALES = {
     "cpu": Scale(
-        ("--num-layers", "4", "--hidden-size", "192"), vocab_size=4096, pool=3000,
+        ("--num-layers", "4", "--hidden-size", "192"),
+        ("--num-layers", "2", "--hidden-size", "64"), vocab_size=4096, pool=3000,
         held_out=300, stable=1000, global_batch=16, micro_batch=8, num_seeds=3),
     "gpu": Scale(
         ("--num-layers", "12", "--hidden-size", "512", "--num-attention-heads", "8",
-         "--seq-length", "512"), vocab_size=16384, pool=6000, held_out=256,
+         "--seq-length", "512"),
+        ("--num-layers", "4", "--hidden-size", "256", "--seq-length", "512"), vocab_size=16384,
+        pool=6000, held_out=256,
         stable=1500, global_batch=64, micro_batch=32, num_seeds=3, precision=("--bf16",),
         stages=STAGES[:1]),
     "tiny": Scale(
-        ("--num-layers", "1", "--hidden-size", "32"), vocab_size=1536, pool=120,
+        ("--num-layers", "1", "--hidden-size", "32"),
+        ("--num-layers", "1", "--hidden-size", "16"), vocab_size=1536, pool=120,
         held_out=24, stable=20, global_batch=8, micro_batch=4, num_seeds=2),
 }
 
@@ -171,17 +179,21 @@ class Study:
             Path(output + suffix).unlink(missing_ok=True)
         materialize(prefix, SampleMask(keep, indexed.dataset_digest(prefix)), output)
 
-    def pretrain(self) -> Path:
-        theta = self.folder / "theta"
+    @functools.cache  # noqa: B019  (one study lives as long as the process)
+    def pretrain(self, name: str, model: tuple[str, ...]) -> Path:
+        folder = self.folder / name
         self.run("-m", "megatron_direct", "pretrain", "--data-path",
                  *(self.data / f"pretrain_{domain}_pool" for domain in (*MAIN, *OTHERS)),
-                 "--save", theta, *self.scale.model, "--train-iters", str(self.scale.stable),
+                 "--save", folder, *model, "--train-iters", str(self.scale.stable),
                  # 20 states in the last quarter, which are averaged.
                  "--save-interval", str(max(1, self.scale.stable // 80)),
                  "--lr", "2e-3", *self.batch, *self.scale.precision, ranks=self.ranks)
-        return theta
+        return folder
 
-    def compare(self, name: str, theta: Path, num_seeds: int, flags: Sequence[str]) -> None:
+    def compare(self, name: str, num_seeds: int, flags: Sequence[str]) -> None:
+        theta = self.pretrain("theta", self.scale.model)
+        if "direct-proxy" in flags:
+            flags = [*flags, "--proxy-load", str(self.pretrain("proxy", self.scale.proxy))]
         setting, run = SETTINGS[name], self.folder / name
         pools = [str(self.data / name / f"{domain}_pool") for domain in setting.shares]
         tokens = sum(int(indexed.document_lengths(indexed.open_indexed(pool)).sum())
@@ -231,11 +243,9 @@ def main() -> None:
     folder = (flags.folder or ROOT / "runs" / f"packages-{flags.scale}").resolve()
     study = Study(folder, scale, flags.ranks)
     study.prepare(flags.text.resolve())
-    theta, failed = study.pretrain(), []
     stages = scale.stages if flags.arms is None else (
         Stage(tuple(flags.arms), tuple(flags.settings)),)
-    work = Work(study, theta, tuple(others), began + flags.seconds, flags.results,
-                tuple(flags.settings))
+    work = Work(study, tuple(others), began + flags.seconds, flags.results, tuple(flags.settings))
     failed = work.done(order(stages, scale.num_seeds, flags.settings))
     # Once more: such as one that met the last breath of a study that was killed before.
     failed = work.done(failed)
@@ -249,7 +259,6 @@ class Work:
     """ends: when nothing more is begun; results: file that is written anew after each piece."""
 
     study: Study
-    theta: Path
     flags: tuple[str, ...]
     ends: float
     results: Path | None
@@ -263,8 +272,7 @@ class Work:
                 print(f"{name}, {num_seeds} seeds: not begun, the time is over", flush=True)
                 continue
             try:
-                self.study.compare(name, self.theta, num_seeds,
-                                   ["--arms", *stage.arms, *self.flags])
+                self.study.compare(name, num_seeds, ["--arms", *stage.arms, *self.flags])
             except subprocess.CalledProcessError as error:
                 print(f"{name}, {num_seeds} seeds: {error}", flush=True)
                 failed.append((stage, num_seeds, name))

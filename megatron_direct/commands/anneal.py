@@ -50,7 +50,7 @@ from megatron_direct.steps.annealed import (
 )
 from megatron_direct.steps.decay import Decay, Segment, decay, set_losses
 from megatron_direct.steps.merged import find_states, make_average
-from megatron_direct.steps.onset import as_trained, dataset_digests
+from megatron_direct.steps.onset import as_trained, dataset_digests, model_of
 from megatron_direct.steps.selected import SelectionOrigin, SelectionSummary
 
 RANDOM = "random"
@@ -61,6 +61,9 @@ class AnnealConfig(Settings):
     """Annealing."""
 
     run_dir: str = flag("", "run directory of a finished select", required=True)
+    anneal_load: str = flag(
+        "", "checkpoint to anneal, of the same tokenizer: where a small model selects for a large "
+        "one; default: the one that the selection was made for")
     selection: str = flag("direct", "the arm: the name of a selection, or random: as many samples "
                           "as --size-of has, drawn at random")
     size_of: str = flag("direct", "--selection random: draw as many samples as this "
@@ -232,16 +235,20 @@ def _check(request: AnnealRequest, origin: SelectionOrigin) -> _Arm:
     """Raises UserError if anything has changed since the selection was made, and for flags that do
     not fit one another, before any work."""
     config, given = request.anneal, request.given
-    checkpoint = open_checkpoint(origin.load)
-    job = as_trained(checkpoint, ModelConfig(**origin.model), request.layout, given)
+    checkpoint = open_checkpoint(config.anneal_load or origin.load)
+    is_proxy = bool(config.anneal_load) and checkpoint.digest != origin.checkpoint_digest
+    model_config = (model_of(checkpoint, Given(), origin.data_path) if is_proxy
+                    else ModelConfig(**origin.model))
+    job = as_trained(checkpoint, model_config, request.layout, given)
     _require_same_optimizer(config, job.optimizer, checkpoint)
     job.require_runs_on(parallel.world_size(), trains=True)
     asked, test = _blend(config, origin)
     checks.require_disjoint(pool=list(origin.data_path), validation=list(origin.valid_data_path),
                             test=test)
-    if checkpoint.digest != origin.checkpoint_digest:
+    if checkpoint.digest != origin.checkpoint_digest and not is_proxy:
         raise UserError(f"{checkpoint.path} is not the checkpoint that the selection was made for. "
-                        "Run select again in a new --run-dir.")
+                        "Run select again in a new --run-dir, or give --anneal-load to anneal "
+                        "another model on it.")
     digests = dataset_digests(list(dict.fromkeys(
         [*origin.data_path, *origin.valid_data_path, *asked.prefixes, *test])))
     for prefix, digest in origin.digests.items():

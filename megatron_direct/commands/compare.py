@@ -44,7 +44,7 @@ from megatron_direct.runtime import files, parallel
 from megatron_direct.runtime.manifest import Artefact, State
 from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.steps import solve as solve_step
-from megatron_direct.steps.onset import OnsetConfig, dataset_digests
+from megatron_direct.steps.onset import Onset, OnsetConfig, dataset_digests
 from megatron_direct.steps.pilot import states_to_merge
 from megatron_direct.steps.sketch import SketchConfig
 
@@ -116,7 +116,16 @@ def _setting(request: CompareRequest) -> Setting:
             lambda: tokenizer_of(config.tokenizer_model, onset.checkpoint, onset.job.model))
     return Setting(config, Path(request.onset.run_dir), onset,
                    dataclasses.replace(request.measure, pilot=request.pilot.in_one_spelling()),
-                   selection, dataset_digests(config.test_data_path))
+                   selection, dataset_digests(config.test_data_path), _proxy(request))
+
+
+def _proxy(request: CompareRequest) -> Onset | None:
+    """The smaller model, which is as its checkpoint says."""
+    if not request.compare.proxy_load:
+        return None
+    its_own = dataclasses.replace(request, given=dataclasses.replace(request.given, model={}))
+    return its_own.open(dataclasses.replace(request.onset, load=request.compare.proxy_load),
+                        request.compare.test_data_path)
 
 
 def _arms(setting: Setting) -> list[str]:
@@ -134,6 +143,10 @@ def _arms(setting: Setting) -> list[str]:
             "A domain is named in the card (PREFIX.json) of a dataset, or else by the last part of "
             "its prefix: give pools and validation sets the same domains, or leave these arms "
             "out."))
+    if setting.proxy is None:
+        obstacles.append(([name for name in chosen if "proxy" in find_arm(name).needs],
+                          "no smaller model is there to select for this one",
+                          "Give its checkpoint with --proxy-load, or leave these arms out."))
     if not setting.onset.checkpoint.has_optimizer:
         obstacles.append((
             [name for name in chosen if "adam-sketches" in find_arm(name).needs],
@@ -177,7 +190,8 @@ def _key(setting: Setting) -> ComparisonKey:
 
 def _paths(setting: Setting) -> dict:
     """As they were given: what repeats the comparison needs them."""
-    return {"load": str(setting.onset.checkpoint.path),
+    proxy = setting.proxy and {"proxy_load": str(setting.proxy.checkpoint.path)}
+    return {"load": str(setting.onset.checkpoint.path), **(proxy or {}),
             "data_path": list(setting.onset.pool.prefixes),
             "valid_data_path": list(setting.onset.valid.prefixes),
             "test_data_path": list(setting.config.test_data_path)}

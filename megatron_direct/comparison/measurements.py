@@ -55,6 +55,8 @@ class CompareConfig(Settings):
         "over one run directory; without this flag the command then writes the report", type=int,
         at_least=0)
     lr_wsd_decay_iters: int = flag(100, "iterations of each annealing", at_least=1)
+    proxy_load: str = flag("", "checkpoint of a smaller model of the same tokenizer, at which the "
+                               "arm direct-proxy selects")
     name: str = flag("", "name of this comparison in the report; default: the name of the "
                         "run directory")
     tokenizer_model: str = flag("", "tokenizer that turns samples back into text for the report; "
@@ -73,7 +75,8 @@ class CompareConfig(Settings):
 
 @dataclass(frozen=True)
 class Setting:
-    """All that the seeds and arms of one comparison share."""
+    """All that the seeds and arms of one comparison share. proxy: the same pools and validation
+    set at the checkpoint of a smaller model, if there is one."""
 
     config: CompareConfig
     folder: Path
@@ -81,6 +84,7 @@ class Setting:
     measure: MeasureSettings
     selection: SelectionConfig
     test_digests: Mapping[str, str] = field(default_factory=dict)
+    proxy: Onset | None = None
 
     @property
     def seeds(self) -> list[int]:
@@ -123,20 +127,39 @@ def _with_adam(settings: MeasureSettings) -> MeasureSettings:
         at_onset, sketch=dataclasses.replace(at_onset.sketch, precondition="adam"))
 
 
-# By name, the settings of select that it is made with. onset: sketches at the checkpoint, where
-# others propose to take gradients, and directions from them; adam-sketches: those scaled by Adam's
-# moments; select: what `select` measures with the flags given, after a pilot if they ask for one.
-MEASUREMENTS: dict[str, Callable[[MeasureSettings], MeasureSettings]] = {
-    "onset": _at_onset,
-    "adam-sketches": _with_adam,
-    "select": lambda settings: settings,
+def _of_proxy(settings: MeasureSettings) -> MeasureSettings:
+    """Averages of states that were named are of the large model."""
+    return dataclasses.replace(
+        settings, pilot=dataclasses.replace(settings.pilot, merge_load=()))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """settings: of select, changed to what it is made with; at: the checkpoint whose model it is
+    made on."""
+
+    settings: Callable[[MeasureSettings], MeasureSettings]
+    at: Callable[[Setting], Onset | None] = lambda setting: setting.onset
+
+
+# onset: sketches at the checkpoint, where others propose to take gradients, and directions from
+# them; adam-sketches: those scaled by Adam's moments; select: what `select` measures with the flags
+# given, after a pilot if they ask for one; proxy: the same on the smaller model.
+MEASUREMENTS = {
+    "onset": Measurement(_at_onset),
+    "adam-sketches": Measurement(_with_adam),
+    "select": Measurement(lambda settings: settings),
+    "proxy": Measurement(_of_proxy, lambda setting: setting.proxy),
 }
 
 
 def measurement_folder(setting: Setting, seed: int, name: str) -> Path:
-    """Where it lies: with the first of the same settings."""
-    wanted = MEASUREMENTS[name](setting.measure)
-    first = next(other for other, made in MEASUREMENTS.items() if made(setting.measure) == wanted)
+    """Where it lies: with the first of the same settings on the same model."""
+    def made(measurement: Measurement) -> tuple:
+        return measurement.settings(setting.measure), id(measurement.at(setting))
+
+    wanted = made(MEASUREMENTS[name])
+    first = next(other for other, of_other in MEASUREMENTS.items() if made(of_other) == wanted)
     return setting.seed_folder(seed) / first
 
 
@@ -145,11 +168,13 @@ def measured_case(setting: Setting, seed: int, needs: set[str]) -> Case | None:
     found = {}
     if setting.selection.is_auto or needs & {ceiling.NAME, "share"}:
         needs = needs | {"select"}
-    for name in MEASUREMENTS:
+    for name, measurement in MEASUREMENTS.items():
         if name == "onset" or name in needs:
-            settings = MEASUREMENTS[name](dataclasses.replace(
+            settings = measurement.settings(dataclasses.replace(
                 setting.measure, sketch=dataclasses.replace(setting.measure.sketch, seed=seed)))
-            found[name] = measure(settings, setting.onset, measurement_folder(setting, seed, name))
+            onset = measurement.at(setting)
+            assert onset is not None, name
+            found[name] = measure(settings, onset, measurement_folder(setting, seed, name))
     return parallel.kept_on_rank_zero(lambda: _case(setting, seed, found))
 
 

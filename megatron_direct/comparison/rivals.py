@@ -11,6 +11,7 @@ from megatron_direct.comparison.arms import REGISTRY, Arm, Case, arm
 from megatron_direct.selection.auto import worth_of
 from megatron_direct.selection.distilled import Sketched, draw_share, for_share
 from megatron_direct.selection.evidence import Evidence
+from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.rows import row_blocks
 from megatron_direct.steps.decay import Recipe
 
@@ -70,6 +71,12 @@ def _direct_share(case: Case) -> np.ndarray:
     taken, _ = Sketched(case.token_features(), known, chosen, worth.values, worth.weights).extended(
         wanted, case.seed)
     return np.flatnonzero(taken)
+
+
+@arm("direct-proxy", "what select selects with these flags at the checkpoint of a smaller model "
+     "(--proxy-load)", ("proxy",))
+def _direct_proxy(case: Case) -> Selection:
+    return case.select(case.evidence["proxy"])
 
 
 def _averaged(name: str, recipe: Recipe, words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -288,6 +289,54 @@ def test_a_dataset_is_half_of_what_its_arm_sees(folder):
     assert len({arm["mean_loss"] for arm in found["arms"]}) == 3
     with pytest.raises(RankError, match="--arms dataset:c: no pool has this name. The pools are a"):
         run_on_ranks(1, _compare, folder, Layout(), "datasets", ("dataset:c",), 1, ("test",))
+
+
+def _train_proxy(folder):
+    pretrain(PretrainRequest(
+        PretrainConfig(data_path=(str(folder / "a"), str(folder / "b")),
+                       save=str(folder / "proxy"), train_iters=12),
+        dataclasses.replace(MODEL, num_layers=1, hidden_size=16), Layout().config(),
+        LEARNT.optimizer, LEARNT.batch))
+
+
+def _select_by_proxy(folder, name):
+    """By two commands: the small model selects, the large one is annealed."""
+    select(flat_requests.make(
+        SelectRequest, Layout().config(), _given(),
+        **{**_onset(folder, name), "load": str(folder / "proxy")}, micro_batch_size=2))
+    anneal(flat_requests.make(
+        AnnealRequest, Layout().config(), Given(batch={"seed": 1}), run_dir=str(folder / name),
+        lr_wsd_decay_iters=ITERATIONS, anneal_load=str(folder / "theta"),
+        test_data_path=(str(folder / "test"), str(folder / "test-2"))))
+
+
+def _compare_by_proxy(folder, name):
+    compare(flat_requests.make(
+        CompareRequest, Layout().config(), _given(), **_onset(folder, name), micro_batch_size=2,
+        test_data_path=tuple(str(folder / name) for name in ("test", "test-2")),
+        arms=("random", "direct-proxy"), num_seeds=1, lr_wsd_decay_iters=ITERATIONS,
+        proxy_load=str(folder / "proxy")))
+
+
+def test_a_small_model_selects_for_a_large_one(folder, run):
+    run_on_ranks(1, _train_proxy, folder)
+    run_on_ranks(1, _select_by_proxy, folder, "select-by-proxy")
+    run_on_ranks(1, _compare_by_proxy, folder, "compare-by-proxy")
+    masks = selected.selection_folder(folder / "select-by-proxy", "direct") / "masks"
+    kept = np.concatenate([SampleMask.load(masks / f"{name}.mask.npz").keep for name in "ab"])
+    there = folder / "compare-by-proxy"
+    np.testing.assert_array_equal(
+        np.flatnonzero(kept), np.load(there / "arms" / "direct-proxy" / "1" / "chosen.npy"))
+    result = json.loads((selected.arm_folder(folder / "select-by-proxy", "direct")
+                         / "result.json").read_text())
+    assert result["after"]["test"] == _losses(there, "direct-proxy", 1)
+    assert _losses(there, "random", 1) == _losses(run, "random", 1)  # of the large model
+    by_name = {arm["name"]: arm for arm in
+               json.loads((there / "comparison.json").read_text())["arms"]}
+    assert by_name["direct-proxy"]["cost"]["passes"] > 0
+    assert f"--proxy-load {folder / 'proxy'}" in (there / "results.md").read_text()
+    with pytest.raises(RankError, match="--arms direct-proxy: no smaller model .*--proxy-load"):
+        run_on_ranks(1, _compare, folder, Layout(), "refused", ("direct-proxy",))
 
 
 def _stable_phase(folder, name):

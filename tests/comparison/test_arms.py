@@ -27,9 +27,9 @@ def case() -> Case:
     domains = np.array(["code"] * 40 + ["prose"] * 20)
     evidence = Evidence(rows, rng.integers(5, 50, N), np.arange(N) // 40, 2, np.arange(N), valid,
                         directions)
-    scaled, piloted = (dataclasses.replace(evidence, rows=np.roll(rows, shift, axis=1))
-                       for shift in (1, 2))
-    return Case({"onset": evidence, "select": piloted, "adam-sketches": scaled},
+    scaled, piloted, smaller = (dataclasses.replace(evidence, rows=np.roll(rows, shift, axis=1))
+                                for shift in (1, 2, 3))
+    return Case({"onset": evidence, "select": piloted, "adam-sketches": scaled, "proxy": smaller},
                 rng.uniform(1, 5, N), domains, rng.random(N) < 0.25,
                 np.array(["code"] * 4 + ["prose"] * 8), np.full(M, 10), K, 3,
                 SelectionConfig(num_select=K), valid_numbers=np.arange(M),
