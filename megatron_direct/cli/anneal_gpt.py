@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_direct.cli import dry_run, flags
 from megatron_direct.cli import main as cli
-from megatron_direct.commands.anneal import RANDOM, AnnealConfig, AnnealRequest, anneal
+from megatron_direct.commands.anneal import anneal
+from megatron_direct.commands.arm import RANDOM, AnnealConfig, AnnealRequest
 from megatron_direct.commands.report import ReportConfig, ReportRequest, report
 from megatron_direct.commands.select import SelectRequest, select
 from megatron_direct.errors import UserError

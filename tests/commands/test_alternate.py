@@ -11,7 +11,8 @@ from ranks import Layout, RankError, run_on_ranks
 from trained import LEARNT
 
 from megatron_direct.commands.alternate import AlternateConfig, AlternateRequest, alternate
-from megatron_direct.commands.anneal import AnnealRequest, anneal
+from megatron_direct.commands.anneal import anneal
+from megatron_direct.commands.arm import AnnealRequest
 from megatron_direct.commands.select import SelectRequest, select
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.errors import UserError

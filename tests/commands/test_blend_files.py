@@ -11,7 +11,8 @@ import pytest
 from page_reader import Page
 from ranks import Layout, run_on_ranks
 
-from megatron_direct.commands.anneal import AnnealRequest, anneal
+from megatron_direct.commands.anneal import anneal
+from megatron_direct.commands.arm import AnnealRequest
 from megatron_direct.commands.report import ReportConfig, ReportRequest, report
 from megatron_direct.commands.select import SelectRequest, select
 from megatron_direct.data import blend_files, indexed

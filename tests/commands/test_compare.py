@@ -18,7 +18,8 @@ from trained import LEARNT
 from megatron_direct.cli import flags as cli_flags
 from megatron_direct.cli.main import make_parser
 from megatron_direct.commands import compare as compare_command
-from megatron_direct.commands.anneal import AnnealRequest, anneal
+from megatron_direct.commands.anneal import anneal
+from megatron_direct.commands.arm import AnnealRequest
 from megatron_direct.commands.compare import CompareRequest, compare
 from megatron_direct.commands.pretrain import PretrainConfig, PretrainRequest, pretrain
 from megatron_direct.commands.select import SelectRequest, select

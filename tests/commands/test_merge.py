@@ -11,7 +11,8 @@ from page_reader import Page
 from ranks import Layout, RankError, run_on_ranks
 from trained import LEARNT
 
-from megatron_direct.commands.anneal import AnnealRequest, anneal
+from megatron_direct.commands.anneal import anneal
+from megatron_direct.commands.arm import AnnealRequest
 from megatron_direct.commands.merge import MergeConfig, MergeRequest, merge
 from megatron_direct.commands.pretrain import PretrainConfig, PretrainRequest, pretrain
 from megatron_direct.commands.report import ReportConfig, ReportRequest, report

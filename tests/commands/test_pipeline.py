@@ -19,7 +19,8 @@ from page_reader import Page
 from ranks import Layout, RankError, run_on_ranks
 from trained import LEARNT, documents, train
 
-from megatron_direct.commands.anneal import AnnealRequest, anneal
+from megatron_direct.commands.anneal import anneal
+from megatron_direct.commands.arm import AnnealRequest
 from megatron_direct.commands.report import ReportConfig, ReportRequest, report
 from megatron_direct.commands.select import NameConfig, SelectRequest, select
 from megatron_direct.config import Given

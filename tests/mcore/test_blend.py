@@ -356,11 +356,11 @@ def test_damaged_blend_files_are_named(tmp_path):
 
 
 def _blend_of_annealing(**settings):
-    from megatron_direct.commands.anneal import AnnealConfig, _blend
+    from megatron_direct.commands.arm import AnnealConfig, blend_of
     from megatron_direct.steps.selected import SelectionOrigin
 
     origin = SelectionOrigin("theta", "digest", ("a", "b"), ("v",), {}, {})
-    return _blend(AnnealConfig(run_dir="runs/x", **settings), origin)
+    return blend_of(AnnealConfig(run_dir="runs/x", **settings), origin)
 
 
 def test_an_annealing_takes_the_pools_of_its_run_or_the_blend_it_is_given(tmp_path):
