@@ -11,7 +11,6 @@ while a step is written what that step changes of it a second time.
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +20,12 @@ import numpy as np
 import torch
 
 from megatron_direct.curvature.krylov import KrylovState
-from megatron_direct.errors import UserError
 from megatron_direct.mcore import grid
 from megatron_direct.mcore.shards import ParameterShard
 from megatron_direct.runtime import arrays, digests, files, parallel
 
 _MARKER = "step.json"
+_FORMAT = 2  # of vectors: since 2 as numpy writes them
 
 
 class LanczosLog:
@@ -37,7 +36,8 @@ class LanczosLog:
     def __init__(self, folder: Path, operator: str, shards: Sequence[ParameterShard]):
         held = parallel.gather_objects([(s.name, *s.parameter.shape) for s in shards])
         self._folder = folder
-        self._identity = {"operator": operator, "shards": digests.digest(repr(held))}
+        self._identity = {"operator": operator, "shards": digests.digest(repr(held)),
+                          "format": _FORMAT}
         self._rank = grid.model_rank()
         self._writes = grid.is_of_first_copy()  # the others hold the same, and read it from there
         self._names: dict[int, tuple[torch.Tensor, str]] = {}  # by id; the vector keeps its id ours
@@ -54,7 +54,8 @@ class LanczosLog:
         values = arrays.read_npz(self._state_path(marker["step"]), remedy)
         basis = []
         for name in values.pop("names").tolist():
-            basis.append(_read_vector(self._folder / name, marker["device"], remedy))
+            vector = arrays.read_npy(self._folder / name, remedy).copy()
+            basis.append(torch.from_numpy(vector).to(marker["device"]))
             self._names[id(basis[-1])] = (basis[-1], name)
         self._written = marker["written"]
         scalars: dict[str, Any] = {key: value.item() if value.ndim == 0 else value.copy()
@@ -95,10 +96,10 @@ class LanczosLog:
         if known is not None:
             return known[1]
         self._written += 1
-        name = f"rank-{self._rank}-vector-{self._written}.pt"
+        name = f"rank-{self._rank}-vector-{self._written}.npy"
         if self._writes:
             with files.written_whole(self._folder / name) as file:
-                torch.save(vector, file)
+                np.save(file, vector.cpu().numpy())
         self._names[id(vector)] = (vector, name)
         return name
 
@@ -110,11 +111,3 @@ class LanczosLog:
             for path in self._folder.glob(f"rank-{self._rank}-*"):
                 if path.name not in kept:
                     path.unlink()
-
-
-def _read_vector(path: Path, device: str, remedy: str) -> torch.Tensor:
-    """weights_only: nothing in the file is run."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged ({error}). {remedy}") from error
