@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from megatron_direct.commands.arm import RANDOM, AnnealRequest, Arm, ArmKey, checked_arm
+from megatron_direct.commands.arm import RANDOM, AnnealedArm, AnnealRequest, ArmKey, checked_arm
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.mcore import blend, grid, model
 from megatron_direct.mcore.checkpoint import latest, load_model
@@ -50,7 +50,7 @@ def anneal(request: AnnealRequest) -> None:
         _anneal(arm, run, summary)
 
 
-def _anneal(arm: Arm, run: RunDirectory, summary: SelectionSummary) -> None:
+def _anneal(arm: AnnealedArm, run: RunDirectory, summary: SelectionSummary) -> None:
     config = arm.config
     masks = _drawn_masks(arm, summary) if config.selection == RANDOM else selected.load_masks(
         selected.selection_folder(run.path, config.selection_name), arm.origin.data_path,
@@ -70,7 +70,7 @@ def _anneal(arm: Arm, run: RunDirectory, summary: SelectionSummary) -> None:
         _average(arm)
 
 
-def _run(arm: Arm, masks: Mapping[str, SampleMask]) -> ArmResult:
+def _run(arm: AnnealedArm, masks: Mapping[str, SampleMask]) -> ArmResult:
     config, job = arm.config, arm.job
     found: dict[str, dict] = {}
     with grid.model_parallel(job.layout, job.num_model_chunks):
@@ -93,7 +93,7 @@ def _run(arm: Arm, masks: Mapping[str, SampleMask]) -> ArmResult:
                      request.num_sequences * job.model.seq_length, tuple(parts))
 
 
-def _average(arm: Arm) -> None:
+def _average(arm: AnnealedArm) -> None:
     """The average of the arm's last states, and its losses."""
     job, annealed = arm.job, parallel.on_rank_zero(lambda: ArmResult.read(arm.folder))
     states = find_states([str(arm.folder / "checkpoints")], arm.config.average_last, None,
@@ -115,7 +115,7 @@ def _average(arm: Arm) -> None:
                  if arm.test else f"{result.arm}: {folder}")
 
 
-def _drawn_masks(arm: Arm, summary: SelectionSummary) -> dict[str, SampleMask]:
+def _drawn_masks(arm: AnnealedArm, summary: SelectionSummary) -> dict[str, SampleMask]:
     """Of as many samples as the selection has, drawn at random."""
     def draw() -> dict[str, SampleMask]:
         samples = arm.pool
@@ -126,7 +126,8 @@ def _drawn_masks(arm: Arm, summary: SelectionSummary) -> dict[str, SampleMask]:
     return parallel.on_rank_zero(draw)
 
 
-def _begin(arm: Arm, masks: Mapping[str, SampleMask], artefact: Artefact, key: ArmKey) -> None:
+def _begin(arm: AnnealedArm, masks: Mapping[str, SampleMask], artefact: Artefact, key: ArmKey,
+           ) -> None:
     """Writes what a random arm drew: no other place has it (rank 0)."""
     if arm.config.selection == RANDOM:
         selected.write_masks(arm.folder, masks)

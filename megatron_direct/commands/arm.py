@@ -123,7 +123,7 @@ class ArmKey(Key):
 
 
 @dataclass(frozen=True)
-class Arm:
+class AnnealedArm:
     """An annealing, all checked: what it is, and on what."""
 
     config: AnnealConfig
@@ -174,7 +174,7 @@ class Arm:
             of(self.test), self.job.precision)
 
 
-def checked_arm(request: AnnealRequest, origin: SelectionOrigin) -> Arm:
+def checked_arm(request: AnnealRequest, origin: SelectionOrigin) -> AnnealedArm:
     """Raises UserError if anything has changed since the selection was made, and for flags that do
     not fit one another, before any work."""
     config, given = request.anneal, request.given
@@ -200,7 +200,7 @@ def checked_arm(request: AnnealRequest, origin: SelectionOrigin) -> Arm:
                             "Run select again in a new --run-dir.")
     checks.require_one_vocabulary([*asked.prefixes, *test], job.model.vocab_size,
                                   checkpoint.tokenizer_digest)
-    return Arm(config, origin, checkpoint, job, asked, test, digests)
+    return AnnealedArm(config, origin, checkpoint, job, asked, test, digests)
 
 
 def blend_of(config: AnnealConfig, origin: SelectionOrigin) -> tuple[Blend, list[str]]:

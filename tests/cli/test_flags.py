@@ -130,11 +130,12 @@ _NEEDED["merge"] = {"--merge-load": "m", "--save": "s"}
 _NEEDED["anneal-gpt"] = _NEEDED["select"]
 
 # Names, paths, patterns and keys: any text is one; whether it is there is seen when it is opened.
-_ANY_TEXT = set("""--checkpoint --data-args-path --data-path --domain --domain-key --eod-token
-    --exclude --group-key --input --json-keys --lm-eval --load --mask --materialize --measured-file
-    --merge-load --name --object-storage-cache-path --output --output-prefix --shared-folder
-    --per-split-data-args-path --run-dir --save --selection --selection-name --size-of
-    --sketch-parameters --tasks --test-data-path --tokenizer-model --valid-data-path""".split())
+_ANY_TEXT = set("""--anneal-load --checkpoint --data-args-path --data-path --domain --domain-key
+    --eod-token --exclude --group-key --input --json-keys --lm-eval --load --mask --materialize
+    --measured-file --merge-load --name --object-storage-cache-path --output --output-prefix
+    --per-split-data-args-path --proxy-load --run-dir --save --selection --selection-name
+    --shared-folder --size-of --sketch-parameters --tasks --test-data-path --tokenizer-model
+    --valid-data-path""".split())
 # Texts with a form of their own, which depends on the model or the pools: seen when these are.
 _FORMED = {"--hybrid-layer-pattern", "--moe-layer-freq", "--quotas"}
 _ACCEPTED = {
@@ -152,8 +153,8 @@ _ACCEPTED = {
     "inf": _ANY_TEXT | _FORMED | {"--stiff-budget"},
     # As if it was not given, where that is allowed; preprocess reads "" as the folder it is in,
     # which is neither a file nor holds a tokenizer.
-    "": {"--checkpoint", "--data-args-path", "--load", "--materialize", "--measured-file",
-         "--name", "--object-storage-cache-path", "--output",
+    "": {"--anneal-load", "--checkpoint", "--data-args-path", "--load", "--materialize",
+         "--measured-file", "--name", "--object-storage-cache-path", "--output", "--proxy-load",
          "--lm-eval-include-path", "--per-split-data-args-path", "--tokenizer-model", "--input"},
 }
 
