@@ -18,8 +18,9 @@ import numpy as np
 
 from megatron_direct.errors import UserError
 
-_READERS = {(1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0}
+# By version: what reads a header, and the bytes that its length is written in.
+_READERS = {(1, 0): (np.lib.format.read_array_header_1_0, 2),
+            (2, 0): (np.lib.format.read_array_header_2_0, 4)}
 _LONGEST_HEADER = 1000  # bytes; those written here have 118
 # What numpy, zipfile and the tokenizer that numpy uses raise of damaged files.
 _DAMAGED = (ValueError, TypeError, KeyError, IndexError, OverflowError, SyntaxError, EOFError,
@@ -93,8 +94,14 @@ def _header(file: IO[bytes], size: int) -> tuple[np.dtype, tuple[int, ...], Lite
     version = np.lib.format.read_magic(file)
     if version not in _READERS:
         raise ValueError(f"its format has version {version}")
+    read, width = _READERS[version]
+    begins = file.tell()
+    length = int.from_bytes(file.read(width), "little")
+    file.seek(begins)
+    if length > _LONGEST_HEADER:  # numpy reserves so many bytes before it looks at the limit
+        raise ValueError(f"its header promises {length} bytes of itself")
     try:
-        shape, is_fortran, dtype = _READERS[version](file, max_header_size=_LONGEST_HEADER)
+        shape, is_fortran, dtype = read(file, max_header_size=_LONGEST_HEADER)
     except Exception as error:  # a dozen kinds: numpy evaluates the header as Python
         raise ValueError(f"its header cannot be read: {error}") from error
     start = file.tell()
