@@ -167,7 +167,7 @@ def test_sketches_and_fisher_products(name, layout, prefix):
 
 
 def _refuse_latent_layers(model, layout):
-    with pytest.raises(UserError, match="has no mla_layer .*Install 0.19 or later"):
+    with pytest.raises(UserError, match="has no latent attention .*Install 0.19 or later"):
         models.build(Job(model, layout))
 
 
