@@ -243,6 +243,7 @@ def main() -> None:
     folder = (flags.folder or ROOT / "runs" / f"packages-{flags.scale}").resolve()
     study = Study(folder, scale, flags.ranks)
     study.prepare(flags.text.resolve())
+    study.pretrain("theta", scale.model)  # where this fails, no piece would go on
     stages = scale.stages if flags.arms is None else (
         Stage(tuple(flags.arms), tuple(flags.settings)),)
     work = Work(study, tuple(others), began + flags.seconds, flags.results, tuple(flags.settings))

@@ -179,16 +179,16 @@ def checked_arm(request: AnnealRequest, origin: SelectionOrigin) -> AnnealedArm:
     not fit one another, before any work."""
     config, given = request.anneal, request.given
     checkpoint = open_checkpoint(config.anneal_load or origin.load)
-    is_proxy = bool(config.anneal_load) and checkpoint.digest != origin.checkpoint_digest
-    model_config = (model_of(checkpoint, Given(), origin.data_path) if is_proxy
-                    else ModelConfig(**origin.model))
+    is_another = checkpoint.digest != origin.checkpoint_digest
+    model_config = (model_of(checkpoint, Given(), origin.data_path)
+                    if is_another and config.anneal_load else ModelConfig(**origin.model))
     job = as_trained(checkpoint, model_config, request.layout, given)
     _require_same_optimizer(config, job.optimizer, checkpoint)
     job.require_runs_on(parallel.world_size(), trains=True)
     asked, test = blend_of(config, origin)
     checks.require_disjoint(pool=list(origin.data_path), validation=list(origin.valid_data_path),
                             test=test)
-    if checkpoint.digest != origin.checkpoint_digest and not is_proxy:
+    if is_another and not config.anneal_load:
         raise UserError(f"{checkpoint.path} is not the checkpoint that the selection was made for. "
                         "Run select again in a new --run-dir, or give --anneal-load to anneal "
                         "another model on it.")

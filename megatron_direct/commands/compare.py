@@ -190,8 +190,9 @@ def _key(setting: Setting) -> ComparisonKey:
 
 def _paths(setting: Setting) -> dict:
     """As they were given: what repeats the comparison needs them."""
-    proxy = setting.proxy and {"proxy_load": str(setting.proxy.checkpoint.path)}
-    return {"load": str(setting.onset.checkpoint.path), **(proxy or {}),
+    proxy = setting.proxy
+    return {"load": str(setting.onset.checkpoint.path),
+            **({} if proxy is None else {"proxy_load": str(proxy.checkpoint.path)}),
             "data_path": list(setting.onset.pool.prefixes),
             "valid_data_path": list(setting.onset.valid.prefixes),
             "test_data_path": list(setting.config.test_data_path)}
