@@ -186,8 +186,9 @@ def test_the_learning_rate_decays_to_its_minimum_and_the_loss_falls(annealed):
 
 
 @pytest.mark.parametrize(("layout", "distributed"), [
-    (Layout(), False), pytest.param(Layout(dp=2), True, marks=pytest.mark.slow),
-    (Layout(tp=2, pp=2), True)], ids=str)
+    (Layout(), False), (Layout(tp=2), True),
+    pytest.param(Layout(dp=2), True, marks=pytest.mark.slow),
+    pytest.param(Layout(tp=2, pp=2), True, marks=pytest.mark.slow)], ids=str)
 def test_a_resumed_annealing_prints_the_losses_of_an_unbroken_one(folder, layout, distributed):
     """Killed after the checkpoint of iteration 6: what was printed since is printed again.
 

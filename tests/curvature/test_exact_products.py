@@ -203,8 +203,9 @@ def _with_room(model, layout, prefix, kind, rooms):
 
 
 @pytest.mark.parametrize(("kind", "layout"), [
-    ("hessian", Layout()), ("gauss-newton", Layout()),
-    ("hessian", Layout(tp=2, sp=True)), ("gauss-newton", Layout(pp=2, vp=1)),
+    ("hessian", Layout()), ("gauss-newton", Layout(pp=2, vp=1)),
+    pytest.param("gauss-newton", Layout(), marks=pytest.mark.slow),
+    pytest.param("hessian", Layout(tp=2, sp=True), marks=pytest.mark.slow),
     pytest.param("gauss-newton", Layout(tp=2, sp=True), marks=pytest.mark.slow),
     pytest.param("hessian", Layout(pp=2, vp=1), marks=pytest.mark.slow)], ids=str)
 def test_kept_products_change_no_bit(kind, layout, prefix):
@@ -278,7 +279,7 @@ def test_columns_of_the_matrix(kind, prefix):
 
 
 @pytest.mark.parametrize(("kind", "layout"), [
-    ("hessian", Layout()),
+    pytest.param("hessian", Layout(), marks=pytest.mark.slow),
     pytest.param("hessian", Layout(tp=2, pp=2), marks=pytest.mark.slow),
     ("gauss-newton", Layout()),
     pytest.param("gauss-newton", Layout(tp=2, pp=2), marks=pytest.mark.slow),

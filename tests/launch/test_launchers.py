@@ -15,13 +15,15 @@ from launching import COMMAND, LAYOUT
 # Open MPI's variables but PMIx's: what any launcher with PMIx sets.
 _HIDDEN = [word for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "NODE_RANK")
            for word in ("-u", f"OMPI_COMM_WORLD_{name}")]
+# Of four ranks, over nodes: test_slurm.py and test_nodes.py.
+_OF_TWO = ["--tensor-model-parallel-size", "2"]
 
 
 @pytest.fixture(scope="module")
 def expected(small_folder) -> dict[str, bytes]:
     run = launching.run_folder(small_folder)
-    done = launching.run([*launching.torchrun(), *COMMAND[1:], *launching.select_flags(
-        small_folder, run, *LAYOUT)])
+    done = launching.run([*launching.torchrun(2), *COMMAND[1:], *launching.select_flags(
+        small_folder, run, *_OF_TWO)])
     assert done.returncode == 0, done.stderr
     return launching.selected_bytes(run)
 
@@ -31,13 +33,13 @@ def expected(small_folder) -> dict[str, bytes]:
     pytest.param("pmix", marks=pytest.mark.slow)])
 def test_mpirun_selects_what_torchrun_selects(small_folder, expected, launcher):
     pytest.importorskip("mpi4py")
-    mpirun = launching.mpich() if launcher == "mpich" else launching.open_mpi()
+    mpirun = launching.mpich(2) if launcher == "mpich" else launching.open_mpi(2)
     if mpirun is None:
         pytest.skip("there is no such mpirun")
     run = launching.run_folder(small_folder)
     hiding = ["env", *_HIDDEN] if launcher == "pmix" else []
     done = launching.run([*mpirun, *hiding, *COMMAND, *launching.select_flags(
-        small_folder, run, *LAYOUT)])
+        small_folder, run, *_OF_TWO)])
     assert done.returncode == 0, done.stderr
     found = launching.selected_bytes(run)
     assert found == expected and any(name.endswith(".npz") for name in found)

@@ -170,7 +170,8 @@ def _train_save_and_resume(model, layout, folder, precision, distributed):
 
 
 @pytest.mark.parametrize(("layout", "distributed"), [
-    (Layout(), False), (Layout(tp=2, pp=2), False), (Layout(dp=2), True)], ids=str)
+    (Layout(), False), pytest.param(Layout(tp=2, pp=2), False, marks=pytest.mark.slow),
+    (Layout(dp=2), True)], ids=str)
 def test_training_in_bf16_resumes_exactly(layout, distributed, tmp_path):
     for unbroken, resumed, dtypes, main_dtypes, same in on_layout(
             layout, _train_save_and_resume, MODEL, str(tmp_path), BF16, distributed):
