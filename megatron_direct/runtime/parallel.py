@@ -12,7 +12,6 @@ import pickle
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import attendance, host, ranks, rendezvous, stopping
 from megatron_direct.runtime.lock import Lock
+from megatron_direct.runtime.patience import answer_within
 
 # After so long, at the latest, a rank that waits for rank 0 looks again.
 _LONGEST_PAUSE_SECONDS = 0.25
@@ -206,31 +206,17 @@ def speak_once(text: str, patience_seconds: float = 3.0) -> None:
 
     if not dist.is_initialized():
         speak()
-    elif dist.get_rank() == 0:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
         speak()  # before the others hear of it: they end, and may take this rank with them
-        _answered(lambda store: store.set("error/spoken", "yes"), patience_seconds)
-    else:
-        answers = _answered(lambda store: not _comes(store, "error/spoken", patience_seconds)
-                            and store.add("error/speakers", 1) == 1, 2 * patience_seconds)
-        if answers[0] if answers else ranks.discover().local_rank == 0:
-            speak()
-
-
-def _answered(question: Callable[[dist.Store], Any], patience_seconds: float) -> list:
-    """The answer of the store, in a list; [] where it is gone, or does not answer in time.
-
-    Asked in a thread: most questions to a store beyond a link that is cut never come back.
-    """
-    answers: list[Any] = []
-
-    def ask():
-        with contextlib.suppress(RuntimeError):
-            answers.append(question(dist.distributed_c10d._get_default_store()))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(patience_seconds)
-    return answers[:]
+        answer_within(patience_seconds, lambda: store.set("error/spoken", "yes"))
+        return
+    answers = answer_within(2 * patience_seconds, lambda: (
+        not _comes(store, "error/spoken", patience_seconds)
+        and store.add("error/speakers", 1) == 1))
+    if answers[0] if answers else ranks.discover().local_rank == 0:
+        speak()
 
 
 # What gloo, NCCL and the store say when they wait in vain for another rank.

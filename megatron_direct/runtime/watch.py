@@ -32,6 +32,7 @@ from typing import Any
 import psutil
 
 from megatron_direct.runtime import stopping
+from megatron_direct.runtime.patience import answer_within
 
 _SECONDS_BETWEEN_SIGNS = 1.0
 # A thread that waits for Python's lock gives no sign: no call that holds it takes so long.
@@ -101,7 +102,7 @@ class Watch:
             if self._asking.is_alive():
                 self._asking.join(_SECONDS_TO_END)
             self._has_left = True
-            _try_for_a_while(lambda: self._show(self._store))
+            answer_within(_SECONDS_TO_END, lambda: self._show(self._store))
         self._reader.close()
         self._writer.close()
 
@@ -120,7 +121,7 @@ class Watch:
                 store.set("stop", str(int(asked)))
             self._show(store)
 
-        _try_for_a_while(tell)
+        answer_within(_SECONDS_TO_END, tell)
 
     def at(self, stage: str) -> None:
         """What the rank is at, for the message that tells of its loss."""
@@ -277,17 +278,6 @@ def _machine() -> str:
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     return ""
-
-
-def _try_for_a_while(tell: Callable[[], None]) -> None:
-    """To tell the store, which may be gone, or not answer."""
-    def attempt() -> None:
-        with contextlib.suppress(Exception):
-            tell()
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(_SECONDS_TO_END)
 
 
 def _say(text: str) -> None:
