@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 import torch
 
-from megatron_direct.architecture import ModelConfig, expert_layers
+from megatron_direct.architecture import ModelConfig
 from megatron_direct.config import Job
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.data.samples import MicroBatchLimits, PassShape, SampleSource
@@ -37,7 +37,7 @@ from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.treatment import select_by_sketches
 from megatron_direct.steps.machines import H100, Machine, PassCost, PassSetup
-from megatron_direct.steps.model_size import size_of
+from megatron_direct.steps.model_size import size_of, with_last_layers
 
 _ROUNDS = 3  # timings of a pass, of which the median counts
 _APART = 3  # layers a stage of the larger model over those of the smaller one
@@ -114,20 +114,12 @@ def _pass(job: Job, setup: PassSetup) -> PassCost:
     layers = job.model.num_layers
     if layers <= _APART * step:
         return _measure(job, setup)
-    more, one = (_measure(_with_layers(job, count), setup) for count in (_APART * step, step))
+    more, one = (_measure(dataclasses.replace(job, model=with_last_layers(job.model, count)), setup)
+                 for count in (_APART * step, step))
     share = (layers - step) / ((_APART - 1) * step)
     at_all = {f.name: max(getattr(one, f.name), getattr(one, f.name) + share * (
         getattr(more, f.name) - getattr(one, f.name))) for f in dataclasses.fields(PassCost)}
     return PassCost(**at_all)
-
-
-def _with_layers(job: Job, count: int) -> Job:
-    """With the last so many layers, which have experts where any have."""
-    changed: dict[str, Any] = {"num_layers": count}
-    if job.model.num_experts is not None:
-        changed["moe_layer_freq"] = "+".join(
-            f"[{int(has_experts)}]" for has_experts in expert_layers(job.model)[-count:])
-    return dataclasses.replace(job, model=dataclasses.replace(job.model, **changed))
 
 
 class _RandomText(SampleSource):

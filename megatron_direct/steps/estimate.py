@@ -18,7 +18,12 @@ from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.steps import calibrate, cost
 from megatron_direct.steps.cost import RunEstimate, Site, Training, Workload
 from megatron_direct.steps.curvature_config import CurvatureConfig
-from megatron_direct.steps.machines import Machine, PassSetup, pass_cost
+from megatron_direct.steps.machines import (
+    Machine,
+    PassSetup,
+    pass_cost,
+    with_prediction_heads,
+)
 from megatron_direct.steps.model_size import size_of
 from megatron_direct.steps.pilot import PilotConfig
 from megatron_direct.steps.sketch import SketchConfig
@@ -126,11 +131,13 @@ def _setup(job: Job, asked: Asked, work: Workload) -> PassSetup:
 
 def _estimate(site: Site, job: Job, asked: Asked, work: Workload) -> RunEstimate:
     micro_batch_tokens = site.micro_batch_size * work.tokens / max(1, work.candidates)
+    trains = dataclasses.replace(
+        site, one_pass=with_prediction_heads(site.one_pass, job.model, job.layout))
 
     def trained(name: str, iterations: int):
         batch = job.batch
         return cost.training_stage(
-            site, name, Training(iterations,
+            trains, name, Training(iterations,
                                  float(batch.global_batch_size * job.model.seq_length)),
             batch, job.optimizer.use_distributed_optimizer, micro_batch_tokens)
 

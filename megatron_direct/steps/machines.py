@@ -15,10 +15,11 @@ sketch two: it never forms a weight's gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megatron_direct.architecture import ModelConfig
 from megatron_direct.config import ParallelConfig
-from megatron_direct.steps.model_size import ModelSize
+from megatron_direct.steps.model_size import ModelSize, head_size_of, size_of
 
 GIB = 1 << 30
 
@@ -131,6 +132,21 @@ def _weights(size: ModelSize, layout: ParallelConfig) -> float:
     tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     layers = size.dense / stages + size.experts / stages / layout.expert_model_parallel_size
     return (layers + (size.embeddings if stages == 1 else size.head)) / tensor
+
+
+def with_prediction_heads(one: PassCost, model: ModelConfig, layout: ParallelConfig) -> PassCost:
+    """A pass in training: heads of multi-token prediction take part, all of them on the last stage,
+    whose rank is the one that counts."""
+    heads = model.mtp_num_layers or 0
+    if not heads:
+        return one
+    size, head = size_of(model), head_size_of(model)
+    stages, tensor = layout.pipeline_model_parallel_size, layout.tensor_model_parallel_size
+    of_pass = heads * head.multiply_adds / (size.multiply_adds + size.head)
+    weights = head.dense + head.experts / layout.expert_model_parallel_size
+    return replace(
+        one, training=one.training * (1 + stages * of_pass), held=one.held * (1 + of_pass),
+        weights=one.weights + weights / tensor * (1 if model.mtp_use_repeated_layer else heads))
 
 
 # Bytes of activations per token, layer and width in bfloat16, and of logits per token and entry of

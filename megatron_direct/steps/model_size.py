@@ -7,7 +7,8 @@ they are less than a hundredth of all.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_direct.architecture import ModelConfig, expert_layers, ffn_hidden_size
 from megatron_direct.errors import UserError
@@ -53,8 +54,37 @@ class ModelSize:
         return self.dense + self.experts + self.embeddings
 
 
+@dataclass(frozen=True)
+class HeadSize:
+    """Of one head of multi-token prediction: a layer, and what joins two tokens before it.
+
+    dense, experts: its parameters; multiply_adds: per token, those of the output layer included.
+    """
+
+    dense: int
+    experts: int
+    multiply_adds: int
+
+
+def head_size_of(model: ModelConfig) -> HeadSize:
+    """Its layer is like the model's last one. Raises UserError for a hybrid model."""
+    size, join = size_of(with_last_layers(model, 1)), 2 * model.hidden_size**2
+    return HeadSize(size.dense + join, size.experts, size.multiply_adds + join + size.head)
+
+
+def with_last_layers(model: ModelConfig, count: int) -> ModelConfig:
+    """The model without all but its last so many layers, which have experts where any have."""
+    changed: dict[str, Any] = {"num_layers": count}
+    if model.num_experts is not None:
+        changed["moe_layer_freq"] = "+".join(
+            f"[{int(has_experts)}]" for has_experts in expert_layers(model)[-count:])
+    return replace(model, **changed)
+
+
 def size_of(model: ModelConfig) -> ModelSize:
-    """Raises UserError for a hybrid model, whose layers are not counted."""
+    """Of the main loss: without heads of multi-token prediction.
+
+    Raises UserError for a hybrid model, whose layers are not counted."""
     if model.hybrid_layer_pattern:
         raise UserError("time and memory of hybrid models (--hybrid-layer-pattern) are not "
                         "estimated.")
