@@ -62,12 +62,13 @@ SETTINGS = {
     "shifted": Setting({"prose": 0.09, "python": 0.91}, target=("prose",)),
     "long": Setting({"prose": 0.5, "python": 0.5}, length=1.0),
 }
-# What is run first, of all seeds, before the next: what the default has to beat, and averages; what
-# the default is made of, and other rivals; how much there is to gain.
+# What is run first, of all seeds, before the next: the default with and without its pilot, what it
+# has to beat, and averages; what else the default is made of, and other rivals; how much there is
+# to gain.
 FIRST = ("random", "whole-pool", "perplexity-middle", "ngrams", "gradient-cosine", "direct",
-         "stable-averaged", "random-averaged", "whole-pool-averaged", "direct-averaged")
-SECOND = ("direct-onset", "domain", "oracle", "flat-energy", "direct-share", "direct-proxy",
-          "influence",
+         "direct-onset", "stable-averaged", "random-averaged", "whole-pool-averaged",
+         "direct-averaged")
+SECOND = ("domain", "oracle", "flat-energy", "direct-share", "direct-proxy", "influence",
           "redundancy-draw", "random-constant-averaged", "whole-pool-constant-averaged",
           "direct-constant-averaged", "random-moderate-averaged", "direct-moderate-averaged")
 CEILING = ("ceiling",)
