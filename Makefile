@@ -67,8 +67,8 @@ QUICK := "not slow and not slurm and not nodes"
 	compare evaluate how-many megatron-lm-checkout study study-gpu study-packages \
 	test test-agreement test-checkpoints test-faults test-fuzz test-gpu test-image \
 	test-megatron test-megatron-bridge test-megatron-lm test-nodes test-slow test-slurm \
-	bench-curvature bench-data bench-estimates bench-gpu bench-scale bench-select \
-	bench-sketch bench-solver
+	bench-curvature bench-data bench-estimates bench-gpu bench-peers bench-scale \
+	bench-select bench-sketch bench-solver
 
 anneal: $(READY) data theta
 	PATH=$(abspath $(BIN)):$$PATH OMP_NUM_THREADS=1 bash launch/anneal_gpt.sh $(ANNEAL_FLAGS) $(FLAGS)
@@ -197,6 +197,12 @@ bench-sketch: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sketch/bench.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 \
 		benchmarks/sketch/bench.py ranks
+
+# Beside per-sample gradients of other libraries, in an environment of their own.
+PEERS := bergson==2.5.1 dattri==0.3.0
+bench-peers: $(BUILD)/peers/.ready
+	$(BUILD)/peers/bin/pip install --quiet --disable-pip-version-check $(PEERS)
+	OMP_NUM_THREADS=1 $(BUILD)/peers/bin/python benchmarks/sketch/peers.py
 
 bench-select: $(READY) data theta
 	$(BIN)/python benchmarks/select_again.py --ranks $(GPUS_PER_NODE) -- --load $(THETA) \

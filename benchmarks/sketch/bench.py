@@ -5,10 +5,11 @@
 
 cost: time and peak memory of a sketching pass over those of a training pass (forward and backward,
 with weight gradients), for a model of 23 M parameters, and how they change with the sketch's size,
-the samples' length and the depth; beside it, a dense Gaussian that is drawn anew for each sample.
+the samples' length and the depth; beside it, the plain way (a backward pass a sample, and one
+index_add_), and a dense Gaussian that is drawn anew for each sample.
 kernels: the ways to hash a linear layer's gradients, and the choice among them (see kernels.py).
-quality: errors of inner products and norms of true gradients. ranks: samples per second of two
-data-parallel ranks over one.
+quality: errors of inner products and norms of true gradients (of other libraries: peers.py).
+ranks: samples per second of two data-parallel ranks over one.
 Ratios are what to read, not times.
 """
 
@@ -19,6 +20,7 @@ import dataclasses
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -72,12 +74,13 @@ def print_cost(folder: str, rounds: int) -> None:
     cases += [(f"{depth} layers", {"num_layers": depth}, SIZE) for depth in (3, 12)]
     for name, change, size in cases:
         architecture = dataclasses.replace(MODEL, **change)
-        chunks, shards, samples = _model(architecture, folder, MICRO_BATCH)
+        chunks, shards, samples = built_model(architecture, folder, MICRO_BATCH)
         sketch = Sketch(shards, size, seed=1)
-        calls = {"training": lambda c=chunks, s=samples: _train(c, s),
-                 "sketch": lambda c=chunks, h=shards, k=sketch, s=samples: _sketch(c, h, k, s)}
+        calls = {"training": lambda c=chunks, s=samples: train_pass(c, s),
+                 "sketch": lambda c=chunks, h=shards, k=sketch, s=samples: sketch_pass(c, h, k, s)}
         if not change and size == SIZE:
             calls["passes"] = lambda c=chunks, h=shards, s=samples: _passes_alone(c, h, s)
+            calls["plain"] = _plain(chunks, samples, size)
         taken = fastest_in_turns(calls, rounds)
         memory = {key: peak_bytes(calls[key]) for key in ("training", "sketch")}
         print(f"{name:34}{taken['training']:11.3f}{taken['sketch']:10.3f}"
@@ -87,6 +90,9 @@ def print_cost(folder: str, rounds: int) -> None:
             ours = taken["sketch"] / MICRO_BATCH
             hashing = ours - taken["passes"] / MICRO_BATCH
             count = num_parameters(chunks)
+            print(f"{'the plain way':34}{'':11}{taken['plain']:10.3f}"
+                  f"{taken['plain'] / taken['training']:7.2f}"
+                  f"{peak_bytes(calls['plain']) / memory['training']:8.2f}", flush=True)
     print(f"the limit where matrix products are all that takes time: {LIMIT:.2f}")
     gaussian = _dense_gaussian_seconds(SIZE, count)
     print(f"a dense Gaussian drawn anew for a sample, gradient not counted: {gaussian:.0f} s, "
@@ -94,7 +100,7 @@ def print_cost(folder: str, rounds: int) -> None:
           "the passes over the model")
 
 
-def _model(architecture: ModelConfig, folder: str, count: int):
+def built_model(architecture: ModelConfig, folder: str, count: int):
     """(chunks, shards, samples of full length) of one rank."""
     prefix = parallel.on_rank_zero(lambda: random_documents(
         folder, count, architecture.seq_length + 1, architecture.vocab_size))
@@ -104,12 +110,12 @@ def _model(architecture: ModelConfig, folder: str, count: int):
     return chunks, parameter_shards(chunks), Samples([prefix], architecture.seq_length)
 
 
-def _train(chunks, samples: Samples) -> None:
+def train_pass(chunks, samples: Samples) -> None:
     for micro_batches in passes.of_samples(chunks, samples, samples.usable, LIMITS):
         passes.run_pass(chunks, micro_batches, backward=True)
 
 
-def _sketch(chunks, shards, sketch: Sketch, samples: Samples) -> None:
+def sketch_pass(chunks, shards, sketch: Sketch, samples: Samples) -> None:
     for _ in sketch_samples(GradientModel(chunks, shards, sketch, micro_batch=LIMITS), samples,
                             samples.usable):
         pass
@@ -120,6 +126,28 @@ def _passes_alone(chunks, shards, samples: Samples) -> None:
     for micro_batches in passes.of_samples(chunks, samples, samples.usable, LIMITS):
         with PieceHooks(chunks, shards, lambda *_: None) as hooks:
             passes.run_pass(chunks, micro_batches, backward=True, before_forward=hooks.begin)
+
+
+def _plain(chunks, samples: Samples, size: int) -> Callable[[], None]:
+    """A backward pass for each sample, and a signed sum of its gradient's entries in ``size``
+    buckets: nothing that an afternoon could not write."""
+    count, generator = num_parameters(chunks), torch.Generator().manual_seed(0)
+    buckets = torch.randint(0, size, (count,), generator=generator)
+    signs = torch.randint(0, 2, (count,), generator=generator, dtype=torch.int8).float() * 2 - 1
+    device, one = next(chunks[0].parameters()).device, MicroBatchLimits(1)
+    buckets, signs = buckets.to(device), signs.to(device)
+
+    def run() -> None:
+        for micro_batches in passes.of_samples(chunks, samples, samples.usable, one):
+            passes.run_pass(chunks, micro_batches, backward=True)
+            row, first = torch.zeros(size, device=device), 0
+            for parameter in chunks[0].parameters():
+                entries = slice(first, first + parameter.numel())
+                row.index_add_(0, buckets[entries], parameter.grad.flatten() * signs[entries])
+                parameter.grad.zero_()
+                first = entries.stop
+
+    return run
 
 
 def _dense_gaussian_seconds(size: int, num_parameters: int, slice_size: int = 50_000) -> float:
@@ -134,12 +162,12 @@ def _dense_gaussian_seconds(size: int, num_parameters: int, slice_size: int = 50
 
 def print_ranks(folder: str, rounds: int) -> None:
     """Every rank a copy: its share alone, while the others wait, and all at once."""
-    chunks, shards, samples = _model(MODEL, folder, 2 * MICRO_BATCH * parallel.world_size())
+    chunks, shards, samples = built_model(MODEL, folder, 2 * MICRO_BATCH * parallel.world_size())
     sketch = Sketch(shards, SIZE, seed=1)
 
     def share(of_ranks) -> None:
         if grid.data_rank() in of_ranks:
-            _sketch(chunks, shards, sketch, samples)
+            sketch_pass(chunks, shards, sketch, samples)
 
     size = parallel.world_size()
     alone, together = [], []

@@ -30,14 +30,14 @@ SAMPLES, STEPS, SEEDS, MICRO_BATCH = 24, 30, 8, 8
 
 def print_quality() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        samples = Samples([_bytes_of_python(folder, SAMPLES + STEPS * MICRO_BATCH)],
-                          MODEL.seq_length)
+        samples = Samples([bytes_of_python(
+            folder, SAMPLES + STEPS * MICRO_BATCH, MODEL.seq_length)], MODEL.seq_length)
         chunks = model.build(Job(MODEL, ParallelConfig()))
-        _train(chunks, samples, samples.usable[SAMPLES:])
+        train(chunks, samples, samples.usable[SAMPLES:])
         shards = parameter_shards(chunks)
         numbers = samples.usable[:SAMPLES]
         gradients = torch.stack(
-            [_gradient(chunks, samples, numbers[[i]]) for i in range(SAMPLES)])
+            [one_gradient(chunks, samples, numbers[[i]]) for i in range(SAMPLES)])
         norms = gradients.norm(dim=1).double().numpy()
         cosines = (gradients @ gradients.T).double().numpy() / np.outer(norms, norms)
         del gradients
@@ -48,7 +48,7 @@ def print_quality() -> None:
         for size in (512, 2048):
             products, squares = [], []
             for seed in range(SEEDS):
-                rows = _sketches(chunks, shards, samples, numbers, Sketch(shards, size, seed))
+                rows = sketched_rows(chunks, shards, samples, numbers, Sketch(shards, size, seed))
                 errors = rows @ rows.T / np.outer(norms, norms) - cosines
                 products.append(errors[upper])
                 squares.append(np.diag(errors))
@@ -58,12 +58,13 @@ def print_quality() -> None:
                   f"{np.sqrt(size * np.mean(np.square(squares)) / 2):.2f}", flush=True)
 
 
-def _bytes_of_python(folder: str, count: int) -> str:
+def bytes_of_python(folder: str, count: int, seq_length: int) -> str:
+    """The prefix of a dataset of ``count`` passages, a token a byte."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     library = Path(argparse.__file__).parent
     text = b"".join(path.read_bytes() for path in sorted(library.glob("*.py")))
-    prefix, length = str(Path(folder) / "source"), MODEL.seq_length + 1
+    prefix, length = str(Path(folder) / "source"), seq_length + 1
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.int32)
     places = np.random.default_rng(0).integers(0, len(text) - length, count)
     for place in places:
@@ -73,7 +74,7 @@ def _bytes_of_python(folder: str, count: int) -> str:
     return prefix
 
 
-def _train(chunks, samples: Samples, numbers: np.ndarray) -> None:
+def train(chunks, samples: Samples, numbers: np.ndarray) -> None:
     optimizer = torch.optim.AdamW(chunks[0].parameters(), lr=1e-3)
     for micro_batches in passes.of_samples(chunks, samples, numbers,
                                            MicroBatchLimits(MICRO_BATCH)):
@@ -83,7 +84,7 @@ def _train(chunks, samples: Samples, numbers: np.ndarray) -> None:
     optimizer.zero_grad()
 
 
-def _gradient(chunks, samples: Samples, number: np.ndarray) -> torch.Tensor:
+def one_gradient(chunks, samples: Samples, number: np.ndarray) -> torch.Tensor:
     for micro_batches in passes.of_samples(chunks, samples, number, MicroBatchLimits(1)):
         passes.run_pass(chunks, micro_batches, backward=True)
     gradient = torch.cat([p.grad.flatten() for p in chunks[0].parameters()])
@@ -91,7 +92,7 @@ def _gradient(chunks, samples: Samples, number: np.ndarray) -> torch.Tensor:
     return gradient
 
 
-def _sketches(chunks, shards, samples: Samples, numbers, sketch: Sketch) -> np.ndarray:
+def sketched_rows(chunks, shards, samples: Samples, numbers, sketch: Sketch) -> np.ndarray:
     rows = {}
     model = GradientModel(chunks, shards, sketch, micro_batch=MicroBatchLimits(MICRO_BATCH))
     for found, ids, _ in sketch_samples(model, samples, numbers):

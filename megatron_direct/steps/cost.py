@@ -42,12 +42,19 @@ _PLANNED_BYTES = 30
 @dataclass(frozen=True)
 class Workload:
     """candidates: N; tokens: T, as cut at the sequence length; valid_samples: M; valid_tokens: of
-    these."""
+    these; valid_longest: tokens of the longest of these, 0 where all are equally long."""
 
     candidates: float
     tokens: float
     valid_samples: int
     valid_tokens: float
+    valid_longest: float = 0.0
+
+    def padded_valid_tokens(self, samples: float, micro_batches: float) -> float:
+        """Of so many validation samples, sorted by length into so many micro-batches, each of which
+        is as wide as its longest sample: exact for lengths that are spread evenly."""
+        mean = self.valid_tokens / self.valid_samples
+        return samples * (mean + max(0.0, self.valid_longest - mean) / micro_batches)
 
 
 @dataclass(frozen=True)
@@ -198,12 +205,15 @@ def curvature_stage(site: Site, config: CurvatureConfig, sketch: SketchConfig, w
     products = min(config.max_matvecs,
                    _PRODUCTS_PER_PAIR * config.num_eigenpairs + _PRODUCTS_BESIDES)
     micro_batches = max(1.0, math.ceil(samples / site.micro_batch_size / site.copies))
+    # In passes over micro-batches of the pool, which is what was measured.
+    passed = work.padded_valid_tokens(samples, micro_batches * site.copies) / site.copies / (
+        site.micro_batch_size * work.tokens / work.candidates)
     basis = min(max(2 * config.num_eigenpairs + 2, 21), config.max_matvecs + 1) + 3
     vectors = 4.0 * one.weights * basis
     kept = min(site.machine.memory / 4, 4.0 * _KEPT[config.curvature] * site.columns
                * samples * work.valid_tokens / work.valid_samples / site.ranks)
     summed = 4.0 * one.weights * 2 * (site.copies > 1)
-    passing = site.passing(products * micro_batches * one.training * slower, micro_batches)
+    passing = site.passing(products * passed * one.training * slower, micro_batches)
     traffic = products * basis / 2 * 2 * 4.0 * one.weights / _memory_rate(site)
     return StageCost("curvature", (
         *passing, Term("memory traffic", traffic),

@@ -47,7 +47,8 @@ def workload(pool: Samples, num_valid: int, valid: Samples) -> Workload:
     """Of pools and a validation set that are there, of which ``num_valid`` samples are used."""
     share = num_valid / max(1, len(valid.usable))
     return Workload(len(pool.usable), float(pool.num_labels.sum(dtype=np.int64)), num_valid,
-                    share * float(valid.num_labels.sum(dtype=np.int64)))
+                    share * float(valid.num_labels.sum(dtype=np.int64)),
+                    float(valid.num_labels.max(initial=0)))
 
 
 def on_this_machine(job: Job, asked: Asked, work: Workload, path: Path) -> RunEstimate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from ranks import Layout, run_on_ranks
 from trained import SMALL
@@ -78,6 +79,23 @@ def test_curvature_products_and_their_basis_are_counted():
     # 2 x 20 + 10 products of 64 samples: one micro-batch of 8 on each of 8 ranks.
     assert found.terms[0].seconds == pytest.approx(50 * 1.67 * one.training, rel=1e-6)
     assert found.device_bytes > 4 * size.parameters * (2 * 20 + 2 + 3)
+    # The longest of 1700 tokens: of eight micro-batches each is on average wider than its mean of
+    # 1000 tokens by an eighth of the difference.
+    wider = dataclasses.replace(WORK, valid_longest=1700.0)
+    padded = _stage(estimate.on_gpus(H100, 8, _job(), exact, wider), "curvature")
+    assert padded.terms[0].seconds == pytest.approx(
+        found.terms[0].seconds * (1 + 0.7 / 8), rel=1e-6)
+
+
+def test_padding_of_lengths_that_are_spread_evenly():
+    lengths = np.arange(40, 200)
+    work = dataclasses.replace(WORK, valid_samples=len(lengths), valid_tokens=float(lengths.sum()),
+                               valid_longest=float(lengths.max()))
+    for micro_batches in (1, 4, 16):
+        padded = lengths.reshape(micro_batches, -1).max(1).sum() * len(lengths) / micro_batches
+        # Lengths are whole numbers: the sum of maxima is off by half a token a micro-batch.
+        assert work.padded_valid_tokens(len(lengths), micro_batches) == pytest.approx(
+            padded, rel=5e-3)
 
 
 def test_rows_are_spread_where_one_host_has_no_room():
