@@ -198,10 +198,14 @@ bench-sketch: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 \
 		benchmarks/sketch/bench.py ranks
 
-# Beside per-sample gradients of other libraries, in an environment of their own.
+# Beside per-sample gradients of other libraries, in an environment of their own, without what they
+# would replace of torch's.
 PEERS := bergson==2.5.1 dattri==0.3.0
+PEERS_IMPORT := transformers==5.24.0 datasets==5.2.0 accelerate==1.15.0 peft==0.21.2 jaxtyping \
+	ml_dtypes natsort petname pyyaml simple-parsing tqdm
 bench-peers: $(BUILD)/peers/.ready
-	$(BUILD)/peers/bin/pip install --quiet --disable-pip-version-check $(PEERS)
+	$(BUILD)/peers/bin/pip install --quiet --disable-pip-version-check $(PEERS_IMPORT)
+	$(BUILD)/peers/bin/pip install --quiet --disable-pip-version-check --no-deps $(PEERS)
 	OMP_NUM_THREADS=1 $(BUILD)/peers/bin/python benchmarks/sketch/peers.py
 
 bench-select: $(READY) data theta

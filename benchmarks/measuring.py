@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_direct.runtime import memory, parallel
+from megatron_direct.runtime import host, memory, parallel
 
 
 def random_documents(folder: str, count: int, length: int, vocab_size: int) -> str:
@@ -45,7 +45,8 @@ def seconds(call: Callable) -> float:
     parallel.barrier()
     start = time.perf_counter()
     call()
-    torch.cuda.synchronize()
+    if host.has_gpu():
+        torch.cuda.synchronize()
     parallel.barrier()
     return time.perf_counter() - start
 

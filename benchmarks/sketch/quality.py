@@ -48,7 +48,8 @@ def print_quality() -> None:
         for size in (512, 2048):
             products, squares = [], []
             for seed in range(SEEDS):
-                rows = sketched_rows(chunks, shards, samples, numbers, Sketch(shards, size, seed))
+                rows = sketched_rows(chunks, samples, numbers, Sketch(shards, size, seed),
+                                     MICRO_BATCH)
                 errors = rows @ rows.T / np.outer(norms, norms) - cosines
                 products.append(errors[upper])
                 squares.append(np.diag(errors))
@@ -92,9 +93,11 @@ def one_gradient(chunks, samples: Samples, number: np.ndarray) -> torch.Tensor:
     return gradient
 
 
-def sketched_rows(chunks, shards, samples: Samples, numbers, sketch: Sketch) -> np.ndarray:
+def sketched_rows(chunks, samples: Samples, numbers: np.ndarray, sketch: Sketch, micro_batch: int,
+                  ) -> np.ndarray:
     rows = {}
-    model = GradientModel(chunks, shards, sketch, micro_batch=MicroBatchLimits(MICRO_BATCH))
+    model = GradientModel(chunks, parameter_shards(chunks), sketch,
+                          micro_batch=MicroBatchLimits(micro_batch))
     for found, ids, _ in sketch_samples(model, samples, numbers):
         rows.update(zip(ids.tolist(), found, strict=True))
     return np.stack([rows[number] for number in numbers.tolist()]).astype(np.float64)
