@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,15 @@ class Key:
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """The values that fields have where nothing was said; fields without one are not in it."""
+        """The values that fields, and those of groups, have where nothing was said; fields without
+        one are not in it."""
         values: dict[str, Any] = {}
+        types = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
-            if f.default_factory is not dataclasses.MISSING:
-                values |= vars(f.default_factory())
-            elif f.default is not dataclasses.MISSING:
-                values[f.name] = f.default
+            group = types[f.name]
+            for said in dataclasses.fields(group) if dataclasses.is_dataclass(group) else (f,):
+                if said.default is not dataclasses.MISSING:
+                    values[said.name] = said.default
         return files.as_json(values)
 
     def digest(self) -> str:

@@ -57,6 +57,38 @@ def test_a_field_that_an_older_version_did_not_know_counts_as_its_default(tmp_pa
         artefact.state(RowsOfALaterVersion("a", precision="bf16"))
 
 
+@dataclass(frozen=True)
+class Shape:
+    width: int
+    depth: int = 2
+
+
+@dataclass(frozen=True)
+class ShapeOfALaterVersion(Shape):
+    heads: int = 4
+
+
+@dataclass(frozen=True)
+class Weights(Key):
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class WeightsOfALaterVersion(Key):
+    shape: ShapeOfALaterVersion
+
+
+def test_so_does_a_field_of_a_group_that_has_to_be_given(tmp_path):
+    """As --mtp-detach-heads, among a model's flags: folders from before it are still good."""
+    artefact = Artefact(tmp_path / "weights", "weights")
+    artefact.finish(Weights(Shape(8)))
+    assert artefact.matches(WeightsOfALaterVersion(ShapeOfALaterVersion(8)))
+    with pytest.raises(UserError, match="--heads was 4, now it is 8"):
+        artefact.state(WeightsOfALaterVersion(ShapeOfALaterVersion(8, heads=8)))
+    with pytest.raises(UserError, match="--width was 8, now it is 9"):
+        artefact.state(WeightsOfALaterVersion(ShapeOfALaterVersion(9)))
+
+
 def test_a_digest_is_of_what_is_not_default_and_of_the_kind_of_key():
     @dataclass(frozen=True)
     class Rows(Key):  # the same name, one field more
