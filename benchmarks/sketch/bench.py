@@ -90,9 +90,9 @@ def print_cost(folder: str, rounds: int) -> None:
             ours = taken["sketch"] / MICRO_BATCH
             hashing = ours - taken["passes"] / MICRO_BATCH
             count = num_parameters(chunks)
-            print(f"{'the plain way':34}{'':11}{taken['plain']:10.3f}"
-                  f"{taken['plain'] / taken['training']:7.2f}"
-                  f"{peak_bytes(calls['plain']) / memory['training']:8.2f}", flush=True)
+            for label, call in (("the passes alone", "passes"), ("the plain way", "plain")):
+                print(f"{label:34}{'':11}{taken[call]:10.3f}{taken[call] / taken['training']:7.2f}"
+                      f"{peak_bytes(calls[call]) / memory['training']:8.2f}", flush=True)
     print(f"the limit where matrix products are all that takes time: {LIMIT:.2f}")
     gaussian = _dense_gaussian_seconds(SIZE, count)
     print(f"a dense Gaussian drawn anew for a sample, gradient not counted: {gaussian:.0f} s, "
