@@ -63,12 +63,13 @@ SETTINGS = {
     "long": Setting({"prose": 0.5, "python": 0.5}, length=1.0),
 }
 # What is run first, of all seeds, before the next: the default with and without its pilot, what it
-# has to beat, and averages; what else the default is made of, and other rivals; how much there is
-# to gain.
+# has to beat, and averages; what else the default decides; other rivals; how much there is to gain.
 FIRST = ("random", "whole-pool", "perplexity-middle", "ngrams", "gradient-cosine", "direct",
          "direct-onset", "stable-averaged", "random-averaged", "whole-pool-averaged",
          "direct-averaged")
-SECOND = ("domain", "oracle", "flat-energy", "direct-share", "direct-proxy", "influence",
+DECISIONS = ("direct-merged", "direct-half", "direct-quarter", "direct-unshrunk",
+             "direct-unnormalized", "direct-undrawn")
+RIVALS = ("domain", "oracle", "flat-energy", "direct-share", "direct-proxy", "influence",
           "redundancy-draw", "random-constant-averaged", "whole-pool-constant-averaged",
           "direct-constant-averaged", "random-moderate-averaged", "direct-moderate-averaged")
 CEILING = ("ceiling",)
@@ -86,8 +87,9 @@ class Stage:
 # (stage, seeds so far, setting)
 Piece = tuple[Stage, int, str]
 
-STAGES = (Stage(FIRST, MOST_IMPORTANT), Stage(SECOND, MOST_IMPORTANT), Stage(FIRST, ("long",)),
-          Stage(CEILING, MOST_IMPORTANT), Stage(SECOND, ("long",)))
+STAGES = (Stage(FIRST, MOST_IMPORTANT), Stage(DECISIONS, MOST_IMPORTANT),
+          Stage(RIVALS, MOST_IMPORTANT), Stage(FIRST, ("long",)), Stage(CEILING, MOST_IMPORTANT),
+          Stage((*DECISIONS, *RIVALS), ("long",)))
 
 
 @dataclass(frozen=True)

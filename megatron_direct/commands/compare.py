@@ -152,12 +152,13 @@ def _arms(setting: Setting) -> list[str]:
             [name for name in chosen if "adam-sketches" in find_arm(name).needs],
             f"{setting.onset.checkpoint.path} holds no second moments of Adam",
             "Save it with its optimizer, or leave these arms out."))
-    if any(find_arm(name).recipe is None for name in chosen):
+    of_average = [name for name in chosen if find_arm(name).recipe is None
+                  or "merged" in find_arm(name).needs]
+    if of_average:
         try:
             states_of_training(setting)
         except UserError as error:
-            obstacles.append(([name for name in chosen if find_arm(name).recipe is None],
-                              str(error), "Or leave these arms out."))
+            obstacles.append((of_average, str(error), "Or leave these arms out."))
     for names, why, remedy in obstacles:
         if names and asked:
             raise UserError(f"--arms {' '.join(names)}: {why}. {remedy}")

@@ -190,17 +190,6 @@ def _direct(case: Case) -> Selection:
     return case.select(case.evidence["select"])
 
 
-@arm("direct-onset", "the same objective with gradients and directions at the checkpoint, without "
-     "a pilot", ("onset",))
-def _direct_onset(case: Case) -> Selection:
-    return case.select(case.evidence["onset"])
-
-
-@arm("direct-unshrunk", "direct without shrinkage towards clusters", ("select",))
-def _direct_unshrunk(case: Case) -> Selection:
-    return case.select(case.evidence["select"], shrinkage_clusters=0)
-
-
 @arm("pilot-dot", "largest inner product with the mean validation gradient, after the pilot",
      ("select",))
 def _pilot_dot(case: Case) -> np.ndarray:

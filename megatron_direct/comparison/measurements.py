@@ -18,6 +18,7 @@ from megatron_direct.comparison import (
     arms,
     ceiling,
     rivals,  # noqa: F401  (registers its arms)
+    variants,  # noqa: F401
 )
 from megatron_direct.comparison.arms import Case
 from megatron_direct.comparison.text_likeness import ngram_likeness
@@ -121,6 +122,12 @@ def _at_onset(settings: MeasureSettings) -> MeasureSettings:
         dataclasses.replace(settings.curvature, curvature=SKETCHED_FISHER))
 
 
+def _at_average(settings: MeasureSettings) -> MeasureSettings:
+    named = settings.pilot if settings.pilot.at == "merged" else PilotConfig()
+    return dataclasses.replace(settings, pilot=dataclasses.replace(
+        named, at="merged").in_one_spelling())
+
+
 def _with_adam(settings: MeasureSettings) -> MeasureSettings:
     at_onset = _at_onset(settings)
     return dataclasses.replace(
@@ -149,6 +156,7 @@ MEASUREMENTS = {
     "onset": Measurement(_at_onset),
     "adam-sketches": Measurement(_with_adam),
     "select": Measurement(lambda settings: settings),
+    "merged": Measurement(_at_average),
     "proxy": Measurement(_of_proxy, lambda setting: setting.proxy),
 }
 

@@ -25,7 +25,7 @@ def test_every_setting_has_every_arm_and_seed_once():
     assert len(runs) == len(set(runs))
     for setting in study.MOST_IMPORTANT:
         assert {arm for arm, name, _ in runs if name == setting} == {
-            *study.FIRST, *study.SECOND, *study.CEILING}
+            *study.FIRST, *study.DECISIONS, *study.RIVALS, *study.CEILING}
 
 
 @pytest.mark.parametrize("settings", [list(study.SETTINGS), ["other", "noisy"]])

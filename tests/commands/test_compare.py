@@ -341,10 +341,10 @@ def test_a_small_model_selects_for_a_large_one(folder, run):
 
 
 def _stable_phase(folder, name):
-    """As theta, with a state of every third iteration beside it."""
+    """As theta, with the states of the iterations before it."""
     pretrain(PretrainRequest(
         PretrainConfig(data_path=(str(folder / "a"), str(folder / "b")), save=str(folder / name),
-                       train_iters=12, save_interval=3),
+                       train_iters=12, save_interval=1),
         MODEL, Layout().config(), LEARNT.optimizer, LEARNT.batch))
 
 
@@ -364,7 +364,7 @@ def _losses_of_the_mean(folder):
         valid_data_path=(str(folder / "valid"),), run_dir="unused"), Layout().config(), _given())
     with grid.model_parallel(onset.job.layout, onset.job.num_model_chunks):
         chunks, states = model.build(onset.job), []
-        for iteration in (6, 9, 12):
+        for iteration in (10, 11, 12):
             checkpoint.load_model(folder / "stable" / f"iter_{iteration:07d}", chunks)
             states.append([p.detach().clone() for p in chunks[0].parameters()])
         for parameter, *values in zip(chunks[0].parameters(), *states, strict=True):
@@ -399,9 +399,33 @@ def test_averages_of_the_stable_phase_and_of_one_annealing(folder):
         assert _losses(folder / name, alone, 1) == found[alone]
 
 
+def _select_at_the_average(folder, name):
+    """As the arm does, by hand; and the arm, in a comparison whose default has a pilot."""
+    flags = {**_onset(folder, name), "load": str(folder / "stable")}
+    select(flat_requests.make(
+        SelectRequest, Layout().config(), _given(), **{**flags, "at": "merged", "pilot_iters": 0},
+        micro_batch_size=2))
+    compare(flat_requests.make(
+        CompareRequest, Layout().config(), _given(),
+        **{**flags, "run_dir": str(folder / f"{name}-arm")}, micro_batch_size=2,
+        test_data_path=(str(folder / "test"),), arms=("direct-merged",), num_seeds=1,
+        lr_wsd_decay_iters=2))
+
+
+def test_the_default_at_the_average_is_what_select_makes_there(folder):
+    if not (folder / "stable").exists():
+        run_on_ranks(1, _stable_phase, folder, "stable")
+    run_on_ranks(1, _select_at_the_average, folder, "merged")
+    masks = selected.selection_folder(folder / "merged", "direct") / "masks"
+    kept = np.concatenate([SampleMask.load(masks / f"{name}.mask.npz").keep for name in "ab"])
+    np.testing.assert_array_equal(
+        np.flatnonzero(kept), np.load(folder / "merged-arm/arms/direct-merged/1/chosen.npy"))
+
+
 def test_an_average_of_one_state_is_refused(folder):
-    with pytest.raises(RankError, match="--arms stable-averaged: an average needs at least two"):
-        run_on_ranks(1, _compare, folder, Layout(), "refused", ("random", "stable-averaged"))
+    for arm in ("stable-averaged", "direct-merged"):
+        with pytest.raises(RankError, match=f"--arms {arm}: an average needs at least two"):
+            run_on_ranks(1, _compare, folder, Layout(), "refused", ("random", arm))
 
 
 def _trials(folder, name):

@@ -27,10 +27,9 @@ def case() -> Case:
     domains = np.array(["code"] * 40 + ["prose"] * 20)
     evidence = Evidence(rows, rng.integers(5, 50, N), np.arange(N) // 40, 2, np.arange(N), valid,
                         directions)
-    scaled, piloted, smaller = (dataclasses.replace(evidence, rows=np.roll(rows, shift, axis=1))
-                                for shift in (1, 2, 3))
-    return Case({"onset": evidence, "select": piloted, "adam-sketches": scaled, "proxy": smaller},
-                rng.uniform(1, 5, N), domains, rng.random(N) < 0.25,
+    other = {name: dataclasses.replace(evidence, rows=np.roll(rows, shift, axis=1))
+             for shift, name in enumerate(("adam-sketches", "select", "proxy", "merged"), 1)}
+    return Case({"onset": evidence, **other}, rng.uniform(1, 5, N), domains, rng.random(N) < 0.25,
                 np.array(["code"] * 4 + ["prose"] * 8), np.full(M, 10), K, 3,
                 SelectionConfig(num_select=K), valid_numbers=np.arange(M),
                 text_similarity=lambda numbers: np.arange(N) % (7.0 if len(numbers) == M else 6.0),
@@ -41,8 +40,8 @@ def case() -> Case:
 @pytest.mark.parametrize("name", [name for name in REGISTRY if name != "ceiling"])
 def test_takes_k_candidates_once_each_and_again_the_same(case, name):
     chosen = REGISTRY[name].take(case)[0]
-    assert len(chosen) == (N if name.startswith("whole-pool") else
-                           0 if name == "stable-averaged" else K)
+    sizes = {"stable-averaged": 0, "direct-half": N // 2, "direct-quarter": N // 4}
+    assert len(chosen) == (N if name.startswith("whole-pool") else sizes.get(name, K))
     assert np.array_equal(chosen, np.unique(chosen)) and set(chosen) <= set(range(N))
     assert np.array_equal(chosen, REGISTRY[name].take(case)[0])
     assert set(REGISTRY[name].needs) <= {"losses", "text", "share", "ceiling", *MEASUREMENTS}
@@ -111,6 +110,22 @@ def test_quotas_hold_in_the_arms_that_solve(case):
     for name in ("direct", "direct-onset", "descent", "alignment", "flat-energy-no-budget"):
         assert (case.domains[REGISTRY[name].take(limited)[0]] == "prose").sum() == 11
         assert (case.domains[REGISTRY[name].take(case)[0]] == "prose").sum() != 11
+
+
+@pytest.mark.parametrize(("name", "evidence", "settings"), [
+    ("direct-onset", "onset", {}), ("direct-merged", "merged", {}),
+    ("direct-unshrunk", "select", {"shrinkage_clusters": 0}),
+    ("direct-unnormalized", "select", {"normalize_gradients": False}),
+    ("direct-undrawn", "select", {"draw_unstable": False}),
+    ("direct-quarter", "select", {"num_select": N // 4}),
+    ("direct-half", "select", {"num_select": N // 2})])
+def test_variants_are_the_default_under_other_flags(case, name, evidence, settings):
+    flags = dataclasses.replace(case.config, **settings)
+    told = dataclasses.replace(case, evidence={"select": case.evidence[evidence]}, config=flags,
+                               num_select=flags.num_select)
+    chosen = REGISTRY[name].take(case)[0]
+    np.testing.assert_array_equal(chosen, REGISTRY["direct"].take(told)[0])
+    assert not np.array_equal(chosen, REGISTRY["direct"].take(case)[0]) or len(chosen) == N // 4
 
 
 def test_what_the_solver_said_comes_with_what_it_took(case):

@@ -1,0 +1,51 @@
+"""The default of ``select`` with one of its decisions taken otherwise, an arm each: what the
+comparison says of them is what the default rests on."""
+
+from __future__ import annotations
+
+from megatron_direct.comparison.arms import Case, arm
+from megatron_direct.selection.problem import Selection
+
+
+@arm("direct-onset", "the same objective with gradients and directions at the checkpoint, without "
+     "a pilot", ("onset",))
+def _at_the_checkpoint(case: Case) -> Selection:
+    return case.select(case.evidence["onset"])
+
+
+@arm("direct-merged", "direct with gradients at the average of the training's last states "
+     "(--at merged)", ("merged",))
+def _at_the_average(case: Case) -> Selection:
+    return case.select(case.evidence["merged"])
+
+
+@arm("direct-unshrunk", "direct without shrinkage towards clusters", ("select",))
+def _unshrunk(case: Case) -> Selection:
+    return case.select(case.evidence["select"], shrinkage_clusters=0)
+
+
+@arm("direct-unnormalized", "direct with gradients of the length that they have "
+     "(--no-normalize-gradients)", ("select",))
+def _unnormalized(case: Case) -> Selection:
+    return case.select(case.evidence["select"], normalize_gradients=False)
+
+
+@arm("direct-undrawn", "direct with the samples that it prefers, also where another half of the "
+     "evidence prefers others (--no-draw-unstable)", ("select",))
+def _undrawn(case: Case) -> Selection:
+    return case.select(case.evidence["select"], draw_unstable=False)
+
+
+@arm("direct-quarter", "direct with a quarter of the pool", ("select",))
+def _quarter(case: Case) -> Selection:
+    return _of_share(case, 1 / 4)
+
+
+@arm("direct-half", "direct with half of the pool", ("select",))
+def _half(case: Case) -> Selection:
+    return _of_share(case, 1 / 2)
+
+
+def _of_share(case: Case, share: float) -> Selection:
+    count = max(1, round(share * len(case.losses)))
+    return case.select(case.evidence["select"], num_select=count)
