@@ -74,10 +74,10 @@ def print_cost(folder: str, rounds: int) -> None:
     cases += [(f"{depth} layers", {"num_layers": depth}, SIZE) for depth in (3, 12)]
     for name, change, size in cases:
         architecture = dataclasses.replace(MODEL, **change)
-        chunks, shards, samples = built_model(architecture, folder, MICRO_BATCH)
+        chunks, shards, samples = _model(architecture, folder, MICRO_BATCH)
         sketch = Sketch(shards, size, seed=1)
-        calls = {"training": lambda c=chunks, s=samples: train_pass(c, s),
-                 "sketch": lambda c=chunks, h=shards, k=sketch, s=samples: sketch_pass(c, h, k, s)}
+        calls = {"training": lambda c=chunks, s=samples: _train(c, s),
+                 "sketch": lambda c=chunks, h=shards, k=sketch, s=samples: _sketch(c, h, k, s)}
         if not change and size == SIZE:
             calls["passes"] = lambda c=chunks, h=shards, s=samples: _passes_alone(c, h, s)
             calls["plain"] = _plain(chunks, samples, size)
@@ -100,7 +100,7 @@ def print_cost(folder: str, rounds: int) -> None:
           "the passes over the model")
 
 
-def built_model(architecture: ModelConfig, folder: str, count: int):
+def _model(architecture: ModelConfig, folder: str, count: int):
     """(chunks, shards, samples of full length) of one rank."""
     prefix = parallel.on_rank_zero(lambda: random_documents(
         folder, count, architecture.seq_length + 1, architecture.vocab_size))
@@ -110,12 +110,12 @@ def built_model(architecture: ModelConfig, folder: str, count: int):
     return chunks, parameter_shards(chunks), Samples([prefix], architecture.seq_length)
 
 
-def train_pass(chunks, samples: Samples) -> None:
+def _train(chunks, samples: Samples) -> None:
     for micro_batches in passes.of_samples(chunks, samples, samples.usable, LIMITS):
         passes.run_pass(chunks, micro_batches, backward=True)
 
 
-def sketch_pass(chunks, shards, sketch: Sketch, samples: Samples) -> None:
+def _sketch(chunks, shards, sketch: Sketch, samples: Samples) -> None:
     for _ in sketch_samples(GradientModel(chunks, shards, sketch, micro_batch=LIMITS), samples,
                             samples.usable):
         pass
@@ -162,12 +162,12 @@ def _dense_gaussian_seconds(size: int, num_parameters: int, slice_size: int = 50
 
 def print_ranks(folder: str, rounds: int) -> None:
     """Every rank a copy: its share alone, while the others wait, and all at once."""
-    chunks, shards, samples = built_model(MODEL, folder, 2 * MICRO_BATCH * parallel.world_size())
+    chunks, shards, samples = _model(MODEL, folder, 2 * MICRO_BATCH * parallel.world_size())
     sketch = Sketch(shards, SIZE, seed=1)
 
     def share(of_ranks) -> None:
         if grid.data_rank() in of_ranks:
-            sketch_pass(chunks, shards, sketch, samples)
+            _sketch(chunks, shards, sketch, samples)
 
     size = parallel.world_size()
     alone, together = [], []

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench import MICRO_BATCH, MODEL, SIZE, fastest_in_turns
-from quality import bytes_of_python, one_gradient, sketched_rows, train
+from quality import bytes_of_python, norms_and_cosines, one_gradient, sketched_rows, train
 
 from megatron_direct.cli import main as cli
 from megatron_direct.config import Job, ParallelConfig
@@ -64,7 +64,7 @@ def main() -> None:
         with megatron_runtime(), grid.model_parallel(ParallelConfig()):
             _report(ours(samples, text), text[:SAMPLES], rounds)
         _report(bergson(text, Path(folder)), text[:SAMPLES], rounds)
-        _report(dattri(text), text[:SAMPLES], rounds)
+        _report(dattri(text, Path(folder)), text[:SAMPLES], rounds)
 
 
 def _report(library: Library, text: np.ndarray, rounds: int) -> None:
@@ -73,8 +73,7 @@ def _report(library: Library, text: np.ndarray, rounds: int) -> None:
                               "rows": lambda: library.rows(batch)}, rounds)
     rows = library.rows(text).astype(np.float64)
     gradients = torch.stack([library.gradient(text[[i]]) for i in range(len(text))])
-    norms = gradients.norm(dim=1).double().numpy()
-    cosines = (gradients @ gradients.T).double().numpy() / np.outer(norms, norms)
+    norms, cosines = norms_and_cosines(gradients)
     products = rows @ rows.T
     products *= np.sum(norms**2) / np.trace(products)
     errors = (products / np.outer(norms, norms) - cosines)[np.triu_indices(len(text), 1)]
@@ -182,7 +181,7 @@ def bergson(text: np.ndarray, folder: Path) -> Library:
     return Library("bergson", theirs.training, rows, theirs.gradient)
 
 
-def dattri(text: np.ndarray) -> Library:
+def dattri(text: np.ndarray, folder: Path) -> Library:
     from dattri.algorithm.logra import LoGraAttributor
     from dattri.task import AttributionTask
 
@@ -191,7 +190,7 @@ def dattri(text: np.ndarray) -> Library:
                            theirs.model, theirs.model.state_dict())
 
     attributor = LoGraAttributor(task, theirs.linears, hessian="Identity", proj_dim=SIDE**2,
-                                 offload="none")
+                                 offload="none", cache_dir=str(folder))
     kept = attributor.offload_manager.cached_gradients
 
     def rows(batch: np.ndarray) -> np.ndarray:

@@ -38,8 +38,7 @@ def print_quality() -> None:
         numbers = samples.usable[:SAMPLES]
         gradients = torch.stack(
             [one_gradient(chunks, samples, numbers[[i]]) for i in range(SAMPLES)])
-        norms = gradients.norm(dim=1).double().numpy()
-        cosines = (gradients @ gradients.T).double().numpy() / np.outer(norms, norms)
+        norms, cosines = norms_and_cosines(gradients)
         del gradients
         upper = np.triu_indices(SAMPLES, 1)
         print(f"{num_parameters(chunks) / 1e6:.1f} M parameters, {SAMPLES} gradients, "
@@ -57,6 +56,12 @@ def print_quality() -> None:
             print(f"k {size:5}: error x sqrt(k) over a dense Gaussian's: inner products "
                   f"{np.sqrt(size * np.mean(np.square(products))) / gaussian:.2f}, squared norms "
                   f"{np.sqrt(size * np.mean(np.square(squares)) / 2):.2f}", flush=True)
+
+
+def norms_and_cosines(gradients: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """([n], [n, n]) of gradients [n, P]."""
+    norms = gradients.norm(dim=1).double().numpy()
+    return norms, (gradients @ gradients.T).double().numpy() / np.outer(norms, norms)
 
 
 def bytes_of_python(folder: str, count: int, seq_length: int) -> str:

@@ -18,12 +18,7 @@ from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.steps import calibrate, cost
 from megatron_direct.steps.cost import RunEstimate, Site, Training, Workload
 from megatron_direct.steps.curvature_config import CurvatureConfig
-from megatron_direct.steps.machines import (
-    Machine,
-    PassSetup,
-    pass_cost,
-    with_prediction_heads,
-)
+from megatron_direct.steps.machines import Machine, PassSetup, pass_cost, with_prediction_heads
 from megatron_direct.steps.model_size import size_of
 from megatron_direct.steps.pilot import PilotConfig
 from megatron_direct.steps.sketch import SketchConfig
@@ -139,7 +134,7 @@ def _estimate(site: Site, job: Job, asked: Asked, work: Workload) -> RunEstimate
         batch = job.batch
         return cost.training_stage(
             trains, name, Training(iterations,
-                                 float(batch.global_batch_size * job.model.seq_length)),
+                                   float(batch.global_batch_size * job.model.seq_length)),
             batch, job.optimizer.use_distributed_optimizer, micro_batch_tokens)
 
     stages = [cost.start_stage(site)]
