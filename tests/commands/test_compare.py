@@ -348,6 +348,11 @@ def _stable_phase(folder, name):
         MODEL, Layout().config(), LEARNT.optimizer, LEARNT.batch))
 
 
+@pytest.fixture(scope="module")
+def stable(folder) -> None:
+    run_on_ranks(1, _stable_phase, folder, "stable")
+
+
 def _averages(folder, name, arms):
     compare(flat_requests.make(
         CompareRequest, Layout().config(), _given(),
@@ -373,10 +378,10 @@ def _losses_of_the_mean(folder):
                           test=(str(folder / "test"),))["test"]
 
 
+@pytest.mark.usefixtures("stable")
 def test_averages_of_the_stable_phase_and_of_one_annealing(folder):
     """The first is the mean of its states, and sees no token; the others share an annealing, and
     are what they are when each is annealed alone."""
-    run_on_ranks(1, _stable_phase, folder, "stable")
     run_on_ranks(1, _averages, folder, "averages",
                  ("random", "random-averaged", "stable-averaged"))
     found = {arm: _losses(folder / "averages", arm, 1)
@@ -412,9 +417,8 @@ def _select_at_the_average(folder, name):
         lr_wsd_decay_iters=2))
 
 
+@pytest.mark.usefixtures("stable")
 def test_the_default_at_the_average_is_what_select_makes_there(folder):
-    if not (folder / "stable").exists():
-        run_on_ranks(1, _stable_phase, folder, "stable")
     run_on_ranks(1, _select_at_the_average, folder, "merged")
     masks = selected.selection_folder(folder / "merged", "direct") / "masks"
     kept = np.concatenate([SampleMask.load(masks / f"{name}.mask.npz").keep for name in "ab"])
