@@ -65,8 +65,8 @@ SETTINGS = {
 # What is run first, of all seeds, before the next: the default with and without its pilot, what it
 # has to beat, and averages; what else the default decides; other rivals; how much there is to gain.
 FIRST = ("random", "whole-pool", "perplexity-middle", "ngrams", "gradient-cosine", "direct",
-         "direct-onset", "stable-averaged", "random-averaged", "whole-pool-averaged",
-         "direct-averaged")
+         "direct-onset", "direct-contrast", "stable-averaged", "random-averaged",
+         "whole-pool-averaged", "direct-averaged")
 DECISIONS = ("direct-merged", "direct-half", "direct-quarter", "direct-unshrunk",
              "direct-unnormalized", "direct-undrawn")
 RIVALS = ("domain", "oracle", "flat-energy", "direct-share", "direct-proxy", "influence",

@@ -245,7 +245,8 @@ def _alignment(case: Case) -> Selection:
      "checkpoint", ("onset",))
 def _descent(case: Case) -> Selection:
     return case.solve(case.evidence["onset"], objective="descent", normalize_gradients=False,
-                      weight_by_tokens=False, shrinkage_clusters=0)
+                      weight_by_tokens=False, contrast=False,
+                      shrinkage_clusters=0)
 
 
 def in_proportions(case: Case, allowed: np.ndarray) -> np.ndarray:

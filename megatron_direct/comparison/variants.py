@@ -13,6 +13,13 @@ def _at_the_checkpoint(case: Case) -> Selection:
     return case.select(case.evidence["onset"])
 
 
+@arm("direct-contrast", "half of the pool by the validation gradient's excess over the pool's, at "
+     "the checkpoint (--contrast --no-weight-by-tokens --pilot-iters 0)", ("onset",))
+def _in_contrast(case: Case) -> Selection:
+    return case.select(case.evidence["onset"], contrast=True, weight_by_tokens=False,
+                       num_select=max(1, len(case.losses) // 2))
+
+
 @arm("direct-merged", "direct with gradients at the average of the training's last states "
      "(--at merged)", ("merged",))
 def _at_the_average(case: Case) -> Selection:

@@ -1,7 +1,7 @@
 """``--num-select auto``: as many samples as their worth and the annealing's length ask for.
 
-Which samples: those of positive worth are the candidates, and the objective chooses among them;
-where nothing is clearly better than the whole pool, the selection is the whole pool.
+Which samples: the objective chooses, without --contrast among those of positive worth alone; where
+nothing is clearly better than the whole pool, the selection is the whole pool.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def worth_of(config: SelectionConfig, evidence: Evidence, seed: int) -> Worth:
             "Give more validation data, or a number of samples to select.")
     return estimate_worth(measure_alignments(evidence, seed),
                           cluster_numbers(config, evidence, seed),
-                          evidence.share().known_to_all(evidence.labels))
+                          evidence.share().known_to_all(evidence.labels),
+                          contrast=config.contrast)
 
 
 def select_auto(config: SelectionConfig, evidence: Evidence, worth: Worth, seed: int,
@@ -92,8 +93,9 @@ def select_auto(config: SelectionConfig, evidence: Evidence, worth: Worth, seed:
     values = Values.of(nested_selections(worth), annealing_tokens)
     found, best = values.found, best_selection(values)
     count = int(found.counts[best])
+    # Where the pool's own direction is taken out, what harms is the last to be chosen anyway.
     allowed = worth.values > 0
-    if count > allowed.sum():
+    if config.contrast or count > allowed.sum():
         allowed = np.ones(len(allowed), dtype=bool)
     selection, _ = select_by_sketches(config, evidence.of(allowed), count, seed)
     selection = dataclasses.replace(selection,

@@ -2,8 +2,8 @@
 
 The objective has its say first. Then the selection is made again from each half of the evidence
 (stability.py). What all three select is kept; of the others, as many as there were are drawn at
-random within their clusters from samples of positive worth, since another validation set of the
-same kind, or another seed, would have selected others. Where a budget or quotas limit the
+random within their clusters from samples that are sound (worth.py), since another validation set
+of the same kind, or another seed, would have selected others. Where a budget or quotas limit the
 selection, it stays as it was solved.
 
 Shapes: N candidates, K selected.
@@ -58,7 +58,7 @@ def choose(config: SelectionConfig, evidence: Evidence, seed: int, limits: Mappi
     chosen[solved.indices] = True
     if config.draw_unstable:
         indices = np.flatnonzero(drawn_within(
-            chosen, chosen & first & second, chosen | (worth.values > 0), worth.clusters, seed))
+            chosen, chosen & first & second, chosen | worth.sound, worth.clusters, seed))
         solved = dataclasses.replace(solved, indices=indices,
                                      stiff_cost=evidence.share().from_leader(
                                          lambda whole: math.fsum(whole[indices].tolist()),

@@ -48,6 +48,11 @@ class SelectionConfig(Settings):
         "are worse on the embedded text: docs/selection.md)", above=0)
     normalize_gradients: bool = flag(
         True, "--objective descent: scale all gradients to equal length")
+    contrast: bool = flag(
+        False, "--objective descent: judge samples by what the validation gradient has in excess "
+        "of the pool's mean gradient, which any data would follow; for gradients at the checkpoint "
+        "(--pilot-iters 0 --no-weight-by-tokens), and on trial: it may leave out a whole domain "
+        "(docs/selection.md)")
     weight_by_tokens: bool = flag(
         True, "--objective descent: weight each sample by the tokens that it is trained on")
     shrinkage_clusters: int = flag(
@@ -73,6 +78,10 @@ class SelectionConfig(Settings):
         return self.num_select == AUTO
 
     def check(self) -> None:
+        if self.contrast and self.weight_by_tokens and self.objective == "descent":
+            raise UserError("--weight-by-tokens has no place beside --contrast: samples below the "
+                            "pool's average would be selected for being short. Add "
+                            "--no-weight-by-tokens.")
         if not self.is_auto:
             if isinstance(self.num_select, bool) or not isinstance(self.num_select, Integral):
                 raise UserError(f"--num-select is {self.num_select!r}: expected a number of "

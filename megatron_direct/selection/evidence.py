@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.errors import UserError
-from megatron_direct.selection.rows import row_blocks
+from megatron_direct.selection.rows import row_blocks, unit_rows
 from megatron_direct.selection.share import AllReduceSum, Share
 from megatron_direct.selection.shrinkage import Partition, find_clusters
 
@@ -90,6 +90,43 @@ class Evidence:
             self, rows=self.rows[:, coordinates] * scale, directions=directions,
             valid_rows=self.valid_rows[valid][:, coordinates] * scale,
             valid_datasets=None if self.valid_datasets is None else self.valid_datasets[valid])
+
+
+def mean_row(evidence: Evidence, *, unit: bool) -> np.ndarray:
+    """[k] mean of the candidates of all ranks, each brought to length 1 if ``unit``; all ranks call
+    this. Each sample counts the same, as in the mean of the validation set."""
+    return evidence.once(("mean row", unit), lambda: _mean_row(evidence, unit))
+
+
+def _mean_row(evidence: Evidence, unit: bool) -> np.ndarray:
+    total = np.zeros(evidence.rows.shape[1])
+    for block in row_blocks(len(evidence.rows)):
+        some = evidence.rows[block]
+        total += (unit_rows(some) if unit else some.astype(np.float64)).sum(0)
+    share = evidence.share()
+    return share.summed(total) / share.num_samples
+
+
+def mean_length(evidence: Evidence) -> float:
+    """Of the candidates' rows of all ranks; all ranks call this."""
+    lengths = np.sqrt(np.einsum("nk,nk->n", evidence.rows, evidence.rows, dtype=np.float64))
+    total, = evidence.share().summed(np.array([lengths.sum()]))
+    return float(total) / evidence.share().num_samples
+
+
+def excess_gradient(evidence: Evidence, *, unit: bool) -> np.ndarray:
+    """[k] what the mean validation gradient has in excess of the pool's; all ranks call this.
+
+    With one Hessian for both, an annealing over the pool that ends at theta with g_pool(theta) = 0
+    has moved by -H^-1 g_pool, so that g_val(theta) = g_val + H (theta - theta_0) = g_val - g_pool:
+    the validation gradient that is left where the pool has nothing more to teach.
+    unit: from directions, in units of the mean length of the validation gradients.
+    """
+    pool = mean_row(evidence, unit=unit)
+    if not unit:
+        return evidence.valid_rows.mean(0) - pool
+    length = np.linalg.norm(evidence.valid_rows, axis=1).mean()
+    return length * (unit_rows(evidence.valid_rows).mean(0) - pool)
 
 
 def stiff_costs(rows: np.ndarray, directions: Directions) -> np.ndarray:

@@ -68,7 +68,7 @@ def group_worths(alignments: Alignments, weights: np.ndarray, groups: Sequence[n
         return [GroupWorth(whole, None) for whole in estimates]
 
     def best_of_groups(fold) -> np.ndarray:
-        best = [group[np.argsort(-fold.worth[group], kind="stable")[:count]]
+        best = [group[np.argsort(-fold.score[group], kind="stable")[:count]]
                 for group, count in zip(groups, num_best, strict=True)]
         return np.stack([_mean(fold.judged[:, some], weights[some]) for some in best])
 

@@ -75,7 +75,7 @@ def nested_selections(worth: Worth) -> NestedSelections:
         judged = fold.sizes @ fold.judged / fold.sizes.sum()
         mean = weights @ judged / total
         spread += float(weights @ (judged - mean) ** 2 / total) / len(worth.folds)
-    order = _order(worth.values)
+    order = _order(worth.scores)
     held = np.cumsum(weights[order])
     counts = np.minimum(np.searchsorted(held, shares * total * (1 - 1e-12)) + 1, len(order))
     # Of a mean over so many of equally many; 1 / (effective number of samples).
@@ -85,13 +85,13 @@ def nested_selections(worth: Worth) -> NestedSelections:
     return NestedSelections(counts, held[counts - 1], by_block, worth.sizes, noise)
 
 
-def _order(worth: np.ndarray) -> np.ndarray:
-    return np.lexsort((np.arange(len(worth)), -worth))
+def _order(scores: np.ndarray) -> np.ndarray:
+    return np.lexsort((np.arange(len(scores)), -scores))
 
 
 def _best_means(fold: Fold, weights: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """[C, B'] mean alignment, per token, of the samples of greatest worth with each block."""
-    order = _order(fold.worth)
+    order = _order(fold.score)
     held = np.cumsum(weights[order])
     sums = np.cumsum(fold.judged[:, order] * weights[order], axis=1)
     last = np.minimum(np.searchsorted(held, shares * held[-1] * (1 - 1e-12)), len(order) - 1)

@@ -9,6 +9,11 @@ of the model, hashed apart. A score from (A, 1) is judged by the alignment in (B
 the four pairs that share neither. What repeats in the other half is worth something; noise does not
 repeat, wherever it comes from.
 
+With --contrast samples are chosen by the *excess* alignment, <g_i, g_val - g_pool>, g_pool being
+the mean unit gradient of the pool: any data takes the model along g_pool once the learning rate
+falls, and the validation gradient that is left then is the excess. What the best are worth is the
+alignment itself, in which g_pool counts.
+
 A score is shrunk before it is used (empirical Bayes): with x_i the alignment in one half, x_c the
 mean of its cluster c and x the mean of all,
 
@@ -32,7 +37,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.selection.evidence import Evidence
+from megatron_direct.selection.evidence import Evidence, mean_row
 from megatron_direct.selection.rows import row_blocks, unit_rows
 
 # Blocks of consecutive validation samples, each on one side of the split. More are a finer sample
@@ -63,11 +68,13 @@ def source_blocks(evidence: Evidence) -> np.ndarray:
 @dataclass(frozen=True, eq=False)
 class Alignments:
     """values: [2, B, N] twice the inner product, over one half of the coordinates, of each sample's
-    unit sketch with the mean unit sketch of a block; sizes: [B] validation samples of each block.
+    unit sketch with the mean unit sketch of a block; sizes: [B] validation samples of each block;
+    with_pool: [2, N] the same with the pool's mean unit sketch.
     """
 
     values: np.ndarray
     sizes: np.ndarray
+    with_pool: np.ndarray
 
     @property
     def in_first_half(self) -> np.ndarray:
@@ -104,12 +111,14 @@ def _measure(evidence: Evidence, seed: int) -> Alignments:
     in_first = first_coordinates(rows.shape[1], seed)
     valid = unit_rows(valid_rows)
     means = np.stack([valid[blocks == block].mean(0) for block in range(blocks.max() + 1)])
+    means = np.concatenate([means, mean_row(evidence, unit=True)[None]])
     local = np.empty((2, len(means), len(rows)))
     for block in row_blocks(len(rows)):
         unit = unit_rows(rows[block])
         for part, coordinates in enumerate((in_first, ~in_first)):
             local[part, :, block] = 2 * means[:, coordinates] @ unit[:, coordinates].T
-    return Alignments(evidence.share().known_to_all(local), np.bincount(blocks).astype(np.float64))
+    found = evidence.share().known_to_all(local)
+    return Alignments(found[:, :-1], np.bincount(blocks).astype(np.float64), found[:, -1])
 
 
 @dataclass(frozen=True)
@@ -126,10 +135,11 @@ class Reliability:
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """worth: [N] from one half of the evidence, shrunk; judged: [B', N] alignments with each block
-    of the other half; sizes: [B'] of these blocks; blocks: [B'] their numbers."""
+    """score: [N] by which samples are chosen, from one half of the evidence, shrunk; judged:
+    [B', N] alignments with each block of the other half; sizes: [B'] of these blocks; blocks: [B']
+    their numbers."""
 
-    worth: np.ndarray
+    score: np.ndarray
     judged: np.ndarray
     sizes: np.ndarray
     blocks: np.ndarray
@@ -137,10 +147,15 @@ class Fold:
 
 @dataclass(frozen=True, eq=False)
 class Worth:
-    """values: [N] from all evidence, shrunk; folds: what judges it; sizes: [B] validation samples
-    of each block; weights: [N] tokens; clusters: [N] numbers."""
+    """values: [N] alignments by all evidence, shrunk; scores: [N] the same in excess of the pool's,
+    by which samples are chosen (without --contrast, equal to values); sound: [N] bool, what may be
+    drawn at random: of positive worth, or with --contrast of a score above the mean; folds: what
+    judges it; sizes: [B] validation samples of each block; reliability: of the scores; weights:
+    [N] tokens; clusters: [N] numbers."""
 
     values: np.ndarray
+    scores: np.ndarray
+    sound: np.ndarray
     folds: tuple[Fold, ...]
     sizes: np.ndarray
     reliability: Reliability
@@ -148,21 +163,50 @@ class Worth:
     clusters: np.ndarray
 
 
-def estimate_worth(alignments: Alignments, clusters: np.ndarray, weights: np.ndarray) -> Worth:
+def estimate_worth(alignments: Alignments, clusters: np.ndarray, weights: np.ndarray, *,
+                   contrast: bool) -> Worth:
     """clusters: [N] numbers; weights: [N] tokens."""
+    plain = _scored(alignments, np.zeros_like(alignments.with_pool), clusters, weights)
+    scored = _scored(alignments, alignments.with_pool, clusters, weights) if contrast else plain
     half = alignments.in_first_half
-    pairs = [(part, blocks) for part in (0, 1) for blocks in (half, ~half)]
-    scores = [alignments.mean(part, blocks) for part, blocks in pairs]
-    others = [alignments.mean(1 - part, ~blocks) for part, blocks in pairs]
+    folds = tuple(
+        Fold(score, alignments.values[1 - part][~blocks], alignments.sizes[~blocks],
+             np.flatnonzero(~blocks))
+        for score, (part, blocks) in zip(scored.of_fold, _folds(half), strict=True))
+    least = 0.0
+    if contrast:  # less what rounding explains: where nothing repeats, all scores are their mean
+        least = float(weights @ scored.of_all / weights.sum()) - 1e-9 * float(
+            np.abs(scored.of_all).max())
+    return Worth(plain.of_all, scored.of_all, scored.of_all > least, folds, alignments.sizes,
+                 scored.reliability, weights, clusters)
+
+
+def _folds(half: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """(half of the coordinates, blocks [B] bool) that a score is found from."""
+    return [(part, blocks) for part in (0, 1) for blocks in (half, ~half)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    """of_fold: [N] from each part of the evidence, shrunk; of_all: [N] from all of it."""
+
+    of_fold: list[np.ndarray]
+    of_all: np.ndarray
+    reliability: Reliability
+
+
+def _scored(alignments: Alignments, less: np.ndarray, clusters: np.ndarray, weights: np.ndarray,
+            ) -> _Scored:
+    """By the alignments less ``less`` [2, N], by half of the coordinates."""
+    folds = _folds(alignments.in_first_half)
+    scores = [alignments.mean(part, blocks) - less[part] for part, blocks in folds]
+    others = [alignments.mean(1 - part, ~blocks) - less[1 - part] for part, blocks in folds]
     found = [_reliability(x, y, clusters, weights) for x, y in zip(scores, others, strict=True)]
     reliability = Reliability(float(np.mean([r.between for r in found])),
                               float(np.mean([r.within for r in found])))
-    folds = tuple(
-        Fold(_shrunk(x, clusters, weights, reliability), alignments.values[1 - part][~blocks],
-             alignments.sizes[~blocks], np.flatnonzero(~blocks))
-        for x, (part, blocks) in zip(scores, pairs, strict=True))
-    return Worth(_shrunk(np.mean(scores, axis=0), clusters, weights, reliability.of_both_halves()),
-                 folds, alignments.sizes, reliability, weights, clusters)
+    return _Scored([_shrunk(x, clusters, weights, reliability) for x in scores],
+                   _shrunk(np.mean(scores, axis=0), clusters, weights,
+                           reliability.of_both_halves()), reliability)
 
 
 def cross_fitted(worth: Worth, judge: Callable[[Fold], np.ndarray]) -> np.ndarray:

@@ -40,7 +40,8 @@ def case() -> Case:
 @pytest.mark.parametrize("name", [name for name in REGISTRY if name != "ceiling"])
 def test_takes_k_candidates_once_each_and_again_the_same(case, name):
     chosen = REGISTRY[name].take(case)[0]
-    sizes = {"stable-averaged": 0, "direct-half": N // 2, "direct-quarter": N // 4}
+    sizes = {"stable-averaged": 0, "direct-half": N // 2, "direct-quarter": N // 4,
+             "direct-contrast": N // 2}
     assert len(chosen) == (N if name.startswith("whole-pool") else sizes.get(name, K))
     assert np.array_equal(chosen, np.unique(chosen)) and set(chosen) <= set(range(N))
     assert np.array_equal(chosen, REGISTRY[name].take(case)[0])
@@ -114,6 +115,8 @@ def test_quotas_hold_in_the_arms_that_solve(case):
 
 @pytest.mark.parametrize(("name", "evidence", "settings"), [
     ("direct-onset", "onset", {}), ("direct-merged", "merged", {}),
+    ("direct-contrast", "onset", {"contrast": True, "weight_by_tokens": False,
+                                  "num_select": N // 2}),
     ("direct-unshrunk", "select", {"shrinkage_clusters": 0}),
     ("direct-unnormalized", "select", {"normalize_gradients": False}),
     ("direct-undrawn", "select", {"draw_unstable": False}),

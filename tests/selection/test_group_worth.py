@@ -66,7 +66,7 @@ def test_worths_written_out():
             continue
         judged = []
         for fold, (part, half) in zip(folds, sides, strict=True):
-            best = here[np.argsort(-fold.worth[here])[: number[group]]]
+            best = here[np.argsort(-fold.score[here])[: number[group]]]
             others = _unit(valid)[blocks % 2 != half].mean(0)
             alignments = 2 * _unit(rows)[best][:, ~part] @ others[~part]
             judged.append(np.average(alignments, weights=tokens[best]))

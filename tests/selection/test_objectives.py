@@ -122,7 +122,8 @@ def test_evidence_yields_just_the_terms_that_an_objective_needs(name):
 
 def test_terms_of_descent_written_out():
     known = evidence()
-    terms = OBJECTIVES["descent"].terms(SelectionConfig(step_size=0.5), known)
+    plain = SelectionConfig(step_size=0.5)
+    terms = OBJECTIVES["descent"].terms(plain, known)
     np.testing.assert_array_equal(terms.target, known.valid_rows.mean(0))
     assert terms.step_size == 0.5 / 5.0
     quadratic = make_objective("descent", terms, DIM, 10)
@@ -132,6 +133,56 @@ def test_terms_of_descent_written_out():
     predicted = 0.1 * mean @ terms.target - 0.5 * 0.1**2 * mean @ hessian @ mean
     # 1e-6: the target is a float32 mean.
     assert quadratic.value(10 * mean) == pytest.approx(predicted, rel=1e-6)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_target_in_contrast_is_the_excess_over_the_pool(normalize):
+    known = evidence()
+    target = OBJECTIVES["descent"].terms(SelectionConfig(
+        contrast=True, weight_by_tokens=False, normalize_gradients=normalize), known).target
+    rows, valid = known.rows.astype(float), known.valid_rows.astype(float)
+    lengths = np.linalg.norm(valid, axis=1)
+    if normalize:
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        valid = lengths.mean() * valid / lengths[:, None]
+        rows = lengths.mean() * rows
+    pool = rows.mean(0)
+    of_rows = pool
+    if normalize:  # treated rows are of the mean length of the pool's
+        of_rows = pool * np.linalg.norm(known.rows, axis=1).mean() / lengths.mean()
+    stiff = known.directions.sketches
+    hessian = stiff.T @ np.diag([5.0, 2.0, 1.0]) @ stiff
+    expected = valid.mean(0) - pool + hessian @ of_rows / 5.0
+    np.testing.assert_allclose(target, expected, rtol=1e-5, atol=1e-6)  # float32 rows
+
+
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_what_all_samples_share_decides_nothing_in_contrast(shift):
+    """A direction that is in every gradient, of pool and validation set alike, as any data has it
+    before the learning rate falls, changes no choice; without contrast it does."""
+    rng = np.random.default_rng(4)
+    known = evidence()
+    excess = known.valid_rows.mean(0) - known.rows.mean(0)
+    common = rng.standard_normal(known.rows.shape[1])
+    common -= excess * (common @ excess) / (excess @ excess)
+    common *= shift * np.linalg.norm(known.rows, axis=1).mean() / np.linalg.norm(common)
+    known = dataclasses.replace(known, directions=dataclasses.replace(
+        known.directions, eigenvalues=1e-9 * np.ones_like(known.directions.eigenvalues)))
+    # Of differing strength in the samples, which alone would rank them.
+    strength = rng.uniform(0.5, 1.5, len(known.rows))
+    strength += 1 - strength.mean()
+    moved = dataclasses.replace(
+        known, rows=(known.rows + np.outer(strength, common)).astype(np.float32),
+        valid_rows=(known.valid_rows + common).astype(np.float32))
+    flags = {"shrinkage_clusters": 0, "normalize_gradients": False, "step_size": 1e-6,
+             "weight_by_tokens": False}
+
+    def shared(contrast):
+        chosen = [select_by_sketches(SelectionConfig(contrast=contrast, **flags), of, 10,
+                                     seed=0)[0].indices for of in (known, moved)]
+        return len(np.intersect1d(*chosen)) / 10
+
+    assert shared(True) == 1 > shared(False)
 
 
 @pytest.mark.parametrize("largest", [0.0, -1.0])

@@ -93,6 +93,28 @@ def test_a_harmful_quarter_is_left_out(seed):
     assert "predicted gain over the whole pool +" in str(how_many)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_in_contrast_a_harmful_quarter_is_left_out_of_half(seed):
+    evidence, harms = made_up(seed, "harmful")
+    config = SelectionConfig(num_select=N // 2, contrast=True, weight_by_tokens=False)
+    assert harms[choose(config, evidence, seed, {}).selection.indices].mean() < 0.02
+
+
+def test_scores_in_contrast_are_less_the_alignment_with_the_pool():
+    evidence, _ = made_up(3)
+    alignments = measure_alignments(evidence, seed=5)
+    rows = evidence.rows / np.linalg.norm(evidence.rows, axis=1, keepdims=True)
+    first = first_coordinates(SIZE, 5)
+    for part, some in enumerate((first, ~first)):
+        expected = 2 * rows[:, some] @ rows[:, some].mean(0)
+        np.testing.assert_allclose(alignments.with_pool[part], expected, atol=1e-6)
+
+
+def test_weights_by_tokens_are_refused_in_contrast():
+    with pytest.raises(UserError, match="Add --no-weight-by-tokens"):
+        SelectionConfig(contrast=True)
+
+
 def test_nothing_to_gain_is_said():
     evidence, _ = made_up(0, "equal")
     selection, _, how_many = _auto(evidence, 0)

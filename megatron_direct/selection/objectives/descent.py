@@ -1,5 +1,8 @@
 """descent: eta <g_val, u> - eta^2 u.H u / 2 with u = F w / K, the decrease of the validation loss
 that its quadratic model predicts for a step -eta u. So b = eta g_val / K, scale = -(eta / K)^2.
+With --contrast g_val is what it has in excess of the pool's mean gradient m, which stands for the
+gradient behind an annealing over the pool (evidence.py); what bends the loss from there on is
+u - m, and J = eta <g_val - m, u> - eta^2 (u - m).H (u - m) / 2, but for a constant.
 
 Negative eigenvalues of H count as zero: a quadratic model that falls without end in some direction
 is not to be trusted there. Concave, so that a duality gap certifies the relaxation. The curvature
@@ -12,7 +15,12 @@ import numpy as np
 
 from megatron_direct.errors import UserError
 from megatron_direct.selection.checks import checked_finite, checked_step_size, checked_vector
-from megatron_direct.selection.evidence import Evidence
+from megatron_direct.selection.evidence import (
+    Evidence,
+    excess_gradient,
+    mean_length,
+    mean_row,
+)
 from megatron_direct.selection.objectives.objective import Objective, Terms, TermSettings
 from megatron_direct.selection.objectives.quadratic import Diagonal, LowRank, Quadratic
 
@@ -32,11 +40,22 @@ def _terms(settings: TermSettings, evidence: Evidence) -> Terms:
             "--objective descent measures --step-size in units of 1 / lambda_max, but the largest "
             f"computed eigenvalue of the curvature is {largest:g}. Choose another "
             "--curvature, or --objective flat-energy.")
-    return Terms(
-        target=evidence.valid_rows.mean(0),
-        curvature=LowRank(directions.eigenvalues, directions.sketches),
-        step_size=settings.step_size / largest,
-    )
+    step = settings.step_size / largest
+    target = _in_contrast(step, settings.normalize_gradients, evidence) if settings.contrast \
+        else evidence.valid_rows.mean(0)
+    return Terms(target=target, curvature=LowRank(directions.eigenvalues, directions.sketches),
+                 step_size=step)
+
+
+def _in_contrast(step: float, normalize: bool, evidence: Evidence) -> np.ndarray:
+    """The excess, and the linear part of (u - m).H (u - m), as in the module's docstring."""
+    directions = evidence.directions
+    mean = mean_row(evidence, unit=normalize)
+    if normalize:  # as treated rows are: of the mean length of the pool's
+        mean = mean * mean_length(evidence)
+    values = np.maximum(directions.eigenvalues, 0.0)
+    curved = (values * (directions.sketches @ mean)) @ directions.sketches
+    return excess_gradient(evidence, unit=normalize) + step * curved
 
 
 def _checked_curvature(

@@ -22,6 +22,12 @@ class TermSettings(Protocol):
     @property
     def step_size(self) -> float: ...
 
+    @property
+    def contrast(self) -> bool: ...
+
+    @property
+    def normalize_gradients(self) -> bool: ...
+
 
 @dataclass(frozen=True, eq=False)
 class Terms:
