@@ -23,6 +23,7 @@ from megatron_direct.selection.choice import choose
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, flat_rows
 from megatron_direct.selection.problem import Selection
+from megatron_direct.selection.rows import row_lengths
 from megatron_direct.steps.decay import Recipe
 
 
@@ -166,7 +167,7 @@ def _perplexity_high(case: Case) -> np.ndarray:
 
 @arm("gradient-norm", "largest gradient", ("onset",))
 def _gradient_norm(case: Case) -> np.ndarray:
-    return case.largest(_norms(case.evidence["onset"].rows))
+    return case.largest(row_lengths(case.evidence["onset"].rows))
 
 
 @arm("gradient-dot", "largest inner product with the mean validation gradient", ("onset",))
@@ -176,7 +177,7 @@ def _gradient_dot(case: Case) -> np.ndarray:
 
 @arm("gradient-cosine", "largest cosine with the mean validation gradient", ("onset",))
 def _gradient_cosine(case: Case) -> np.ndarray:
-    return case.largest(_dots(case.evidence["onset"]) / _norms(case.evidence["onset"].rows))
+    return case.largest(_dots(case.evidence["onset"]) / row_lengths(case.evidence["onset"].rows))
 
 
 @arm("gradient-dot-adam", "the same inner product under Adam's scaling (as in LESS)",
@@ -245,8 +246,7 @@ def _alignment(case: Case) -> Selection:
      "checkpoint", ("onset",))
 def _descent(case: Case) -> Selection:
     return case.solve(case.evidence["onset"], objective="descent", normalize_gradients=False,
-                      weight_by_tokens=False, contrast=False,
-                      shrinkage_clusters=0)
+                      weight_by_tokens=False, contrast=False, shrinkage_clusters=0)
 
 
 def in_proportions(case: Case, allowed: np.ndarray) -> np.ndarray:
@@ -284,7 +284,3 @@ def matched(case: Case, chosen: np.ndarray, num_bins: int = 8) -> np.ndarray:
 
 def _dots(evidence: Evidence) -> np.ndarray:
     return evidence.rows.astype(np.float64) @ evidence.valid_rows.astype(np.float64).mean(0)
-
-
-def _norms(rows: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.einsum("nk,nk->n", rows, rows, dtype=np.float64))

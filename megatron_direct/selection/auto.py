@@ -19,6 +19,7 @@ from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.treatment import CostRange, select_by_sketches
 from megatron_direct.selection.worth import (
     Worth,
+    alignments_with_pool,
     cluster_numbers,
     estimate_worth,
     measure_alignments,
@@ -82,7 +83,8 @@ def worth_of(config: SelectionConfig, evidence: Evidence, seed: int) -> Worth:
     return estimate_worth(measure_alignments(evidence, seed),
                           cluster_numbers(config, evidence, seed),
                           evidence.share().known_to_all(evidence.labels),
-                          contrast=config.contrast)
+                          with_pool=alignments_with_pool(evidence, seed)
+                          if config.contrast else None)
 
 
 def select_auto(config: SelectionConfig, evidence: Evidence, worth: Worth, seed: int,

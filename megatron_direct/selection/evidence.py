@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.errors import UserError
-from megatron_direct.selection.rows import row_blocks, unit_rows
+from megatron_direct.selection.rows import row_blocks, row_lengths, unit_rows
 from megatron_direct.selection.share import AllReduceSum, Share
 from megatron_direct.selection.shrinkage import Partition, find_clusters
 
@@ -99,19 +99,18 @@ def mean_row(evidence: Evidence, *, unit: bool) -> np.ndarray:
 
 
 def _mean_row(evidence: Evidence, unit: bool) -> np.ndarray:
-    total = np.zeros(evidence.rows.shape[1])
-    for block in row_blocks(len(evidence.rows)):
-        some = evidence.rows[block]
-        total += (unit_rows(some) if unit else some.astype(np.float64)).sum(0)
-    share = evidence.share()
-    return share.summed(total) / share.num_samples
+    weights = np.ones(len(evidence.rows))
+    if unit:
+        lengths = row_lengths(evidence.rows)
+        weights = np.divide(weights, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+    everyone, share = Partition(np.zeros(len(weights), dtype=np.int64), 1), evidence.share()
+    return share.summed(everyone.sums(evidence.rows, weights))[0] / share.num_samples
 
 
 def mean_length(evidence: Evidence) -> float:
     """Of the candidates' rows of all ranks; all ranks call this."""
-    lengths = np.sqrt(np.einsum("nk,nk->n", evidence.rows, evidence.rows, dtype=np.float64))
-    total, = evidence.share().summed(np.array([lengths.sum()]))
-    return float(total) / evidence.share().num_samples
+    share = evidence.share()
+    return float(share.summed(np.array([row_lengths(evidence.rows).sum()]))[0]) / share.num_samples
 
 
 def excess_gradient(evidence: Evidence, *, unit: bool) -> np.ndarray:
@@ -125,7 +124,7 @@ def excess_gradient(evidence: Evidence, *, unit: bool) -> np.ndarray:
     pool = mean_row(evidence, unit=unit)
     if not unit:
         return evidence.valid_rows.mean(0) - pool
-    length = np.linalg.norm(evidence.valid_rows, axis=1).mean()
+    length = row_lengths(evidence.valid_rows).mean()
     return length * (unit_rows(evidence.valid_rows).mean(0) - pool)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import scipy.stats
 
 from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.rows import row_blocks, unit_rows
+from megatron_direct.selection.rows import row_blocks, row_lengths, unit_rows
 from megatron_direct.selection.shrinkage import Partition
 from megatron_direct.selection.worth import Alignments, Worth, cross_fitted, mean_over_blocks
 
@@ -85,7 +85,7 @@ def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def typical_samples(evidence: Evidence, groups: Partition, count: int) -> list[np.ndarray]:
     """Of each group the candidates nearest to its mean, nearest first; all ranks call this."""
     share = evidence.share()
-    lengths = np.sqrt(np.einsum("nk,nk->n", evidence.rows, evidence.rows, dtype=np.float64))
+    lengths = row_lengths(evidence.rows)
     inverse = np.divide(1.0, lengths, out=np.zeros(len(lengths)), where=lengths > 0)
     centers = share.summed(groups.sums(evidence.rows, inverse))  # mean directions, but for length
     nearness = np.empty(len(evidence.rows))

@@ -26,6 +26,11 @@ def row_blocks(count: int) -> Iterator[slice]:
     return (slice(start, start + _BLOCK) for start in range(0, count, _BLOCK))
 
 
+def row_lengths(rows: np.ndarray) -> np.ndarray:
+    """[n] float64 lengths of rows [n, k], without a copy of them."""
+    return np.sqrt(np.einsum("nk,nk->n", rows, rows, dtype=np.float64))
+
+
 def unit_rows(rows: np.ndarray) -> np.ndarray:
     """float64 rows of length 1; a row of zeros stays one."""
     rows = rows.astype(np.float64)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_direct.selection.rows import row_blocks
+from megatron_direct.selection.rows import row_blocks, row_lengths
 from megatron_direct.selection.share import STRETCH, Share
 
 _KMEANS_ROUNDS = 30
@@ -93,7 +93,7 @@ def _kmeans(unit: np.ndarray, count: int, share: Share, rng: np.random.Generator
     """
     if count == 1:
         return Partition(np.zeros(len(unit), dtype=np.int64), 1)
-    lengths = np.sqrt(np.einsum("nk,nk->n", unit, unit, dtype=np.float64))
+    lengths = row_lengths(unit)
     for block in row_blocks(len(unit)):
         unit[block] /= np.where(lengths[block] > 0, lengths[block], 1.0)[:, None]
     centers = _drawn(unit, (lengths > 0).astype(np.float64), share, rng)[None]

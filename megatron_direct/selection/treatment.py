@@ -21,7 +21,7 @@ from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, flat_rows, stiff_costs
 from megatron_direct.selection.objectives import find_objective
 from megatron_direct.selection.problem import Selection
-from megatron_direct.selection.rows import row_blocks
+from megatron_direct.selection.rows import row_blocks, row_lengths
 from megatron_direct.selection.share import Share
 from megatron_direct.selection.shrinkage import shrink
 from megatron_direct.selection.solver import solve_selection
@@ -80,7 +80,7 @@ def _treated(
     config: SelectionConfig, evidence: Evidence, share: Share, seed: int
 ) -> np.ndarray:
     labels = evidence.labels.astype(np.float64)
-    lengths = np.sqrt(np.einsum("nk,nk->n", evidence.rows, evidence.rows, dtype=np.float64))
+    lengths = row_lengths(evidence.rows)
     total_length, total_labels = share.summed(np.array([lengths.sum(), labels.sum()]))
     mean_length, mean_labels = total_length / share.num_samples, total_labels / share.num_samples
     weights = labels / mean_labels if config.weight_by_tokens else np.ones(len(labels))

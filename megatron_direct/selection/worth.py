@@ -68,13 +68,11 @@ def source_blocks(evidence: Evidence) -> np.ndarray:
 @dataclass(frozen=True, eq=False)
 class Alignments:
     """values: [2, B, N] twice the inner product, over one half of the coordinates, of each sample's
-    unit sketch with the mean unit sketch of a block; sizes: [B] validation samples of each block;
-    with_pool: [2, N] the same with the pool's mean unit sketch.
+    unit sketch with the mean unit sketch of a block; sizes: [B] validation samples of each block.
     """
 
     values: np.ndarray
     sizes: np.ndarray
-    with_pool: np.ndarray
 
     @property
     def in_first_half(self) -> np.ndarray:
@@ -107,18 +105,26 @@ def measure_alignments(evidence: Evidence, seed: int) -> Alignments:
 
 
 def _measure(evidence: Evidence, seed: int) -> Alignments:
-    rows, valid_rows, blocks = evidence.rows, evidence.valid_rows, source_blocks(evidence)
-    in_first = first_coordinates(rows.shape[1], seed)
-    valid = unit_rows(valid_rows)
+    valid, blocks = unit_rows(evidence.valid_rows), source_blocks(evidence)
     means = np.stack([valid[blocks == block].mean(0) for block in range(blocks.max() + 1)])
-    means = np.concatenate([means, mean_row(evidence, unit=True)[None]])
+    return Alignments(_aligned(evidence, means, seed), np.bincount(blocks).astype(np.float64))
+
+
+def alignments_with_pool(evidence: Evidence, seed: int) -> np.ndarray:
+    """[2, N] as :class:`Alignments`, with the mean unit sketch of the pool; all ranks call this."""
+    return _aligned(evidence, mean_row(evidence, unit=True)[None], seed)[:, 0]
+
+
+def _aligned(evidence: Evidence, means: np.ndarray, seed: int) -> np.ndarray:
+    """[2, m, N] with each of means [m, k], by half of the coordinates, on every rank."""
+    rows = evidence.rows
+    in_first = first_coordinates(rows.shape[1], seed)
     local = np.empty((2, len(means), len(rows)))
     for block in row_blocks(len(rows)):
         unit = unit_rows(rows[block])
         for part, coordinates in enumerate((in_first, ~in_first)):
             local[part, :, block] = 2 * means[:, coordinates] @ unit[:, coordinates].T
-    found = evidence.share().known_to_all(local)
-    return Alignments(found[:, :-1], np.bincount(blocks).astype(np.float64), found[:, -1])
+    return evidence.share().known_to_all(local)
 
 
 @dataclass(frozen=True)
@@ -164,17 +170,19 @@ class Worth:
 
 
 def estimate_worth(alignments: Alignments, clusters: np.ndarray, weights: np.ndarray, *,
-                   contrast: bool) -> Worth:
-    """clusters: [N] numbers; weights: [N] tokens."""
-    plain = _scored(alignments, np.zeros_like(alignments.with_pool), clusters, weights)
-    scored = _scored(alignments, alignments.with_pool, clusters, weights) if contrast else plain
+                   with_pool: np.ndarray | None) -> Worth:
+    """clusters: [N] numbers; weights: [N] tokens; with_pool: [2, N] what scores are in excess of,
+    None without --contrast."""
+    plain = _scored(alignments, np.zeros(2), clusters, weights)
+    scored = plain if with_pool is None else _scored(alignments, with_pool, clusters, weights)
     half = alignments.in_first_half
     folds = tuple(
         Fold(score, alignments.values[1 - part][~blocks], alignments.sizes[~blocks],
              np.flatnonzero(~blocks))
         for score, (part, blocks) in zip(scored.of_fold, _folds(half), strict=True))
     least = 0.0
-    if contrast:  # less what rounding explains: where nothing repeats, all scores are their mean
+    if with_pool is not None:
+        # Less what rounding explains: where nothing repeats, all scores are their mean.
         least = float(weights @ scored.of_all / weights.sum()) - 1e-9 * float(
             np.abs(scored.of_all).max())
     return Worth(plain.of_all, scored.of_all, scored.of_all > least, folds, alignments.sizes,
@@ -197,7 +205,7 @@ class _Scored:
 
 def _scored(alignments: Alignments, less: np.ndarray, clusters: np.ndarray, weights: np.ndarray,
             ) -> _Scored:
-    """By the alignments less ``less`` [2, N], by half of the coordinates."""
+    """By the alignments less ``less`` [2] or [2, N], by half of the coordinates."""
     folds = _folds(alignments.in_first_half)
     scores = [alignments.mean(part, blocks) - less[part] for part, blocks in folds]
     others = [alignments.mean(1 - part, ~blocks) - less[1 - part] for part, blocks in folds]

@@ -122,8 +122,7 @@ def test_evidence_yields_just_the_terms_that_an_objective_needs(name):
 
 def test_terms_of_descent_written_out():
     known = evidence()
-    plain = SelectionConfig(step_size=0.5)
-    terms = OBJECTIVES["descent"].terms(plain, known)
+    terms = OBJECTIVES["descent"].terms(SelectionConfig(step_size=0.5), known)
     np.testing.assert_array_equal(terms.target, known.valid_rows.mean(0))
     assert terms.step_size == 0.5 / 5.0
     quadratic = make_objective("descent", terms, DIM, 10)

@@ -22,6 +22,7 @@ from megatron_direct.selection.how_many import (
 )
 from megatron_direct.selection.stability import halves, stability
 from megatron_direct.selection.worth import (
+    alignments_with_pool,
     cluster_numbers,
     first_coordinates,
     measure_alignments,
@@ -102,12 +103,12 @@ def test_in_contrast_a_harmful_quarter_is_left_out_of_half(seed):
 
 def test_scores_in_contrast_are_less_the_alignment_with_the_pool():
     evidence, _ = made_up(3)
-    alignments = measure_alignments(evidence, seed=5)
+    with_pool = alignments_with_pool(evidence, seed=5)
     rows = evidence.rows / np.linalg.norm(evidence.rows, axis=1, keepdims=True)
     first = first_coordinates(SIZE, 5)
     for part, some in enumerate((first, ~first)):
         expected = 2 * rows[:, some] @ rows[:, some].mean(0)
-        np.testing.assert_allclose(alignments.with_pool[part], expected, atol=1e-6)
+        np.testing.assert_allclose(with_pool[part], expected, atol=1e-6)
 
 
 def test_weights_by_tokens_are_refused_in_contrast():
