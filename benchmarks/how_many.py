@@ -29,12 +29,8 @@ from megatron_direct.comparison.arms import Case
 from megatron_direct.comparison.measurements import Setting, measured_case
 from megatron_direct.comparison.rivals import AVERAGED, CONSTANT_AVERAGED
 from megatron_direct.comparison.run_results import mean_test_loss
-from megatron_direct.selection.auto import worth_of
+from megatron_direct.selection.auto import settle, worth_of
 from megatron_direct.selection.baselines import random_selection
-from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.how_many import Values, best_selection, nested_selections
-from megatron_direct.selection.stability import halves
-from megatron_direct.selection.worth import cluster_numbers
 
 LENGTHS = (0.33, 1.0, 0.1, 3.0)  # T / P
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # K / N
@@ -88,25 +84,9 @@ def choose(case: Case, cell: Cell) -> np.ndarray:
         return random_selection(np.arange(len(case.losses)), count, case.seed)
     if cell.choice == "worth":
         return case.largest(worth_of(case.config, evidence, case.seed).values)
-    chosen = case.solve(evidence).indices
-    return _drawn(case, evidence, chosen) if cell.choice == "drawn" else chosen
-
-
-def _drawn(case: Case, evidence: Evidence, chosen: np.ndarray) -> np.ndarray:
-    """As many of each cluster: those that both halves of the evidence select, too, and for the
-    others samples of positive worth at random."""
-    clusters = cluster_numbers(case.config, evidence, case.seed)
-    first, second = halves(case.config, evidence, len(chosen), case.seed)
-    worth = worth_of(case.config, evidence, case.seed).values
-    taken = np.zeros(len(worth), dtype=bool)
-    taken[chosen] = True
-    kept = taken & first & second
-    result = [np.flatnonzero(kept)]
-    for cluster in np.unique(clusters):
-        here = clusters == cluster
-        free = np.flatnonzero(here & ~kept & ((worth > 0) | taken))
-        result.append(case.rng.choice(free, int((taken & here & ~kept).sum()), replace=False))
-    return np.sort(np.concatenate(result))
+    if cell.choice == "drawn":
+        return case.select(evidence, num_select=count).indices
+    return case.solve(evidence).indices
 
 
 class Calibration(Study):
@@ -141,9 +121,11 @@ class Calibration(Study):
             if not set(SHARES) <= set(found):
                 continue
             case = self._case(name, seed)[1]
-            nested = nested_selections(worth_of(case.config, case.evidence["select"], seed))
-            number = best_selection(Values.of(nested, length * nested.tokens[-1]))
-            share, known = nested.counts[number] / nested.counts[-1], sorted(found)
+            evidence = case.evidence["select"]
+            worth = worth_of(case.config, evidence, seed)
+            settled = settle(case.config, evidence, worth, round(length * worth.weights.sum()),
+                             seed)
+            share, known = settled.num_select / len(worth.values), sorted(found)
             auto = float(np.interp(np.log(share), np.log(known), [found[s] for s in known]))
             whole = found[1.0]
             print(f"| {name} | {length:g} | {seed} |", *(

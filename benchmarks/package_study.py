@@ -62,13 +62,14 @@ SETTINGS = {
     "shifted": Setting({"prose": 0.09, "python": 0.91}, target=("prose",)),
     "long": Setting({"prose": 0.5, "python": 0.5}, length=1.0),
 }
-# What is run first, of all seeds, before the next: the default with and without its pilot, what it
-# has to beat, and averages; what else the default decides; other rivals; how much there is to gain.
+# What is run first, of all seeds, before the next: the default, also without contrast, what it has
+# to beat, and averages; what else the default decides; other rivals; how much there is to gain.
 FIRST = ("random", "whole-pool", "perplexity-middle", "ngrams", "gradient-cosine", "direct",
-         "direct-onset", "direct-contrast", "stable-averaged", "random-averaged",
-         "whole-pool-averaged", "direct-averaged")
-DECISIONS = ("direct-merged", "direct-half", "direct-quarter", "direct-unshrunk",
-             "direct-unnormalized", "direct-undrawn")
+         "direct-plain", "stable-averaged", "random-averaged", "whole-pool-averaged",
+         "direct-averaged")
+DECISIONS = ("direct-pilot", "direct-plain-pilot", "direct-merged", "direct-ungrouped",
+             "direct-half", "direct-quarter", "direct-unshrunk", "direct-unnormalized",
+             "direct-undrawn")
 RIVALS = ("domain", "oracle", "flat-energy", "direct-share", "direct-proxy", "influence",
           "redundancy-draw", "random-constant-averaged", "whole-pool-constant-averaged",
           "direct-constant-averaged", "random-moderate-averaged", "direct-moderate-averaged")

@@ -28,7 +28,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FOREIGN_FLAGS = {
     # Megatron-LM: how its checkpoints, blends and schedule go together with masks.
     "--data-cache-path", "--dist-ckpt-optim-fully-reshardable", "--finetune",
-    "--lr-decay-samples", "--lr-decay-style",
+    "--lr-decay-samples", "--lr-decay-style", "--override-opt-param-scheduler",
     "--lr-wsd-decay-samples", "--no-bias-gelu-fusion", "--override-opt_param-scheduler",
     "--dataloader-defer-npy-index-mmap", "--dataloader-fast-cache-load",
     "--dataloader-inter-document-masking", "--hybrid-override-pattern",

@@ -191,7 +191,8 @@ def _direct(case: Case) -> Selection:
     return case.select(case.evidence["select"])
 
 
-@arm("pilot-dot", "largest inner product with the mean validation gradient, after the pilot",
+@arm("pilot-dot", "largest inner product with the mean validation gradient, where direct takes "
+     "gradients",
      ("select",))
 def _pilot_dot(case: Case) -> np.ndarray:
     return case.largest(_dots(case.evidence["select"]))

@@ -113,6 +113,10 @@ class Setting:
         return self.folder / "arms" / arm / str(seed)
 
 
+# Of the arms that take gradients after a pilot where the flags name none.
+PILOT_ITERS = 20
+
+
 def _at_onset(settings: MeasureSettings) -> MeasureSettings:
     """At the checkpoint itself, with the directions that the sketches alone yield: as the authors
     of the paper compute them."""
@@ -120,6 +124,11 @@ def _at_onset(settings: MeasureSettings) -> MeasureSettings:
         PilotConfig(at="checkpoint", pilot_iters=0),
         dataclasses.replace(settings.sketch, precondition="none"),
         dataclasses.replace(settings.curvature, curvature=SKETCHED_FISHER))
+
+
+def _after_pilot(settings: MeasureSettings) -> MeasureSettings:
+    pilot = settings.pilot if settings.pilot.has_pilot else PilotConfig(pilot_iters=PILOT_ITERS)
+    return dataclasses.replace(settings, pilot=pilot)
 
 
 def _at_average(settings: MeasureSettings) -> MeasureSettings:
@@ -151,11 +160,13 @@ class Measurement:
 
 # onset: sketches at the checkpoint, where others propose to take gradients, and directions from
 # them; adam-sketches: those scaled by Adam's moments; select: what `select` measures with the flags
-# given, after a pilot if they ask for one; proxy: the same on the smaller model.
+# given; pilot: the same after a pilot; proxy: on the smaller model.
 MEASUREMENTS = {
     "onset": Measurement(_at_onset),
     "adam-sketches": Measurement(_with_adam),
-    "select": Measurement(lambda settings: settings),
+    "select": Measurement(lambda settings: dataclasses.replace(
+        settings, pilot=settings.pilot.in_one_spelling())),
+    "pilot": Measurement(_after_pilot),
     "merged": Measurement(_at_average),
     "proxy": Measurement(_of_proxy, lambda setting: setting.proxy),
 }

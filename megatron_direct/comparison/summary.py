@@ -27,7 +27,7 @@ RIVALS = ("perplexity-low", "perplexity-middle", "perplexity-high", "gradient-no
           "gradient-dot", "gradient-cosine", "gradient-dot-adam", "ngrams", "redundancy-draw",
           "influence", "influence-select")
 # What the default is compared with beside its rivals: what could be had, and what it is made of.
-YARDSTICKS = ("oracle", "domain", "whole-pool", "random-matched", "direct-onset",
+YARDSTICKS = ("oracle", "domain", "whole-pool", "random-matched", "direct-plain",
               "direct-unshrunk")
 # Averages: the default's selection, and what the same recipe makes of others, or no annealing.
 AVERAGES = tuple((f"direct{recipe}", (f"random{recipe}", f"whole-pool{recipe}", "stable-averaged"))

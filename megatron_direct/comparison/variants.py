@@ -6,18 +6,31 @@ from __future__ import annotations
 from megatron_direct.comparison.arms import Case, arm
 from megatron_direct.selection.problem import Selection
 
-
-@arm("direct-onset", "the same objective with gradients and directions at the checkpoint, without "
-     "a pilot", ("onset",))
-def _at_the_checkpoint(case: Case) -> Selection:
-    return case.select(case.evidence["onset"])
+# What the mean validation gradient itself says: the default before --contrast.
+_PLAIN = {"contrast": False, "weight_by_tokens": True}
 
 
-@arm("direct-contrast", "half of the pool by the validation gradient's excess over the pool's, at "
-     "the checkpoint (--contrast --no-weight-by-tokens --pilot-iters 0)", ("onset",))
-def _in_contrast(case: Case) -> Selection:
-    return case.select(case.evidence["onset"], contrast=True, weight_by_tokens=False,
-                       num_select=max(1, len(case.losses) // 2))
+@arm("direct-pilot", "direct with gradients and directions after a pilot annealing (--pilot-iters "
+     "20, if the flags name no other)", ("pilot",))
+def _after_a_pilot(case: Case) -> Selection:
+    return case.select(case.evidence["pilot"])
+
+
+@arm("direct-plain", "direct by the mean validation gradient itself, samples weighted by tokens "
+     "(--no-contrast --weight-by-tokens)", ("select",))
+def _plain(case: Case) -> Selection:
+    return case.select(case.evidence["select"], **_PLAIN)
+
+
+@arm("direct-plain-pilot", "direct-plain after a pilot annealing", ("pilot",))
+def _plain_after_a_pilot(case: Case) -> Selection:
+    return case.select(case.evidence["pilot"], **_PLAIN)
+
+
+@arm("direct-ungrouped", "direct for the mean of the validation set alone, whatever part of it "
+     "loses (--valid-clusters 0)", ("select",))
+def _ungrouped(case: Case) -> Selection:
+    return case.select(case.evidence["select"], valid_clusters=0)
 
 
 @arm("direct-merged", "direct with gradients at the average of the training's last states "

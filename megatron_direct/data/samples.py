@@ -247,13 +247,14 @@ def micro_batches(num_labels: np.ndarray, samples: np.ndarray, limits: MicroBatc
 
     A stretch of the samples at a time is sorted by length, then by number: so nothing is ever as
     long as the list, and samples that are computed at one time lie near one another on the disk.
-    Every other stretch is sorted the other way round, so that lengths do not jump between two.
+    The first begins with the longest, so that a pass that does not fit into memory fails at once;
+    every other one is sorted the other way round, so that lengths do not jump between two.
     """
     stretch = max(1, _STRETCH // limits.samples) * limits.samples
     for number, start in enumerate(range(0, len(samples), stretch)):
         here = samples[start: start + stretch]
         order = here[np.lexsort((here, num_labels[here]))]
-        if number % 2:
+        if number % 2 == 0:
             order = order[::-1]
         yield from _cut(order, num_labels, limits)
 

@@ -102,7 +102,7 @@ class _MultiStorage:
 
         try:
             self._package = MultiStorageClientFeature.import_package()
-        except ImportError:
+        except (ImportError, RuntimeError):  # the latter is Megatron's own
             raise UserError("msc:// prefixes are read with the package multi-storage-client. "
                             "Install it.") from None
 

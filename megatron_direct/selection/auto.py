@@ -14,10 +14,17 @@ import numpy as np
 from megatron_direct.errors import UserError
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, stiff_costs
-from megatron_direct.selection.how_many import Gain, Values, best_selection, nested_selections
+from megatron_direct.selection.how_many import (
+    Gain,
+    Values,
+    best_selection,
+    nested_selections,
+    shares_of,
+)
 from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.treatment import CostRange, select_by_sketches
 from megatron_direct.selection.worth import (
+    Alignments,
     Worth,
     alignments_with_pool,
     cluster_numbers,
@@ -63,7 +70,7 @@ class HowMany:
             *lines,
             f"  a token of the selection is worth {self.worth_of_selection:.4f}; with repetition "
             f"and variety counted, predicted gain over the whole pool {_in_words(self.over_pool)}, "
-            f"over as many samples at random {_in_words(self.over_random)} (99 % intervals)"])
+            f"over as many samples at random {_in_words(self.over_random)} (99.9 % intervals)"])
 
 
 def _in_words(gain: Gain) -> str:
@@ -80,11 +87,44 @@ def worth_of(config: SelectionConfig, evidence: Evidence, seed: int) -> Worth:
             f"--num-select auto judges scores from one half of the validation set by the other: "
             f"{len(evidence.valid_rows)} samples are too few for that, it takes {FEWEST_VALID}. "
             "Give more validation data, or a number of samples to select.")
-    return estimate_worth(measure_alignments(evidence, seed),
-                          cluster_numbers(config, evidence, seed),
-                          evidence.share().known_to_all(evidence.labels),
-                          with_pool=alignments_with_pool(evidence, seed)
-                          if config.contrast else None)
+    return _worth_by(config, evidence, measure_alignments(evidence, seed), seed)
+
+
+def _worth_by(config: SelectionConfig, evidence: Evidence, alignments: Alignments, seed: int,
+              ) -> Worth:
+    return estimate_worth(alignments, cluster_numbers(config, evidence, seed),
+                          evidence.share().known_to_all(evidence.labels))
+
+
+def _worth_chosen_by(config: SelectionConfig, evidence: Evidence, worth: Worth, seed: int,
+                     ) -> Worth:
+    """By what the objective chooses: in contrast, the excess over the pool."""
+    if not config.is_in_contrast:
+        return worth
+    return _worth_by(config, evidence, measure_alignments(evidence, seed).in_excess_of(
+        alignments_with_pool(evidence, seed)), seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """values: of the selections that are looked at; best: the number of the one that is taken;
+    chosen_by: the worth by what the objective chooses by."""
+
+    values: Values
+    best: int
+    chosen_by: Worth
+
+    @property
+    def num_select(self) -> int:
+        return int(self.values.found.counts[self.best])
+
+
+def settle(config: SelectionConfig, evidence: Evidence, worth: Worth, annealing_tokens: int,
+           seed: int) -> Settled:
+    """How many samples; all ranks call this."""
+    chosen_by, shares = _worth_chosen_by(config, evidence, worth, seed), shares_of(worth)
+    values = Values.of(nested_selections(worth, shares), annealing_tokens)
+    return Settled(values, best_selection(values, nested_selections(chosen_by, shares)), chosen_by)
 
 
 def select_auto(config: SelectionConfig, evidence: Evidence, worth: Worth, seed: int,
@@ -92,12 +132,12 @@ def select_auto(config: SelectionConfig, evidence: Evidence, worth: Worth, seed:
     """(selection, what so many of all samples cost, why so many); all ranks call this."""
     pool_tokens = int(worth.weights.sum())
     annealing_tokens = config.anneal_tokens or pool_tokens
-    values = Values.of(nested_selections(worth), annealing_tokens)
-    found, best = values.found, best_selection(values)
-    count = int(found.counts[best])
+    settled = settle(config, evidence, worth, annealing_tokens, seed)
+    values, best = settled.values, settled.best
+    found, count = values.found, settled.num_select
     # Where the pool's own direction is taken out, what harms is the last to be chosen anyway.
     allowed = worth.values > 0
-    if config.contrast or count > allowed.sum():
+    if config.is_in_contrast or count > allowed.sum():
         allowed = np.ones(len(allowed), dtype=bool)
     selection, _ = select_by_sketches(config, evidence.of(allowed), count, seed)
     selection = dataclasses.replace(selection,
@@ -109,5 +149,5 @@ def select_auto(config: SelectionConfig, evidence: Evidence, worth: Worth, seed:
         num_candidates=len(allowed), num_harmful=int((worth.values < 0).sum()),
         num_select=count, worth_of_pool=float(found.worth[-1]),
         worth_of_selection=float(found.worth[best]), over_pool=values.over_pool(best),
-        over_random=values.over_random(best), repeats_between=worth.reliability.between,
-        repeats_within=worth.reliability.within)
+        over_random=values.over_random(best), repeats_between=settled.chosen_by.reliability.between,
+        repeats_within=settled.chosen_by.reliability.within)

@@ -2,7 +2,7 @@
 
 The objective has its say first. Then the selection is made again from each half of the evidence
 (stability.py). What all three select is kept; of the others, as many as there were are drawn at
-random within their clusters from samples that are sound (worth.py), since another validation set
+random within their clusters from samples that are sound, since another validation set
 of the same kind, or another seed, would have selected others. Where a budget or quotas limit the
 selection, it stays as it was solved.
 
@@ -24,7 +24,8 @@ from megatron_direct.selection.evidence import Evidence, stiff_costs
 from megatron_direct.selection.objectives import OBJECTIVES
 from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.stability import Stability, halves, stability
-from megatron_direct.selection.treatment import CostRange, select_by_sketches
+from megatron_direct.selection.treatment import CostRange, linear_scores, select_by_sketches
+from megatron_direct.selection.worth import Worth
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,9 @@ def choose(config: SelectionConfig, evidence: Evidence, seed: int, limits: Mappi
     chosen[solved.indices] = True
     if config.draw_unstable:
         indices = np.flatnonzero(drawn_within(
-            chosen, chosen & first & second, chosen | worth.sound, worth.clusters, seed))
+            chosen, chosen & first & second,
+            chosen | _sound(config, evidence, worth, len(solved.indices), seed), worth.clusters,
+            seed))
         solved = dataclasses.replace(solved, indices=indices,
                                      stiff_cost=evidence.share().from_leader(
                                          lambda whole: math.fsum(whole[indices].tolist()),
@@ -70,6 +73,17 @@ def _may_draw(config: SelectionConfig, evidence: Evidence, limits: Mapping) -> b
     return (OBJECTIVES[config.objective].treats_sketches and not limits
             and config.max_count == 1 and config.stiff_budget is None
             and len(evidence.valid_rows) >= FEWEST_VALID)
+
+
+def _sound(config: SelectionConfig, evidence: Evidence, worth: Worth, num_select: int, seed: int,
+           ) -> np.ndarray:
+    """[N] bool, what may be drawn at random: of positive worth, or in contrast of a score above the
+    mean."""
+    if not config.is_in_contrast:
+        return worth.values > 0
+    scores = linear_scores(config, evidence, num_select, seed)
+    # Less what rounding explains: where all are equal, each is their mean.
+    return scores > scores.mean() - 1e-6 * np.abs(scores).max()
 
 
 def drawn_within(chosen: np.ndarray, kept: np.ndarray, allowed: np.ndarray, clusters: np.ndarray,

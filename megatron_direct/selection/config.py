@@ -49,12 +49,14 @@ class SelectionConfig(Settings):
     normalize_gradients: bool = flag(
         True, "--objective descent: scale all gradients to equal length")
     contrast: bool = flag(
-        False, "--objective descent: judge samples by what the validation gradient has in excess "
-        "of the pool's mean gradient, which any data would follow; for gradients at the checkpoint "
-        "(--pilot-iters 0 --no-weight-by-tokens), and on trial: it may leave out a whole domain "
-        "(docs/selection.md)")
+        True, "--objective descent: judge samples by what the validation gradient has in excess "
+        "of the pool's mean gradient, which any data would follow (docs/selection.md)")
+    valid_clusters: int = flag(
+        8, "--contrast: number of clusters of the validation set, within its datasets, none of "
+        "which may lose against the pool as it is; 0: the mean alone counts", at_least=0)
     weight_by_tokens: bool = flag(
-        True, "--objective descent: weight each sample by the tokens that it is trained on")
+        False, "--objective descent --no-contrast: weight each sample by the tokens that it is "
+        "trained on")
     shrinkage_clusters: int = flag(
         8, "--objective descent: number of clusters of the pools towards whose means gradients "
         "are shrunk; 0: no shrinkage", at_least=0)
@@ -77,11 +79,15 @@ class SelectionConfig(Settings):
     def is_auto(self) -> bool:
         return self.num_select == AUTO
 
+    @property
+    def is_in_contrast(self) -> bool:
+        return self.contrast and OBJECTIVES[self.objective].treats_sketches
+
     def check(self) -> None:
-        if self.contrast and self.weight_by_tokens and self.objective == "descent":
+        if self.is_in_contrast and self.weight_by_tokens:
             raise UserError("--weight-by-tokens has no place beside --contrast: samples below the "
-                            "pool's average would be selected for being short. Add "
-                            "--no-weight-by-tokens.")
+                            "pool's average would be selected for being short. Leave it out, or "
+                            "add --no-contrast.")
         if not self.is_auto:
             if isinstance(self.num_select, bool) or not isinstance(self.num_select, Integral):
                 raise UserError(f"--num-select is {self.num_select!r}: expected a number of "

@@ -113,19 +113,26 @@ def mean_length(evidence: Evidence) -> float:
     return float(share.summed(np.array([row_lengths(evidence.rows).sum()]))[0]) / share.num_samples
 
 
-def excess_gradient(evidence: Evidence, *, unit: bool) -> np.ndarray:
-    """[k] what the mean validation gradient has in excess of the pool's; all ranks call this.
+def mean_gradient(valid_rows: np.ndarray, weights: np.ndarray, *, unit: bool) -> np.ndarray:
+    """[k] of the validation samples [M, k], with weights [M] that sum to 1; unit: of their
+    directions, in units of their mean length."""
+    if not unit:
+        return weights @ valid_rows
+    return row_lengths(valid_rows).mean() * (weights @ unit_rows(valid_rows))
+
+
+def excess_gradient(evidence: Evidence, weights: np.ndarray, *, unit: bool) -> np.ndarray:
+    """[k] what the mean validation gradient, with weights [M] that sum to 1, has in excess of the
+    pool's; all ranks call this.
 
     With one Hessian for both, an annealing over the pool that ends at theta with g_pool(theta) = 0
     has moved by -H^-1 g_pool, so that g_val(theta) = g_val + H (theta - theta_0) = g_val - g_pool:
     the validation gradient that is left where the pool has nothing more to teach.
-    unit: from directions, in units of the mean length of the validation gradients.
+    unit: of directions, in units of the mean length of the validation gradients.
     """
-    pool = mean_row(evidence, unit=unit)
-    if not unit:
-        return evidence.valid_rows.mean(0) - pool
-    length = row_lengths(evidence.valid_rows).mean()
-    return length * (unit_rows(evidence.valid_rows).mean(0) - pool)
+    valid, pool = evidence.valid_rows, mean_row(evidence, unit=unit)
+    length = row_lengths(valid).mean() if unit else 1.0
+    return mean_gradient(valid, weights, unit=unit) - length * pool
 
 
 def stiff_costs(rows: np.ndarray, directions: Directions) -> np.ndarray:

@@ -19,12 +19,13 @@ import numpy as np
 from megatron_direct.selection.budget import stiff_budget
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, flat_rows, stiff_costs
-from megatron_direct.selection.objectives import find_objective
+from megatron_direct.selection.objectives import Terms, find_objective
 from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.rows import row_blocks, row_lengths
 from megatron_direct.selection.share import Share
 from megatron_direct.selection.shrinkage import shrink
 from megatron_direct.selection.solver import solve_selection
+from megatron_direct.selection.valid_weights import valid_weights
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,33 @@ def select_by_sketches(
         budget = share.from_leader(
             lambda whole: stiff_budget(np.tile(whole, config.max_count), num_select,
                                        config.stiff_budget_fraction), costs)
-    terms = objective.terms(config, evidence)
+    rows = summed_rows(config, evidence, seed)
+    terms = _terms(config, evidence, rows, num_select, seed)
     selection = solve_selection(
-        summed_rows(config, evidence, seed).T, costs, num_select, stiff_budget=budget,
+        rows.T, costs, num_select, stiff_budget=budget,
         objective=config.objective, seed=seed, target=terms.target, curvature=terms.curvature,
         step_size=terms.step_size, groups=groups, quotas=quotas, max_count=config.max_count,
         sample_ids=evidence.ids,
         all_reduce_sum=evidence.all_reduce_sum)
     return selection, cost_range
+
+
+def linear_scores(config: SelectionConfig, evidence: Evidence, num_select: int, seed: int,
+                  ) -> np.ndarray:
+    """[N] inner products of the rows that are summed up with the objective's target, on every rank;
+    all ranks call this."""
+    rows = summed_rows(config, evidence, seed)
+    terms = _terms(config, evidence, rows, num_select, seed)
+    local = np.empty(len(rows))
+    for block in row_blocks(len(rows)):
+        local[block] = rows[block] @ terms.target
+    return evidence.share().known_to_all(local)
+
+
+def _terms(config: SelectionConfig, evidence: Evidence, rows: np.ndarray, num_select: int,
+           seed: int) -> Terms:
+    weights = valid_weights(config, evidence, rows, num_select, seed)
+    return find_objective(config.objective).terms(config, evidence, weights)
 
 
 def summed_rows(config: SelectionConfig, evidence: Evidence, seed: int) -> np.ndarray:

@@ -9,10 +9,9 @@ of the model, hashed apart. A score from (A, 1) is judged by the alignment in (B
 the four pairs that share neither. What repeats in the other half is worth something; noise does not
 repeat, wherever it comes from.
 
-With --contrast samples are chosen by the *excess* alignment, <g_i, g_val - g_pool>, g_pool being
-the mean unit gradient of the pool: any data takes the model along g_pool once the learning rate
-falls, and the validation gradient that is left then is the excess. What the best are worth is the
-alignment itself, in which g_pool counts.
+With --contrast it is also asked of the *excess* alignment, <g_i, g_val - g_pool>, g_pool being the
+mean unit gradient of the pool, whether it repeats: where validation set and pool are alike, the
+excess is noise, and there is nothing to choose by.
 
 A score is shrunk before it is used (empirical Bayes): with x_i the alignment in one half, x_c the
 mean of its cluster c and x the mean of all,
@@ -84,6 +83,10 @@ class Alignments:
         sizes = self.sizes * blocks
         return sizes @ self.values[part] / sizes.sum()
 
+    def in_excess_of(self, others: np.ndarray) -> Alignments:
+        """Less those with something else, [2, N] by half of the coordinates."""
+        return Alignments(self.values - others[:, None], self.sizes)
+
 
 def first_coordinates(size: int, seed: int) -> np.ndarray:
     """[k] bool: half of the coordinates of a sketch, at random."""
@@ -153,15 +156,10 @@ class Fold:
 
 @dataclass(frozen=True, eq=False)
 class Worth:
-    """values: [N] alignments by all evidence, shrunk; scores: [N] the same in excess of the pool's,
-    by which samples are chosen (without --contrast, equal to values); sound: [N] bool, what may be
-    drawn at random: of positive worth, or with --contrast of a score above the mean; folds: what
-    judges it; sizes: [B] validation samples of each block; reliability: of the scores; weights:
-    [N] tokens; clusters: [N] numbers."""
+    """values: [N] by all evidence, shrunk; folds: what judges it; sizes: [B] validation samples of
+    each block; reliability: of half of the evidence; weights: [N] tokens; clusters: [N] numbers."""
 
     values: np.ndarray
-    scores: np.ndarray
-    sound: np.ndarray
     folds: tuple[Fold, ...]
     sizes: np.ndarray
     reliability: Reliability
@@ -169,52 +167,22 @@ class Worth:
     clusters: np.ndarray
 
 
-def estimate_worth(alignments: Alignments, clusters: np.ndarray, weights: np.ndarray, *,
-                   with_pool: np.ndarray | None) -> Worth:
-    """clusters: [N] numbers; weights: [N] tokens; with_pool: [2, N] what scores are in excess of,
-    None without --contrast."""
-    plain = _scored(alignments, np.zeros(2), clusters, weights)
-    scored = plain if with_pool is None else _scored(alignments, with_pool, clusters, weights)
+def estimate_worth(alignments: Alignments, clusters: np.ndarray, weights: np.ndarray) -> Worth:
+    """clusters: [N] numbers; weights: [N] tokens."""
     half = alignments.in_first_half
-    folds = tuple(
-        Fold(score, alignments.values[1 - part][~blocks], alignments.sizes[~blocks],
-             np.flatnonzero(~blocks))
-        for score, (part, blocks) in zip(scored.of_fold, _folds(half), strict=True))
-    least = 0.0
-    if with_pool is not None:
-        # Less what rounding explains: where nothing repeats, all scores are their mean.
-        least = float(weights @ scored.of_all / weights.sum()) - 1e-9 * float(
-            np.abs(scored.of_all).max())
-    return Worth(plain.of_all, scored.of_all, scored.of_all > least, folds, alignments.sizes,
-                 scored.reliability, weights, clusters)
-
-
-def _folds(half: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """(half of the coordinates, blocks [B] bool) that a score is found from."""
-    return [(part, blocks) for part in (0, 1) for blocks in (half, ~half)]
-
-
-@dataclass(frozen=True, eq=False)
-class _Scored:
-    """of_fold: [N] from each part of the evidence, shrunk; of_all: [N] from all of it."""
-
-    of_fold: list[np.ndarray]
-    of_all: np.ndarray
-    reliability: Reliability
-
-
-def _scored(alignments: Alignments, less: np.ndarray, clusters: np.ndarray, weights: np.ndarray,
-            ) -> _Scored:
-    """By the alignments less ``less`` [2] or [2, N], by half of the coordinates."""
-    folds = _folds(alignments.in_first_half)
-    scores = [alignments.mean(part, blocks) - less[part] for part, blocks in folds]
-    others = [alignments.mean(1 - part, ~blocks) - less[1 - part] for part, blocks in folds]
+    # (half of the coordinates, blocks) that a score is found from; it is judged by the others.
+    seen = [(part, blocks) for part in (0, 1) for blocks in (half, ~half)]
+    scores = [alignments.mean(part, blocks) for part, blocks in seen]
+    others = [alignments.mean(1 - part, ~blocks) for part, blocks in seen]
     found = [_reliability(x, y, clusters, weights) for x, y in zip(scores, others, strict=True)]
     reliability = Reliability(float(np.mean([r.between for r in found])),
                               float(np.mean([r.within for r in found])))
-    return _Scored([_shrunk(x, clusters, weights, reliability) for x in scores],
-                   _shrunk(np.mean(scores, axis=0), clusters, weights,
-                           reliability.of_both_halves()), reliability)
+    folds = tuple(
+        Fold(_shrunk(score, clusters, weights, reliability), alignments.values[1 - part][~blocks],
+             alignments.sizes[~blocks], np.flatnonzero(~blocks))
+        for score, (part, blocks) in zip(scores, seen, strict=True))
+    values = _shrunk(np.mean(scores, axis=0), clusters, weights, reliability.of_both_halves())
+    return Worth(values, folds, alignments.sizes, reliability, weights, clusters)
 
 
 def cross_fitted(worth: Worth, judge: Callable[[Fold], np.ndarray]) -> np.ndarray:

@@ -37,7 +37,7 @@ class PilotConfig(Settings):
         "states of its training (merged), or those at the end of a pilot annealing",
         choices=("checkpoint", "merged", "pilot"))
     pilot_iters: int = flag(
-        20, "iterations of a pilot annealing over the whole pool; 0: gradients at the checkpoint "
+        0, "iterations of a pilot annealing over the whole pool; 0: gradients at the checkpoint "
         "itself", at_least=0)
     merge_load: tuple = flag(
         (), "--at merged: the checkpoints that are averaged, as in `merge`; default: the states "

@@ -145,7 +145,8 @@ _ACCEPTED = {
         --lr-wsd-decay-iters --merge-last --micro-batch-tokens --min-lr --mscale
         --mscale-all-dim --mtp-loss-scaling-factor --mtp-num-layers
         --num-curvature-samples --num-valid-samples --only-replicate --pilot-iters --seed
-        --shrinkage-clusters --stiff-budget --stiff-budget-fraction --weight-decay""".split()),
+        --shrinkage-clusters --stiff-budget --stiff-budget-fraction --valid-clusters
+        --weight-decay""".split()),
     "-1": _ANY_TEXT | _FORMED, "nan": _ANY_TEXT | _FORMED,
     # No clipping, no limit, no budget; and a step of any length.
     "1e20": _ANY_TEXT | _FORMED | {"--candidates", "--clip-grad", "--max-epochs", "--stiff-budget",

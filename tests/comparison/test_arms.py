@@ -17,6 +17,9 @@ VECTORS = np.linalg.qr(np.random.default_rng(1).standard_normal((SIZE, 4)))[0].T
 STIFF = VECTORS[:2]
 
 
+PLAIN = {"contrast": False, "weight_by_tokens": True}
+
+
 @pytest.fixture(scope="module")
 def case() -> Case:
     rng = np.random.default_rng(0)
@@ -27,8 +30,9 @@ def case() -> Case:
     domains = np.array(["code"] * 40 + ["prose"] * 20)
     evidence = Evidence(rows, rng.integers(5, 50, N), np.arange(N) // 40, 2, np.arange(N), valid,
                         directions)
+    names = ("adam-sketches", "select", "proxy", "merged", "pilot")
     other = {name: dataclasses.replace(evidence, rows=np.roll(rows, shift, axis=1))
-             for shift, name in enumerate(("adam-sketches", "select", "proxy", "merged"), 1)}
+             for shift, name in enumerate(names, 1)}
     return Case({"onset": evidence, **other}, rng.uniform(1, 5, N), domains, rng.random(N) < 0.25,
                 np.array(["code"] * 4 + ["prose"] * 8), np.full(M, 10), K, 3,
                 SelectionConfig(num_select=K), valid_numbers=np.arange(M),
@@ -40,8 +44,7 @@ def case() -> Case:
 @pytest.mark.parametrize("name", [name for name in REGISTRY if name != "ceiling"])
 def test_takes_k_candidates_once_each_and_again_the_same(case, name):
     chosen = REGISTRY[name].take(case)[0]
-    sizes = {"stable-averaged": 0, "direct-half": N // 2, "direct-quarter": N // 4,
-             "direct-contrast": N // 2}
+    sizes = {"stable-averaged": 0, "direct-half": N // 2, "direct-quarter": N // 4}
     assert len(chosen) == (N if name.startswith("whole-pool") else sizes.get(name, K))
     assert np.array_equal(chosen, np.unique(chosen)) and set(chosen) <= set(range(N))
     assert np.array_equal(chosen, REGISTRY[name].take(case)[0])
@@ -108,15 +111,15 @@ def test_oracle_takes_sound_samples_of_other_domains_before_corrupted_ones(case)
 def test_quotas_hold_in_the_arms_that_solve(case):
     limited = dataclasses.replace(case, limits={"groups": case.domains,
                                                 "quotas": {"prose": (11, 11)}})
-    for name in ("direct", "direct-onset", "descent", "alignment", "flat-energy-no-budget"):
+    for name in ("direct", "direct-pilot", "descent", "alignment", "flat-energy-no-budget"):
         assert (case.domains[REGISTRY[name].take(limited)[0]] == "prose").sum() == 11
         assert (case.domains[REGISTRY[name].take(case)[0]] == "prose").sum() != 11
 
 
 @pytest.mark.parametrize(("name", "evidence", "settings"), [
-    ("direct-onset", "onset", {}), ("direct-merged", "merged", {}),
-    ("direct-contrast", "onset", {"contrast": True, "weight_by_tokens": False,
-                                  "num_select": N // 2}),
+    ("direct-pilot", "pilot", {}), ("direct-merged", "merged", {}),
+    ("direct-plain", "select", PLAIN), ("direct-plain-pilot", "pilot", PLAIN),
+    ("direct-ungrouped", "select", {"valid_clusters": 0}),
     ("direct-unshrunk", "select", {"shrinkage_clusters": 0}),
     ("direct-unnormalized", "select", {"normalize_gradients": False}),
     ("direct-undrawn", "select", {"draw_unstable": False}),

@@ -28,13 +28,13 @@ def test_what_is_cut_and_what_is_too_short_is_counted(samples):
 
 def test_a_micro_batch_holds_shifted_tokens_and_masks_the_padding(samples):
     (batch,), = samples.passes(samples.usable, PassShape(MicroBatchLimits(4)))
-    np.testing.assert_array_equal(batch.samples, [3, 0, 2])  # by length
+    np.testing.assert_array_equal(batch.samples, [2, 0, 3])  # by length
     np.testing.assert_array_equal(batch.tokens.numpy(), [
-        [11, 0, 0, 0], [1, 2, 0, 0], [5, 6, 7, 8], [0, 0, 0, 0]])
+        [5, 6, 7, 8], [1, 2, 0, 0], [11, 0, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(batch.labels.numpy(), [
-        [12, 0, 0, 0], [2, 3, 0, 0], [6, 7, 8, 9], [0, 0, 0, 0]])
-    np.testing.assert_array_equal(batch.loss_mask.sum(1).numpy(), [1, 2, 4, 0])
-    np.testing.assert_array_equal(batch.num_labels.numpy(), [1, 2, 4, 1])
+        [6, 7, 8, 9], [2, 3, 0, 0], [12, 0, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.loss_mask.sum(1).numpy(), [4, 2, 1, 0])
+    np.testing.assert_array_equal(batch.num_labels.numpy(), [4, 2, 1, 1])
 
 
 @pytest.mark.parametrize("num_shares", [1, 2, 3])
@@ -126,7 +126,7 @@ def test_stretches_are_sorted_by_length_in_turns(monkeypatch):
         assert sorted(stretch) == numbers[first * 8: first * 8 + 16].tolist()
         order = np.lexsort((np.sort(stretch), lengths[np.sort(stretch)]))
         expected = np.sort(stretch)[order]
-        np.testing.assert_array_equal(stretch, expected[::-1] if first // 2 % 2 else expected)
+        np.testing.assert_array_equal(stretch, expected if first // 2 % 2 else expected[::-1])
 
 
 @pytest.mark.parametrize("tokens", [1, 30, 100, 333])

@@ -6,6 +6,7 @@ The server is moto's; Megatron's reader asks it through boto3 as it would ask an
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 
 import numpy as np
@@ -107,6 +108,46 @@ def test_what_cannot_be_read_is_named(store, tmp_path, monkeypatch):
     monkeypatch.setattr(object_storage, "_open", None)
     with pytest.raises(UserError, match="no folder .* index. Give --object-storage-cache-path"):
         indexed.check_files("s3://pools/none")
+
+
+@pytest.fixture
+def profile(tmp_path, monkeypatch):
+    """(folder, prefix) of a profile of multi-storage-client whose store is that folder."""
+    pytest.importorskip("multistorageclient", reason="an optional dependency")
+    folder = tmp_path / "stored"
+    folder.mkdir()
+    config = tmp_path / "msc.json"
+    config.write_text(json.dumps({"profiles": {"pools": {"storage_provider": {
+        "type": "file", "options": {"base_path": str(folder)}}}}}))
+    monkeypatch.setenv("MSC_CONFIG", str(config))
+    return folder, "msc://pools"
+
+
+def test_multi_storage_client_reads_the_same(profile, tmp_path):
+    folder, store = profile
+    local = write_dataset(folder / "a", random_documents(40, 50))
+    read_object_stores(str(tmp_path / "cache"))
+    stored = f"{store}/a"
+    assert indexed.dataset_digest(stored) == indexed.dataset_digest(local)
+    ours, theirs = (Samples([prefix], 16, 50) for prefix in (local, stored))
+    for sample in ours.usable:
+        np.testing.assert_array_equal(ours.tokens(sample), theirs.tokens(sample))
+    with pytest.raises(UserError, match=r"msc://pools/none.idx cannot be read from its object"):
+        indexed.check_files(f"{store}/none")
+    keep = np.arange(40) % 3 > 0
+    of_files, of_store = (run_on_ranks(1, _sequences, dict(os.environ), [prefix], keep,
+                                       tmp_path / name)[0]
+                          for prefix, name in ((local, "files"), (stored, "store")))
+    assert of_files == of_store
+
+
+def test_without_multi_storage_client_it_is_named(tmp_path, monkeypatch):
+    from megatron.core import msc_utils
+
+    monkeypatch.setattr(msc_utils, "msc", None)
+    read_object_stores(str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="with the package multi-storage-client. Install it."):
+        indexed.check_files("msc://pools/a")
 
 
 def _sequences(environment, prefixes, keep, cache):

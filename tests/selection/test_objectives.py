@@ -110,7 +110,8 @@ def test_the_flag_offers_the_registered_names():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_evidence_yields_just_the_terms_that_an_objective_needs(name):
-    terms = OBJECTIVES[name].terms(SelectionConfig(objective=name), evidence())
+    terms = OBJECTIVES[name].terms(
+        SelectionConfig(objective=name), evidence(), np.full(7, 1 / 7))
     given = {term for term in terms.names() if getattr(terms, term) is not None}
     assert given == set(OBJECTIVES[name].needs)
     for term in terms.names():
@@ -122,8 +123,9 @@ def test_evidence_yields_just_the_terms_that_an_objective_needs(name):
 
 def test_terms_of_descent_written_out():
     known = evidence()
-    terms = OBJECTIVES["descent"].terms(SelectionConfig(step_size=0.5), known)
-    np.testing.assert_array_equal(terms.target, known.valid_rows.mean(0))
+    terms = OBJECTIVES["descent"].terms(SelectionConfig(step_size=0.5, contrast=False), known,
+                                        np.full(7, 1 / 7))
+    np.testing.assert_allclose(terms.target, known.valid_rows.mean(0), atol=1e-6)  # float32 rows
     assert terms.step_size == 0.5 / 5.0
     quadratic = make_objective("descent", terms, DIM, 10)
     stiff = known.directions.sketches
@@ -137,8 +139,9 @@ def test_terms_of_descent_written_out():
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_target_in_contrast_is_the_excess_over_the_pool(normalize):
     known = evidence()
-    target = OBJECTIVES["descent"].terms(SelectionConfig(
-        contrast=True, weight_by_tokens=False, normalize_gradients=normalize), known).target
+    weights = np.arange(1, 8) / 28
+    target = OBJECTIVES["descent"].terms(
+        SelectionConfig(normalize_gradients=normalize), known, weights).target
     rows, valid = known.rows.astype(float), known.valid_rows.astype(float)
     lengths = np.linalg.norm(valid, axis=1)
     if normalize:
@@ -151,7 +154,7 @@ def test_the_target_in_contrast_is_the_excess_over_the_pool(normalize):
         of_rows = pool * np.linalg.norm(known.rows, axis=1).mean() / lengths.mean()
     stiff = known.directions.sketches
     hessian = stiff.T @ np.diag([5.0, 2.0, 1.0]) @ stiff
-    expected = valid.mean(0) - pool + hessian @ of_rows / 5.0
+    expected = weights @ valid - pool + hessian @ of_rows / 5.0
     np.testing.assert_allclose(target, expected, rtol=1e-5, atol=1e-6)  # float32 rows
 
 
@@ -174,7 +177,7 @@ def test_what_all_samples_share_decides_nothing_in_contrast(shift):
         known, rows=(known.rows + np.outer(strength, common)).astype(np.float32),
         valid_rows=(known.valid_rows + common).astype(np.float32))
     flags = {"shrinkage_clusters": 0, "normalize_gradients": False, "step_size": 1e-6,
-             "weight_by_tokens": False}
+             "valid_clusters": 0}
 
     def shared(contrast):
         chosen = [select_by_sketches(SelectionConfig(contrast=contrast, **flags), of, 10,
@@ -198,7 +201,7 @@ def test_a_new_objective_is_one_registration(monkeypatch):
     first = Objective(
         name="first-coordinate", needs=(), needs_budget=False, treats_sketches=False,
         quadratic=lambda terms, dim, num_select: Quadratic(np.eye(dim)[0], 0.0),
-        terms=lambda config, evidence: Terms())
+        terms=lambda settings, evidence, valid_weights: Terms())
     monkeypatch.setitem(objectives.OBJECTIVES, first.name, first)
     known = evidence()
     found = solve_selection(known.rows.T, np.ones(60), 7, objective=first.name)

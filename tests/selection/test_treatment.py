@@ -22,6 +22,9 @@ from megatron_direct.selection.treatment import select_by_sketches, summed_rows
 SIZE = 24
 
 
+BY_TOKENS = {"contrast": False, "weight_by_tokens": True}
+
+
 @pytest.fixture
 def evidence() -> Evidence:
     """Two pools, the first of two kinds of samples and the second of one."""
@@ -38,7 +41,7 @@ def evidence() -> Evidence:
 
 def test_treated_rows_written_out(evidence):
     """One length, shrunk, weighted by tokens: each step by its definition."""
-    config = SelectionConfig(shrinkage_clusters=1, kept_deviation=0.25)
+    config = SelectionConfig(shrinkage_clusters=1, kept_deviation=0.25, **BY_TOKENS)
     rows = evidence.rows.astype(np.float64)
     lengths = np.linalg.norm(rows, axis=1)
     rows *= (lengths.mean() / lengths)[:, None]
@@ -48,8 +51,7 @@ def test_treated_rows_written_out(evidence):
         rows[here] = mean + 0.25 * (rows[here] - mean)
     rows *= (evidence.labels / evidence.labels.mean())[:, None]
     np.testing.assert_allclose(summed_rows(config, evidence, 1), rows, rtol=2e-4, atol=1e-4)
-    plain = SelectionConfig(shrinkage_clusters=0, normalize_gradients=False,
-                            weight_by_tokens=False)
+    plain = SelectionConfig(shrinkage_clusters=0, normalize_gradients=False)
     np.testing.assert_array_equal(summed_rows(plain, evidence, 1), evidence.rows)
 
 
@@ -65,13 +67,13 @@ def test_a_row_of_zeros_stays_one_and_harms_no_other(evidence):
     rows = evidence.rows * 1e3
     rows[7] = 0.0
     with_zeros = dataclasses.replace(evidence, rows=rows)
-    found = summed_rows(SelectionConfig(shrinkage_clusters=0), with_zeros, 1)
+    found = summed_rows(SelectionConfig(shrinkage_clusters=0, **BY_TOKENS), with_zeros, 1)
     assert not found[7].any()
     kept = np.arange(240) != 7
     weights = (evidence.labels / evidence.labels.mean())[kept]
     lengths = np.linalg.norm(rows, axis=1).mean() * weights
     np.testing.assert_allclose(np.linalg.norm(found[kept], axis=1), lengths, rtol=1e-5)
-    assert np.isfinite(summed_rows(SelectionConfig(), with_zeros, 1)).all()
+    assert np.isfinite(summed_rows(SelectionConfig(**BY_TOKENS), with_zeros, 1)).all()
 
 
 def test_the_evidence_is_left_as_it_was(evidence):

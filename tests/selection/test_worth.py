@@ -10,15 +10,12 @@ from selection.test_spread_selection import ThreadRanks, uneven_shares
 
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.errors import UserError
-from megatron_direct.selection.auto import select_auto, worth_of
+from megatron_direct.selection.auto import select_auto, settle, worth_of
 from megatron_direct.selection.choice import choose, drawn_within
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, stiff_costs
 from megatron_direct.selection.how_many import (
-    Values,
-    best_selection,
     effective_tokens,
-    nested_selections,
 )
 from megatron_direct.selection.stability import halves, stability
 from megatron_direct.selection.worth import (
@@ -65,22 +62,25 @@ def _auto(evidence: Evidence, seed: int):
     return select_auto(CONFIG, evidence, worth_of(CONFIG, evidence, seed), seed)
 
 
-def _is_whole_pool(seed: int, kind: str) -> bool:
-    found = nested_selections(worth_of(CONFIG, made_up(seed, kind)[0], seed))
+def _is_whole_pool(seed: int, kind: str, contrast: bool) -> bool:
+    config, evidence = SelectionConfig(contrast=contrast), made_up(seed, kind)[0]
     # A short annealing: repetition costs nothing, so that only the worth decides.
-    return best_selection(Values.of(found, N * TOKENS / 32)) == len(found.counts) - 1
+    found = settle(config, evidence, worth_of(config, evidence, seed), N * TOKENS // 32, seed)
+    return found.num_select == N
 
 
+@pytest.mark.parametrize("contrast", [True, False])
 @pytest.mark.parametrize("kind", ["equal", "no-target"])
-def test_where_nothing_is_to_be_gained_the_whole_pool_is_selected(kind):
+def test_where_nothing_is_to_be_gained_the_whole_pool_is_selected(kind, contrast):
     # All of these 12; the slow test states the rate.
-    assert all(_is_whole_pool(seed, kind) for seed in range(12))
+    assert all(_is_whole_pool(seed, kind, contrast) for seed in range(12))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("contrast", [True, False])
 @pytest.mark.parametrize("kind", ["equal", "no-target"])
-def test_the_whole_pool_is_selected_in_at_least_95_of_100_seeds(kind):
-    assert sum(_is_whole_pool(seed, kind) for seed in range(100)) >= 95
+def test_the_whole_pool_is_selected_in_at_least_95_of_100_seeds(kind, contrast):
+    assert sum(_is_whole_pool(seed, kind, contrast) for seed in range(100)) >= 95
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -97,11 +97,11 @@ def test_a_harmful_quarter_is_left_out(seed):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_in_contrast_a_harmful_quarter_is_left_out_of_half(seed):
     evidence, harms = made_up(seed, "harmful")
-    config = SelectionConfig(num_select=N // 2, contrast=True, weight_by_tokens=False)
+    config = SelectionConfig(num_select=N // 2)
     assert harms[choose(config, evidence, seed, {}).selection.indices].mean() < 0.02
 
 
-def test_scores_in_contrast_are_less_the_alignment_with_the_pool():
+def test_alignments_with_the_pool_written_out():
     evidence, _ = made_up(3)
     with_pool = alignments_with_pool(evidence, seed=5)
     rows = evidence.rows / np.linalg.norm(evidence.rows, axis=1, keepdims=True)
@@ -112,8 +112,9 @@ def test_scores_in_contrast_are_less_the_alignment_with_the_pool():
 
 
 def test_weights_by_tokens_are_refused_in_contrast():
-    with pytest.raises(UserError, match="Add --no-weight-by-tokens"):
-        SelectionConfig(contrast=True)
+    with pytest.raises(UserError, match="add --no-contrast"):
+        SelectionConfig(weight_by_tokens=True)
+    SelectionConfig(weight_by_tokens=True, objective="flat-energy", num_select=1)
 
 
 def test_nothing_to_gain_is_said():

@@ -1,8 +1,9 @@
 """descent: eta <g_val, u> - eta^2 u.H u / 2 with u = F w / K, the decrease of the validation loss
 that its quadratic model predicts for a step -eta u. So b = eta g_val / K, scale = -(eta / K)^2.
-With --contrast g_val is what it has in excess of the pool's mean gradient m, which stands for the
-gradient behind an annealing over the pool (evidence.py); what bends the loss from there on is
-u - m, and J = eta <g_val - m, u> - eta^2 (u - m).H (u - m) / 2, but for a constant.
+With --contrast g_val is a mean with weights (valid_weights.py) and gives way to its excess over the
+pool's mean gradient m, which stands for the gradient behind an annealing over the pool
+(evidence.py); what bends the loss from there on is u - m, and
+J = eta <g_val - m, u> - eta^2 (u - m).H (u - m) / 2, but for a constant.
 
 Negative eigenvalues of H count as zero: a quadratic model that falls without end in some direction
 is not to be trusted there. Concave, so that a duality gap certifies the relaxation. The curvature
@@ -18,6 +19,7 @@ from megatron_direct.selection.checks import checked_finite, checked_step_size, 
 from megatron_direct.selection.evidence import (
     Evidence,
     excess_gradient,
+    mean_gradient,
     mean_length,
     mean_row,
 )
@@ -31,7 +33,7 @@ def _quadratic(terms: Terms, dim: int, num_select: int) -> Quadratic:
     return Quadratic(step * target, -(step**2), _checked_curvature(terms.curvature, dim))
 
 
-def _terms(settings: TermSettings, evidence: Evidence) -> Terms:
+def _terms(settings: TermSettings, evidence: Evidence, valid_weights: np.ndarray) -> Terms:
     """H, as given by its computed eigenpairs; elsewhere it counts as zero."""
     directions = evidence.directions
     largest = float(directions.eigenvalues[0])
@@ -41,13 +43,14 @@ def _terms(settings: TermSettings, evidence: Evidence) -> Terms:
             f"computed eigenvalue of the curvature is {largest:g}. Choose another "
             "--curvature, or --objective flat-energy.")
     step = settings.step_size / largest
-    target = _in_contrast(step, settings.normalize_gradients, evidence) if settings.contrast \
-        else evidence.valid_rows.mean(0)
+    target = _in_contrast(step, settings.normalize_gradients, evidence, valid_weights) \
+        if settings.contrast else mean_gradient(evidence.valid_rows, valid_weights, unit=False)
     return Terms(target=target, curvature=LowRank(directions.eigenvalues, directions.sketches),
                  step_size=step)
 
 
-def _in_contrast(step: float, normalize: bool, evidence: Evidence) -> np.ndarray:
+def _in_contrast(step: float, normalize: bool, evidence: Evidence, valid_weights: np.ndarray,
+                 ) -> np.ndarray:
     """The excess, and the linear part of (u - m).H (u - m), as in the module's docstring."""
     directions = evidence.directions
     mean = mean_row(evidence, unit=normalize)
@@ -55,7 +58,7 @@ def _in_contrast(step: float, normalize: bool, evidence: Evidence) -> np.ndarray
         mean = mean * mean_length(evidence)
     values = np.maximum(directions.eigenvalues, 0.0)
     curved = (values * (directions.sketches @ mean)) @ directions.sketches
-    return excess_gradient(evidence, unit=normalize) + step * curved
+    return excess_gradient(evidence, valid_weights, unit=normalize) + step * curved
 
 
 def _checked_curvature(

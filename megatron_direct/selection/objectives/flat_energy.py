@@ -18,5 +18,5 @@ def _quadratic(terms: Terms, dim: int, num_select: int) -> Quadratic:
 
 FLAT_ENERGY = Objective(
     name="flat-energy", needs=(), needs_budget=True, treats_sketches=False,
-    quadratic=_quadratic, terms=lambda config, evidence: Terms(),
+    quadratic=_quadratic, terms=lambda settings, evidence, valid_weights: Terms(),
 )

@@ -57,7 +57,8 @@ class Objective:
                     stiff directions expensive
     treats_sketches whether it sums up whole sketches, treated (treatment.py), or flat parts
     quadratic       (terms, k, K) -> J; checks the values of its terms
-    terms           (settings, evidence) -> the terms as sketches yield them
+    terms           (settings, evidence, weights [M] of the validation samples, which sum to 1)
+                    -> the terms as sketches yield them
     """
 
     name: str
@@ -65,4 +66,4 @@ class Objective:
     needs_budget: bool
     treats_sketches: bool
     quadratic: Callable[[Terms, int, int], Quadratic]
-    terms: Callable[[TermSettings, Evidence], Terms]
+    terms: Callable[[TermSettings, Evidence, np.ndarray], Terms]

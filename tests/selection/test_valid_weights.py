@@ -1,0 +1,118 @@
+"""Weights of validation samples against the linear programme they solve, and in a selection."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from scipy.optimize import linprog
+
+from megatron_direct.curvature.spectrum import Directions
+from megatron_direct.selection.config import SelectionConfig
+from megatron_direct.selection.evidence import Evidence
+from megatron_direct.selection.treatment import select_by_sketches, summed_rows
+from megatron_direct.selection.valid_weights import group_weights, valid_groups, valid_weights
+
+SIZE = 64
+
+
+def _scores(seed: int, groups: int, count: int) -> np.ndarray:
+    """[V, N]: most samples are good for the first group, at the cost of the others."""
+    rng = np.random.default_rng(seed)
+    kind = rng.choice(groups, count, p=[0.5, *np.full(groups - 1, 0.5 / (groups - 1))])
+    scores = rng.standard_normal((groups, count))
+    scores[kind, np.arange(count)] += np.where(kind == 0, 6.0, 2.0)
+    scores[1:, kind == 0] -= 1.0
+    return scores
+
+
+def _gains(weights: np.ndarray, scores: np.ndarray, num_select: int) -> np.ndarray:
+    best = np.argsort(-(weights @ scores))[:num_select]
+    return scores[:, best].mean(1) - scores.mean(1)
+
+
+@pytest.mark.parametrize("max_count", [1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_dual_reaches_the_linear_programme(seed, max_count):
+    scores, shares, num_select = _scores(seed, 4, 3000), np.array([0.4, 0.3, 0.2, 0.1]), 1000
+    advantages = scores - scores.mean(1, keepdims=True)
+    solved = linprog(
+        -(shares @ advantages) / num_select, A_ub=-advantages / num_select, b_ub=np.zeros(4),
+        A_eq=np.ones((1, 3000)), b_eq=[num_select], bounds=(0, max_count), method="highs")
+    weights = group_weights(scores, shares, num_select, max_count)
+    of_sample = np.sort(weights @ advantages)[::-1]
+    whole, rest = divmod(num_select, max_count)
+    dual = (max_count * of_sample[:whole].sum() + rest * of_sample[whole]) / num_select
+    assert (weights >= shares).all() and (weights > 1.01 * shares).any()
+    # Weak duality from above; from below, one multiplier at a time comes this near.
+    assert -solved.fun - 1e-9 <= dual <= -solved.fun * (1 + 1e-3)
+
+
+def test_no_group_loses_and_one_would_have():
+    scores, shares = _scores(5, 4, 3000), np.array([0.7, 0.1, 0.1, 0.1])
+    assert _gains(shares, scores, 1000).min() < -0.1
+    # 1 / 1000: the K-th sample is there or not.
+    assert _gains(group_weights(scores, shares, 1000, 1), scores, 1000).min() > -0.01
+
+
+def test_where_none_loses_the_weights_are_the_shares():
+    rng = np.random.default_rng(0)
+    scores, shares = rng.standard_normal(500) + 0.1 * rng.standard_normal((3, 500)), \
+        np.array([0.5, 0.3, 0.2])
+    np.testing.assert_array_equal(group_weights(scores, shares, 100, 1), shares)
+    # All samples: every gain is zero, but for rounding.
+    np.testing.assert_array_equal(group_weights(_scores(0, 3, 500), shares, 500, 1), shares)
+
+
+def made_up(seed: int) -> Evidence:
+    """Two domains of a pool and of a validation set: gradients of the first are five times as much
+    along their common direction, and 1 in 10 of the validation samples is of the second."""
+    rng = np.random.default_rng(seed)
+    first, second = np.linalg.qr(rng.standard_normal((SIZE, 2)))[0].T
+    kind = np.repeat([0, 1], [600, 200])
+
+    def rows(kind):
+        means = np.where(kind[:, None] == 0, 2.0 * first, 0.4 * second)
+        return (means * rng.uniform(0.5, 1.5, (len(kind), 1))
+                + rng.standard_normal((len(kind), SIZE)) / np.sqrt(SIZE)).astype(np.float32)
+
+    valid = rows(np.repeat([0, 1], [180, 20]))
+    values, vectors = np.linalg.eigh(valid.T.astype(float) @ valid / 200)
+    return Evidence(rows(kind), np.full(800, 50), kind, 2, np.arange(800), valid,
+                    Directions(values[::-1][:8].copy(), vectors.T[::-1][:8].copy(), 4),
+                    valid_datasets=np.repeat([0, 1], [180, 20]))
+
+
+CONFIG = SelectionConfig(num_select=400, draw_unstable=False)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_domain_that_the_mean_leaves_out_stays(seed):
+    evidence = made_up(seed)
+
+    def of_second(**flags) -> int:
+        config = dataclasses.replace(CONFIG, **flags)
+        return int((evidence.datasets[select_by_sketches(
+            config, evidence, 400, seed)[0].indices] == 1).sum())
+
+    assert of_second(valid_clusters=0) < 40
+    assert of_second() > 60
+    # Also where nothing says which validation samples are of one domain.
+    unnamed = dataclasses.replace(evidence, valid_datasets=None)
+    found = select_by_sketches(CONFIG, unnamed, 400, seed)[0].indices
+    assert (evidence.datasets[found] == 1).sum() > 60
+
+
+def test_weights_are_of_groups_and_sum_to_one():
+    evidence = made_up(3)
+    rows = summed_rows(CONFIG, evidence, 0)
+    groups, weights = valid_groups(evidence, 8, 0), valid_weights(CONFIG, evidence, rows, 400, 0)
+    assert weights.sum() == pytest.approx(1) and len(weights) == 200
+    for group in range(groups.max() + 1):
+        here = groups == group
+        assert np.ptp(weights[here]) == 0
+        assert len(np.unique(evidence.valid_datasets[here])) == 1
+    assert weights[180:].sum() > 0.1  # its share of the validation set
+    plain = dataclasses.replace(CONFIG, contrast=False)
+    np.testing.assert_array_equal(valid_weights(plain, evidence, rows, 400, 0), 1 / 200)
