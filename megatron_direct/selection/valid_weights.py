@@ -29,9 +29,9 @@ from megatron_direct.selection.rows import row_blocks
 from megatron_direct.selection.share import Share
 from megatron_direct.selection.shrinkage import Partition, find_clusters
 
-# Each takes every multiplier in turn; they end before, where none changes.
-_SWEEPS = 20
-_BISECTIONS = 30
+# Each takes every multiplier in turn; they end before, where none changes by more than this share.
+_SWEEPS, _SETTLED = 20, 1e-3
+_BISECTIONS = 16
 # Of the largest gain in a group: what is below it counts as zero.
 _ROUNDING = 1e-6
 
@@ -84,7 +84,7 @@ def group_weights(scores: np.ndarray, shares: np.ndarray, num_select: int, max_c
             weights[group] = shares[group]
             if gains(weights)[group] < least[group]:
                 weights[group] = _raised(gains, weights, group, least[group])
-        if np.allclose(weights, before, rtol=2.0**-_BISECTIONS * 4, atol=0):
+        if np.allclose(weights, before, rtol=_SETTLED, atol=0):
             break
     return weights
 
@@ -93,8 +93,8 @@ def _raised(gains, weights: np.ndarray, group: int, least: float) -> float:
     """The least weight of a group, above the one that it has, with which it does not lose."""
     low = high = weights[group]
     trial = weights.copy()
-    # Ends: with all of the weight on it, a group gains at least what the pool's mean would.
-    for _ in range(60):
+    # With all of the weight on it, a group gains at least what the pool as it is would.
+    while high < 2.0**60:
         high *= 2
         trial[group] = high
         if gains(trial)[group] >= least:
@@ -113,5 +113,7 @@ def _mean_of_best(of_sample: np.ndarray, scores: np.ndarray, num_select: int, ma
     if whole >= len(of_sample):
         return scores.mean(1)
     order = np.argpartition(-of_sample, whole)  # the last of the K is in its place
-    total = max_count * scores[:, order[:whole]].sum(1) + rest * scores[:, order[whole]]
-    return total / num_select
+    counts = np.zeros(len(of_sample))
+    counts[order[:whole]] = max_count
+    counts[order[whole]] = rest
+    return scores @ counts / num_select
