@@ -20,7 +20,8 @@ def _plan(capsys, *flags):
 
 def test_every_stage_has_its_time_memory_and_traffic(capsys):
     printed = _plan(capsys, "--shape", "8b", "--candidates", "1e7", "--gpus", "64",
-                    "--use-distributed-optimizer", "--lr-wsd-decay-iters", "500")
+                    "--use-distributed-optimizer", "--lr-wsd-decay-iters", "500",
+                    "--pilot-iters", "20")
     lines = printed.splitlines()
     assert lines[0].startswith("1e+07 candidates, 1.02e+10 tokens; 64 ranks: TP ")
     assert [line.split()[0] for line in lines[2:-1]] == [

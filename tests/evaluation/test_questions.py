@@ -195,11 +195,11 @@ def test_a_choice_that_takes_all_of_the_context_has_no_likelihood():
 def test_only_the_choices_labels_count():
     samples = ChoiceSamples(_encode(Question("it:", ("a", "bcd"), 0, 1)))
     (batch,), = samples.passes(np.arange(2), PassShape(MicroBatchLimits(3)))
-    assert batch.samples.tolist() == [0, 1]
-    for row, text in enumerate(("it: a", "it: bcd")):
+    assert batch.samples.tolist() == [1, 0]  # the longer one first
+    for row, text in enumerate(("it: bcd", "it: a")):
         scored = batch.labels[row][batch.loss_mask[row] == 1]
         assert "".join(map(chr, scored)) == text[3:]
-    assert batch.num_labels.tolist() == [2, 4, 1]
+    assert batch.num_labels.tolist() == [4, 2, 1]
 
 
 @pytest.fixture(scope="module")

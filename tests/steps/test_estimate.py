@@ -27,7 +27,7 @@ GPT2 = ModelConfig(num_layers=24, hidden_size=1024, ffn_hidden_size=2752, num_at
                    seq_length=1024, vocab_size=50304)
 LLAMA = dataclasses.replace(MODEL_SHAPES["8b"], num_layers=15)
 WORK = Workload(1e6, 1e9, 256, 256e3)
-ASKED = Asked(PilotConfig(), SketchConfig(), CurvatureConfig(), SelectionConfig())
+ASKED = Asked(PilotConfig(pilot_iters=20), SketchConfig(), CurvatureConfig(), SelectionConfig())
 
 
 @pytest.mark.parametrize(("model", "samples", "training", "sketch", "gib"), [
