@@ -27,8 +27,8 @@ def _plain_after_a_pilot(case: Case) -> Selection:
     return case.select(case.evidence["pilot"], **_PLAIN)
 
 
-@arm("direct-ungrouped", "direct for the mean of the validation set alone, whatever part of it "
-     "loses (--valid-clusters 0)", ("select",))
+@arm("direct-ungrouped", "direct for the mean of the validation set alone, whatever part of it is "
+     "left behind (--valid-clusters 0)", ("select",))
 def _ungrouped(case: Case) -> Selection:
     return case.select(case.evidence["select"], valid_clusters=0)
 

@@ -52,8 +52,9 @@ class SelectionConfig(Settings):
         True, "--objective descent: judge samples by what the validation gradient has in excess "
         "of the pool's mean gradient, which any data would follow (docs/selection.md)")
     valid_clusters: int = flag(
-        8, "--contrast: number of clusters of the validation set, within its datasets, none of "
-        "which may lose against the pool as it is; 0: the mean alone counts", at_least=0)
+        8, "--contrast: number of clusters of the validation set, within its datasets, which "
+        "bargain for the selection, so that none is left behind; 0: their mean alone counts",
+        at_least=0)
     weight_by_tokens: bool = flag(
         False, "--objective descent --no-contrast: weight each sample by the tokens that it is "
         "trained on")

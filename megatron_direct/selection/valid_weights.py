@@ -2,19 +2,20 @@
 
 In contrast a sample is scored by the validation gradient's excess over the pool's, and a mean over
 the validation set goes to whatever part of it has the steepest slope: a linear score leaves out the
-texts of all others. So the selection problem has a constraint for each group v of validation
-samples, a cluster within a dataset. With e_v its mean excess, m the pool's mean row, and shares p_v
-of the validation set,
+texts of all others. So groups v of validation samples, clusters within a dataset, bargain (Nash
+1950; proportional fairness). With e_v a group's mean excess, m the pool's mean row, and p_v its
+share of the validation set,
 
-    maximise  sum_v p_v a_v(w)   over  0 <= w <= M, sum w = K,   a_v(w) = <e_v, F w / K - m>,
-    subject to  a_v(w) >= 0  for each v:
+    maximise  sum_v p_v log a_v(w)   over  0 <= w <= M, sum w = K,   a_v(w) = <e_v, F w / K - m>,
 
-the loss of no group is predicted to end above what the pool as it is would yield (w = K / N, which
-is feasible). The multipliers lambda_v of the constraints make of it the problem without them,
-whose target is the mean of the e_v with weights p_v + lambda_v: these are the weights. They
-minimise the dual, max over w of sum_v (p_v + lambda_v) a_v(w), which is done one multiplier at a
-time: each is raised from 0 until its group no longer loses. The constraints are linear and few, and
-the dual nearly smooth where K is not tiny.
+a_v being what a selection is predicted to gain for the group over the pool as it is. At the maximum
+w also maximises sum_v omega_v a_v(w), omega_v = p_v / a_v: the problem without bargaining whose
+target is the mean of the e_v with weights omega_v. A group that gains little weighs more, whatever
+its slopes; where all gain alike, the weights are the shares.
+
+Found by the method of Frank and Wolfe, each step of which sorts the samples once. Below a small
+part of what a group could gain at most, the logarithm goes on as its tangent, for groups that no
+selection helps at once.
 
 Shapes: N candidates, n of them on this rank, M validation samples, V groups, k coordinates.
 """
@@ -29,11 +30,9 @@ from megatron_direct.selection.rows import row_blocks
 from megatron_direct.selection.share import Share
 from megatron_direct.selection.shrinkage import Partition, find_clusters
 
-# Each takes every multiplier in turn; they end before, where none changes by more than this share.
-_SWEEPS, _SETTLED = 20, 1e-3
-_BISECTIONS = 16
-# Of the largest gain in a group: what is below it counts as zero.
-_ROUNDING = 1e-6
+_STEPS = 100
+# Of the most that a group could gain: where the logarithm becomes its tangent.
+_LEAST = 0.05
 
 
 def valid_weights(config: SelectionConfig, evidence: Evidence, rows: np.ndarray, num_select: int,
@@ -53,8 +52,7 @@ def valid_weights(config: SelectionConfig, evidence: Evidence, rows: np.ndarray,
         scores[:, block] = targets @ rows[block].T.astype(np.float64)
     found = evidence.share().from_leader(lambda whole: group_weights(
         whole, sizes / count, num_select, config.max_count), scores)
-    of_sample = (found / sizes)[numbers]
-    return of_sample / of_sample.sum()
+    return (found / sizes)[numbers]
 
 
 def valid_groups(evidence: Evidence, count: int, seed: int) -> np.ndarray:
@@ -70,50 +68,32 @@ def valid_groups(evidence: Evidence, count: int, seed: int) -> np.ndarray:
 
 def group_weights(scores: np.ndarray, shares: np.ndarray, num_select: int, max_count: int,
                   ) -> np.ndarray:
-    """[V] p + lambda. scores: [V, N] of each sample in each group; shares: [V] p."""
+    """[V] weights omega that sum to 1. scores: [V, N] of each sample in each group; shares: [V] p.
+    """
     means = scores.mean(1)
-    least = -_ROUNDING * np.abs(scores - means[:, None]).max(1)
+    if num_select == max_count * scores.shape[1]:
+        return shares
+    most = np.array([of_group @ _best(of_group, num_select, max_count) for of_group in scores])
+    most -= means
+    if not (most > 0).all():  # a group in which all samples are alike gains nothing
+        return shares
 
-    def gains(weights: np.ndarray) -> np.ndarray:
-        return _mean_of_best(weights @ scores, scores, num_select, max_count) - means
+    def omega(gains: np.ndarray) -> np.ndarray:
+        return shares / np.maximum(gains, _LEAST * most)
 
-    weights = shares.astype(np.float64)
-    for _ in range(_SWEEPS):
-        before = weights.copy()
-        for group in range(len(weights)):
-            weights[group] = shares[group]
-            if gains(weights)[group] < least[group]:
-                weights[group] = _raised(gains, weights, group, least[group])
-        if np.allclose(weights, before, rtol=_SETTLED, atol=0):
-            break
-    return weights
-
-
-def _raised(gains, weights: np.ndarray, group: int, least: float) -> float:
-    """The least weight of a group, above the one that it has, with which it does not lose."""
-    low = high = weights[group]
-    trial = weights.copy()
-    # With all of the weight on it, a group gains at least what the pool as it is would.
-    while high < 2.0**60:
-        high *= 2
-        trial[group] = high
-        if gains(trial)[group] >= least:
-            break
-    for _ in range(_BISECTIONS):
-        trial[group] = 0.5 * (low + high)
-        low, high = (low, trial[group]) if gains(trial)[group] >= least else (trial[group], high)
-    return high
+    selected = _best(omega(most) @ scores, num_select, max_count)
+    for step in range(_STEPS):
+        towards = _best(omega(scores @ selected - means) @ scores, num_select, max_count)
+        selected += 2 / (step + 3) * (towards - selected)
+    found = omega(scores @ selected - means)
+    return found / found.sum()
 
 
-def _mean_of_best(of_sample: np.ndarray, scores: np.ndarray, num_select: int, max_count: int,
-                  ) -> np.ndarray:
-    """[V] mean scores [V, N] of the K samples of the greatest value [N], each up to max_count
-    times."""
+def _best(of_sample: np.ndarray, num_select: int, max_count: int) -> np.ndarray:
+    """[N] w / K of the K samples of the greatest value [N], each up to max_count times."""
     whole, rest = divmod(num_select, max_count)
-    if whole >= len(of_sample):
-        return scores.mean(1)
     order = np.argpartition(-of_sample, whole)  # the last of the K is in its place
-    counts = np.zeros(len(of_sample))
-    counts[order[:whole]] = max_count
-    counts[order[whole]] = rest
-    return scores @ counts / num_select
+    found = np.zeros(len(of_sample))
+    found[order[:whole]] = max_count
+    found[order[whole]] = rest
+    return found / num_select

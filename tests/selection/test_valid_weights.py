@@ -1,4 +1,4 @@
-"""Weights of validation samples against the linear programme they solve, and in a selection."""
+"""Weights of validation samples against the bargain that they solve, and in a selection."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from scipy.optimize import linprog
+from scipy.optimize import minimize
 
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.selection.config import SelectionConfig
@@ -33,36 +33,54 @@ def _gains(weights: np.ndarray, scores: np.ndarray, num_select: int) -> np.ndarr
 
 
 @pytest.mark.parametrize("max_count", [1, 3])
-@pytest.mark.parametrize("seed", range(4))
-def test_the_dual_reaches_the_linear_programme(seed, max_count):
-    scores, shares, num_select = _scores(seed, 4, 3000), np.array([0.4, 0.3, 0.2, 0.1]), 1000
+@pytest.mark.parametrize("seed", range(3))
+def test_the_weights_are_those_of_the_dual_problem(seed, max_count):
+    """min over omega of log(max over w of omega.a(w)) - p.log(omega) + p.log(p), which is the
+    bargain's maximum; by a search that knows nothing of w."""
+    scores, shares, num_select = _scores(seed, 3, 3000), np.array([0.5, 0.3, 0.2]), 1000
     advantages = scores - scores.mean(1, keepdims=True)
-    solved = linprog(
-        -(shares @ advantages) / num_select, A_ub=-advantages / num_select, b_ub=np.zeros(4),
-        A_eq=np.ones((1, 3000)), b_eq=[num_select], bounds=(0, max_count), method="highs")
-    weights = group_weights(scores, shares, num_select, max_count)
-    of_sample = np.sort(weights @ advantages)[::-1]
     whole, rest = divmod(num_select, max_count)
-    dual = (max_count * of_sample[:whole].sum() + rest * of_sample[whole]) / num_select
-    assert (weights >= shares).all() and (weights > 1.01 * shares).any()
-    # Weak duality from above; from below, one multiplier at a time comes this near.
-    assert -solved.fun - 1e-9 <= dual <= -solved.fun * (1 + 1e-3)
+
+    def dual(log_weights):
+        weights = np.exp(np.append(log_weights, 0.0))
+        best = np.sort(weights @ advantages)[::-1]
+        total = max_count * best[:whole].sum() + rest * best[whole]
+        return np.log(total / num_select) - shares @ np.log(weights / shares)
+
+    found = group_weights(scores, shares, num_select, max_count)
+    least = minimize(dual, np.zeros(2), method="Nelder-Mead",
+                     options={"xatol": 1e-6, "fatol": 1e-10}).fun
+    # 100 steps of Frank and Wolfe are within 1e-4 of the maximum here; the shares are not.
+    assert least - 1e-8 < dual(np.log(found[:-1] / found[-1])) < least + 1e-3
+    assert dual(np.log(shares[:-1] / shares[-1])) > least + 0.05
 
 
 def test_no_group_loses_and_one_would_have():
     scores, shares = _scores(5, 4, 3000), np.array([0.7, 0.1, 0.1, 0.1])
     assert _gains(shares, scores, 1000).min() < -0.1
-    # 1 / 1000: the K-th sample is there or not.
-    assert _gains(group_weights(scores, shares, 1000, 1), scores, 1000).min() > -0.01
+    weights = group_weights(scores, shares, 1000, 1)
+    gains = _gains(weights, scores, 1000)
+    assert gains.min() > 0.1
+    # What each gains, times its weight, is its share.
+    np.testing.assert_allclose(weights * gains / (weights @ gains), shares, atol=0.03)
 
 
-def test_where_none_loses_the_weights_are_the_shares():
+def test_where_all_gain_alike_the_weights_are_the_shares():
     rng = np.random.default_rng(0)
-    scores, shares = rng.standard_normal(500) + 0.1 * rng.standard_normal((3, 500)), \
-        np.array([0.5, 0.3, 0.2])
-    np.testing.assert_array_equal(group_weights(scores, shares, 100, 1), shares)
-    # All samples: every gain is zero, but for rounding.
+    common = rng.standard_normal(500)
+    shares = np.array([0.5, 0.3, 0.2])
+    np.testing.assert_allclose(group_weights(np.tile(common, (3, 1)), shares, 100, 1), shares)
+    # However steep a group's slope: gains are measured in its own units.
+    scores = common + 0.1 * rng.standard_normal((3, 500))
+    steep = group_weights(scores * np.array([[10.0], [1.0], [1.0]]), shares, 100, 1)
+    even = group_weights(scores, shares, 100, 1)
+    np.testing.assert_allclose(steep * [10, 1, 1] / (steep @ [10, 1, 1]), even, rtol=1e-6)
+
+
+def test_where_nothing_can_be_gained_the_weights_are_the_shares():
+    shares = np.array([0.5, 0.3, 0.2])
     np.testing.assert_array_equal(group_weights(_scores(0, 3, 500), shares, 500, 1), shares)
+    np.testing.assert_array_equal(group_weights(np.ones((3, 500)), shares, 100, 1), shares)
 
 
 def made_up(seed: int) -> Evidence:
