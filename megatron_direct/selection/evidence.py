@@ -49,6 +49,13 @@ class Evidence:
     # Of these rows and no others: what is derived from this evidence begins without any.
     _found: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @property
+    def datasets_of_valid(self) -> np.ndarray:
+        """[M] the number of the dataset that each validation sample is from."""
+        if self.valid_datasets is None:
+            return np.zeros(len(self.valid_rows), dtype=np.int64)
+        return self.valid_datasets
+
     def share(self) -> Share:
         """This rank's share of the candidates; all ranks call this."""
         return Share.of_rank(len(self.rows), self.ids, self.all_reduce_sum)

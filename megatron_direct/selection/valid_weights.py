@@ -57,10 +57,7 @@ def valid_weights(config: SelectionConfig, evidence: Evidence, rows: np.ndarray,
 
 def valid_groups(evidence: Evidence, count: int, seed: int) -> np.ndarray:
     """[M] the group of each validation sample: about ``count`` clusters, within its datasets."""
-    datasets = evidence.valid_datasets
-    if datasets is None:
-        datasets = np.zeros(len(evidence.valid_rows), dtype=np.int64)
-    parts = np.unique(datasets, return_inverse=True)[1]
+    parts = np.unique(evidence.datasets_of_valid, return_inverse=True)[1]
     found = find_clusters(evidence.valid_rows, Partition(parts, int(parts.max()) + 1), count,
                           Share.of_rank(len(parts)), seed)
     return np.unique(found.numbers, return_inverse=True)[1]

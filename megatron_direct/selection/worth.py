@@ -51,9 +51,7 @@ def source_blocks(evidence: Evidence) -> np.ndarray:
     About _BLOCKS in all, an even number of each dataset that has two samples, so that each dataset
     is in both halves.
     """
-    datasets = evidence.valid_datasets
-    if datasets is None:
-        datasets = np.zeros(len(evidence.valid_rows), dtype=np.int64)
+    datasets = evidence.datasets_of_valid
     blocks, first = np.zeros(len(datasets), dtype=np.int64), 0
     for number in np.unique(datasets):
         here = np.flatnonzero(datasets == number)
