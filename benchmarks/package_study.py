@@ -19,13 +19,16 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import itertools
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +70,8 @@ SETTINGS = {
 FIRST = ("random", "whole-pool", "perplexity-middle", "ngrams", "gradient-cosine", "direct",
          "direct-plain", "stable-averaged", "random-averaged", "whole-pool-averaged",
          "direct-averaged")
-DECISIONS = ("direct-pilot", "direct-plain-pilot", "direct-merged", "direct-ungrouped",
-             "direct-half", "direct-quarter", "direct-unshrunk", "direct-unnormalized",
+DECISIONS = ("direct-textless", "direct-pilot", "direct-plain-pilot", "direct-merged",
+             "direct-ungrouped", "direct-half", "direct-quarter", "direct-unshrunk", "direct-unnormalized",
              "direct-undrawn")
 RIVALS = ("domain", "oracle", "flat-energy", "direct-share", "direct-proxy", "influence",
           "redundancy-draw", "random-constant-averaged", "whole-pool-constant-averaged",
@@ -120,8 +123,9 @@ SCALES = {
         ("--num-layers", "12", "--hidden-size", "512", "--num-attention-heads", "8",
          "--seq-length", "512"),
         ("--num-layers", "4", "--hidden-size", "256", "--seq-length", "512"), vocab_size=16384,
-        pool=6000, held_out=256,
-        stable=1500, global_batch=64, micro_batch=32, num_seeds=3, precision=("--bf16",),
+        # An annealing over half of the pool is a tenth of the stable phase's tokens.
+        pool=14000, held_out=512,
+        stable=1400, global_batch=32, micro_batch=32, num_seeds=3, precision=("--bf16",),
         stages=STAGES[:1]),
     "tiny": Scale(
         ("--num-layers", "1", "--hidden-size", "32"),
@@ -139,6 +143,7 @@ class Study:
         self.tokenizer = self.data / "tokenizer.model"
         self.batch = ["--global-batch-size", str(scale.global_batch),
                       "--micro-batch-size", str(scale.micro_batch)]
+        self._training = threading.Lock()
 
     def run(self, *command: str | Path, ranks: int = 1) -> None:
         launcher = [sys.executable] if ranks == 1 else [
@@ -183,8 +188,12 @@ class Study:
             Path(output + suffix).unlink(missing_ok=True)
         materialize(prefix, SampleMask(keep, indexed.dataset_digest(prefix)), output)
 
-    @functools.cache  # noqa: B019  (one study lives as long as the process)
     def pretrain(self, name: str, model: tuple[str, ...]) -> Path:
+        with self._training:  # settings that are run at once need it once
+            return self._pretrained(name, model)
+
+    @functools.cache  # noqa: B019  (one study lives as long as the process)
+    def _pretrained(self, name: str, model: tuple[str, ...]) -> Path:
         folder = self.folder / name
         self.run("-m", "megatron_direct", "pretrain", "--data-path",
                  *(self.data / f"pretrain_{domain}_pool" for domain in (*MAIN, *OTHERS)),
@@ -237,6 +246,8 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", help="these alone, in one stage; default: in the "
                         "stages of the scale")
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks")
+    parser.add_argument("--at-once", type=int, default=1, help="settings that are run at once, "
+                        "where one of them leaves the machine idle in between")
     parser.add_argument("--seconds", type=float, default=float("inf"),
                         help="no further seed of a setting is begun after so long; the same "
                         "command carries on")
@@ -250,7 +261,8 @@ def main() -> None:
     study.pretrain("theta", scale.model)  # where this fails, no piece would go on
     stages = scale.stages if flags.arms is None else (
         Stage(tuple(flags.arms), tuple(flags.settings)),)
-    work = Work(study, tuple(others), began + flags.seconds, flags.results, tuple(flags.settings))
+    work = Work(study, tuple(others), began + flags.seconds, flags.results, tuple(flags.settings),
+                flags.at_once)
     failed = work.done(order(stages, scale.num_seeds, flags.settings))
     # Once more: such as one that met the last breath of a study that was killed before.
     failed = work.done(failed)
@@ -261,29 +273,40 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """ends: when nothing more is begun; results: file that is written anew after each piece."""
+    """ends: when nothing more is begun; results: file that is written anew after each piece;
+    at_once: settings."""
 
     study: Study
     flags: tuple[str, ...]
     ends: float
     results: Path | None
     settings: tuple[str, ...]
+    at_once: int = 1
 
     def done(self, pieces: Iterable[Piece]) -> list[Piece]:
         """Those that failed; the others go on."""
         failed = []
-        for stage, num_seeds, name in pieces:
-            if time.monotonic() > self.ends:
-                print(f"{name}, {num_seeds} seeds: not begun, the time is over", flush=True)
-                continue
-            try:
-                self.study.compare(name, num_seeds, ["--arms", *stage.arms, *self.flags])
-            except subprocess.CalledProcessError as error:
-                print(f"{name}, {num_seeds} seeds: {error}", flush=True)
-                failed.append((stage, num_seeds, name))
-            if self.results is not None:
-                write_results(self.study.folder, self.settings, self.results)
+        for _, of_all_settings in itertools.groupby(pieces, key=lambda piece: piece[:2]):
+            with ThreadPoolExecutor(self.at_once) as pool:
+                begun = {pool.submit(self._is_done, piece): piece for piece in of_all_settings}
+                for future in as_completed(begun):
+                    if not future.result():
+                        failed.append(begun[future])
+                    if self.results is not None:
+                        write_results(self.study.folder, self.settings, self.results)
         return failed
+
+    def _is_done(self, piece: Piece) -> bool:
+        stage, num_seeds, name = piece
+        if time.monotonic() > self.ends:
+            print(f"{name}, {num_seeds} seeds: not begun, the time is over", flush=True)
+            return True
+        try:
+            self.study.compare(name, num_seeds, ["--arms", *stage.arms, *self.flags])
+        except subprocess.CalledProcessError as error:
+            print(f"{name}, {num_seeds} seeds: {error}", flush=True)
+            return False
+        return True
 
 
 def order(stages: Sequence[Stage], num_seeds: int, settings: Sequence[str]) -> Iterator[Piece]:

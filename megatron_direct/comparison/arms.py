@@ -34,10 +34,8 @@ class Case:
 
     evidence: by measurement (see :class:`Arm`). domains: [N] the domain of each candidate, by name;
     losses: [N] mean token losses; corrupted: [N] what a trial shuffled on purpose, for the oracle
-    alone; valid_domains, valid_labels, valid_numbers: [M]; text_similarity: of some validation
-    samples' numbers, yields [N] likeness to them by tokens alone; token_features: yields [N, F];
-    ceiling: the best mixture found. config: the flags of the selection problem; numbers: [N] of the
-    samples.
+    alone; valid_domains, valid_labels: [M]; token_features: yields [N, F]; ceiling: the best
+    mixture found. config: the flags of the selection problem; numbers: [N] of the samples.
     """
 
     evidence: Mapping[str, Evidence]
@@ -50,8 +48,6 @@ class Case:
     seed: int
     config: SelectionConfig
     limits: Mapping = field(default_factory=dict)
-    valid_numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    text_similarity: Callable[[np.ndarray], np.ndarray] | None = None
     numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     token_features: Callable[[], np.ndarray] | None = None
     ceiling: GroupMixture | None = None

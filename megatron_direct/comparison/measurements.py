@@ -21,9 +21,9 @@ from megatron_direct.comparison import (
     variants,  # noqa: F401
 )
 from megatron_direct.comparison.arms import Case
-from megatron_direct.comparison.text_likeness import ngram_likeness
 from megatron_direct.data import indexed
 from megatron_direct.data.cards import read_card
+from megatron_direct.data.ngram_likeness import Texts
 from megatron_direct.data.samples import Samples
 from megatron_direct.data.token_features import TokenSource, token_features
 from megatron_direct.errors import UserError
@@ -207,17 +207,17 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
     if config.is_auto and config.anneal_tokens is None:
         config = dataclasses.replace(config, anneal_tokens=setting.num_tokens)
     here, samples, valid_samples = pool.samples[chosen], setting.onset.pool, setting.onset.valid
+    texts = Texts(TokenSource(samples, here), TokenSource(valid_samples, valid.samples))
     evidence = {name: Evidence(rows.rows[chosen], samples.num_labels[here],
                                samples.dataset_of(here), len(samples.prefixes),
                                np.arange(len(here)), of_valid.rows, measured[name].directions,
-                               valid_datasets=valid_samples.dataset_of(of_valid.samples))
+                               valid_datasets=valid_samples.dataset_of(of_valid.samples),
+                               texts=texts)
                 for name, (rows, of_valid) in stored.items()}
     case = Case(evidence, pool.losses[chosen], _domains(samples, here), samples.corrupted[here],
                 _domains(valid_samples, valid.samples), valid_samples.num_labels[valid.samples],
-                0, seed, config, solve_step.limits(config, samples, here), valid.samples,
-                functools.partial(ngram_likeness, samples, here, valid_samples), here,
-                functools.partial(token_features, TokenSource(samples, here),
-                                  TokenSource(valid_samples, valid.samples), seed))
+                0, seed, config, solve_step.limits(config, samples, here), here,
+                functools.partial(token_features, texts.pool, texts.valid, seed))
     case = dataclasses.replace(case, num_select=_num_select(case))
     with files.written_whole(setting.seed_folder(seed) / "samples.npz") as file:
         np.savez(file, candidates=here, num_select=case.num_select, loss=case.losses,

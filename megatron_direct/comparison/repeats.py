@@ -57,6 +57,5 @@ def _halves(case: Case, num_select: int) -> list[_HalfCase]:
         **fields, "num_select": num_select, "seed": case.seed + number,
         "evidence": {name: evidence.half(part, samples)
                      for name, evidence in case.evidence.items()},
-        "valid_domains": case.valid_domains[samples], "valid_labels": case.valid_labels[samples],
-        "valid_numbers": case.valid_numbers[samples]})
+        "valid_domains": case.valid_domains[samples], "valid_labels": case.valid_labels[samples]})
         for number, (part, samples) in enumerate(((coordinates, valid), (~coordinates, ~valid)))]

@@ -31,8 +31,9 @@ MODERATE_AVERAGED = Recipe(final=0.3, average=0.5)
 @arm("ngrams", "text most like the validation set's, by hashed unigrams and bigrams (DSIR)",
      ("text",))
 def _ngrams(case: Case) -> np.ndarray:
-    assert case.text_similarity is not None
-    return case.largest(case.text_similarity(case.valid_numbers))
+    texts = case.evidence["onset"].texts
+    assert texts is not None
+    return case.largest(texts.likeness(np.zeros(len(case.valid_labels), np.int64))[0])
 
 
 @arm("redundancy-draw", "drawn by cosine less likeness to what was drawn before, as OPUS does",

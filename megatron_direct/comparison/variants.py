@@ -33,6 +33,11 @@ def _ungrouped(case: Case) -> Selection:
     return case.select(case.evidence["select"], valid_clusters=0)
 
 
+@arm("direct-textless", "direct by gradients alone (--text-weight 0)", ("select",))
+def _textless(case: Case) -> Selection:
+    return case.select(case.evidence["select"], text_weight=0.0)
+
+
 @arm("direct-merged", "direct with gradients at the average of the training's last states "
      "(--at merged)", ("merged",))
 def _at_the_average(case: Case) -> Selection:

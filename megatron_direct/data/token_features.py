@@ -42,6 +42,10 @@ class TokenSource:
     samples: Samples
     numbers: np.ndarray
 
+    def of(self, here: np.ndarray | slice) -> TokenSource:
+        """Some of these, by a mask or positions."""
+        return TokenSource(self.samples, self.numbers[here])
+
     def hashes(self) -> Iterator[tuple[np.ndarray, int]]:
         """(hashes, n) of each sample."""
         for number in self.numbers:

@@ -55,6 +55,9 @@ class SelectionConfig(Settings):
         8, "--contrast: number of clusters of the validation set, within its datasets, which "
         "bargain for the selection, so that none is left behind; 0: their mean alone counts",
         at_least=0)
+    text_weight: float = flag(
+        0.5, "--contrast: how much likeness by n-grams, which asks no model, counts beside "
+        "gradients: the ratio of their spreads over the pool; 0: not at all", at_least=0)
     weight_by_tokens: bool = flag(
         False, "--objective descent --no-contrast: weight each sample by the tokens that it is "
         "trained on")

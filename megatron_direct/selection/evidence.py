@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megatron_direct.curvature.spectrum import Directions
+from megatron_direct.data.ngram_likeness import Texts
 from megatron_direct.errors import UserError
 from megatron_direct.selection.rows import row_blocks, row_lengths, unit_rows
 from megatron_direct.selection.share import AllReduceSum, Share
@@ -34,7 +35,8 @@ class Evidence:
     the pool, below num_datasets; ids: [n] numbers of the candidates, 0..N-1 over all ranks;
     all_reduce_sum: as solve_selection takes it; valid_rows: [M, k] sketches of the validation
     samples, the same on each rank; valid_datasets: [M] ascending numbers of the datasets that they
-    are from, None for a single one.
+    are from, None for a single one; texts: of the candidates and of the validation samples, None
+    where tokens are not known.
     """
 
     rows: np.ndarray
@@ -46,6 +48,7 @@ class Evidence:
     directions: Directions
     all_reduce_sum: AllReduceSum = lambda array: array
     valid_datasets: np.ndarray | None = None
+    texts: Texts | None = None
     # Of these rows and no others: what is derived from this evidence begins without any.
     _found: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -82,7 +85,8 @@ class Evidence:
         # Their clusters are found anew: as many as all had, which part what is left more finely.
         return dataclasses.replace(
             self, rows=self.rows[here], labels=self.labels[here], datasets=self.datasets[here],
-            ids=(np.cumsum(kept) - 1)[self.ids[here]])
+            ids=(np.cumsum(kept) - 1)[self.ids[here]],
+            texts=None if self.texts is None else self.texts.of(here))
 
     def half(self, coordinates: np.ndarray, valid: np.ndarray) -> Evidence:
         """What some coordinates [k] bool, and some of the validation samples [M] bool, tell of the
@@ -96,7 +100,8 @@ class Evidence:
         return dataclasses.replace(
             self, rows=self.rows[:, coordinates] * scale, directions=directions,
             valid_rows=self.valid_rows[valid][:, coordinates] * scale,
-            valid_datasets=None if self.valid_datasets is None else self.valid_datasets[valid])
+            valid_datasets=None if self.valid_datasets is None else self.valid_datasets[valid],
+            texts=None if self.texts is None else self.texts.of_valid(valid))
 
 
 def mean_row(evidence: Evidence, *, unit: bool) -> np.ndarray:

@@ -17,10 +17,17 @@ Found by the method of Frank and Wolfe, each step of which sorts the samples onc
 part of what a group could gain at most, the logarithm goes on as its tangent, for groups that no
 selection helps at once.
 
+Gradients are not all that is known: how like a group's texts a sample's is, by its n-grams
+(ngram_likeness.py), is told without a model, and errs otherwise than a gradient does. A group's
+score of a sample is the inner product above and beside it the likeness, brought to --text-weight
+times the spread of the inner products over the pool.
+
 Shapes: N candidates, n of them on this rank, M validation samples, V groups, k coordinates.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,14 +42,29 @@ _STEPS = 100
 _LEAST = 0.05
 
 
-def valid_weights(config: SelectionConfig, evidence: Evidence, rows: np.ndarray, num_select: int,
-                  seed: int) -> np.ndarray:
-    """[M] weights of the validation samples in the objective's target, which sum to 1; all ranks
-    call this. rows: [n, k] as the objective sums them up."""
-    count = len(evidence.valid_rows)
-    if not config.is_in_contrast or not config.valid_clusters:
-        return np.full(count, 1 / count)
-    numbers = valid_groups(evidence, config.valid_clusters, seed)
+@dataclass(frozen=True, eq=False)
+class Bargain:
+    """weights: [M] of the validation samples in the objective's target, which sum to 1; likeness:
+    [n] what texts add to each sample's inner product with it, None where they do not count."""
+
+    weights: np.ndarray
+    likeness: np.ndarray | None = None
+
+
+def has_texts(config: SelectionConfig, evidence: Evidence) -> bool:
+    """Whether texts count."""
+    return config.is_in_contrast and config.text_weight > 0 and evidence.texts is not None
+
+
+def bargain(config: SelectionConfig, evidence: Evidence, rows: np.ndarray, num_select: int,
+            seed: int) -> Bargain:
+    """All ranks call this. rows: [n, k] as the objective sums them up."""
+    count, with_texts = len(evidence.valid_rows), has_texts(config, evidence)
+    in_groups = config.is_in_contrast and config.valid_clusters > 0
+    if not (in_groups or with_texts):
+        return Bargain(np.full(count, 1 / count))
+    numbers = valid_groups(evidence, config.valid_clusters, seed) if in_groups else np.zeros(
+        count, dtype=np.int64)
     sizes = np.bincount(numbers)
     targets = np.stack([
         excess_gradient(evidence, (numbers == group) / size, unit=config.normalize_gradients)
@@ -50,9 +72,28 @@ def valid_weights(config: SelectionConfig, evidence: Evidence, rows: np.ndarray,
     scores = np.empty((len(targets), len(rows)))
     for block in row_blocks(len(rows)):
         scores[:, block] = targets @ rows[block].T.astype(np.float64)
+    likeness = _likeness(config, evidence, numbers, scores) if with_texts else np.zeros_like(scores)
     found = evidence.share().from_leader(lambda whole: group_weights(
-        whole, sizes / count, num_select, config.max_count), scores)
-    return (found / sizes)[numbers]
+        whole, sizes / count, num_select, config.max_count), scores + likeness)
+    return Bargain((found / sizes)[numbers], found @ likeness if with_texts else None)
+
+
+def _likeness(config: SelectionConfig, evidence: Evidence, numbers: np.ndarray,
+              scores: np.ndarray) -> np.ndarray:
+    """[V, n] of the texts to those of each group, with a mean of 0 and a spread in proportion to
+    that of the scores [V, n] by gradients."""
+    assert evidence.texts is not None
+    found, share = evidence.texts.likeness(numbers, evidence.all_reduce_sum), evidence.share()
+    mean, spread = _mean_and_spread(found, share)
+    factors = np.divide(config.text_weight * _mean_and_spread(scores, share)[1], spread,
+                        out=np.zeros_like(spread), where=spread > 0)
+    return factors[:, None] * (found - mean[:, None])
+
+
+def _mean_and_spread(values: np.ndarray, share: Share) -> tuple[np.ndarray, np.ndarray]:
+    """[V] each, of values [V, n] of all ranks."""
+    mean = share.summed(values.sum(1)) / share.num_samples
+    return mean, np.sqrt(share.summed(((values - mean[:, None])**2).sum(1)) / share.num_samples)
 
 
 def valid_groups(evidence: Evidence, count: int, seed: int) -> np.ndarray:

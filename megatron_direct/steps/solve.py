@@ -13,7 +13,9 @@ import numpy as np
 import psutil
 
 from megatron_direct.data import indexed
+from megatron_direct.data.ngram_likeness import Texts
 from megatron_direct.data.samples import Samples
+from megatron_direct.data.token_features import TokenSource
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.store import Sketches
 from megatron_direct.runtime import attendance, parallel
@@ -263,7 +265,8 @@ def _evidence(here: _Part, numbers: np.ndarray) -> Evidence:
         samples.dataset_of(numbers), len(samples.prefixes),
         here.begins_at(len(numbers)) + np.arange(len(numbers)), valid_sketches.rows,
         here.measured.directions, here.all_reduce_sum,
-        valid.samples.dataset_of(valid_sketches.samples))
+        valid.samples.dataset_of(valid_sketches.samples),
+        Texts(TokenSource(samples, numbers), TokenSource(valid.samples, valid_sketches.samples)))
 
 
 def _mean_loss(losses: np.ndarray, found: Selection) -> MeanLoss:

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from written_texts import random_texts
 
 from megatron_direct.comparison.arms import REGISTRY, Arm, Case, matched
 from megatron_direct.comparison.measurements import MEASUREMENTS
@@ -29,15 +30,13 @@ def case() -> Case:
     directions = Directions(np.array([8.0, 4.0, 1.0, 0.5]), VECTORS, 2)
     domains = np.array(["code"] * 40 + ["prose"] * 20)
     evidence = Evidence(rows, rng.integers(5, 50, N), np.arange(N) // 40, 2, np.arange(N), valid,
-                        directions)
+                        directions, texts=random_texts(N, M))
     names = ("adam-sketches", "select", "proxy", "merged", "pilot")
     other = {name: dataclasses.replace(evidence, rows=np.roll(rows, shift, axis=1))
              for shift, name in enumerate(names, 1)}
     return Case({"onset": evidence, **other}, rng.uniform(1, 5, N), domains, rng.random(N) < 0.25,
                 np.array(["code"] * 4 + ["prose"] * 8), np.full(M, 10), K, 3,
-                SelectionConfig(num_select=K), valid_numbers=np.arange(M),
-                text_similarity=lambda numbers: np.arange(N) % (7.0 if len(numbers) == M else 6.0),
-                token_features=lambda: rows[:, :3])
+                SelectionConfig(num_select=K), token_features=lambda: rows[:, :3])
 
 
 # Of a ceiling it takes what a search found: tests/commands/test_compare.py.
@@ -79,7 +78,7 @@ def _under_the_inverse(evidence):
     ("pilot-dot", lambda case: _dots(case, "select")),
     ("stiff-alignment", lambda case: (_rows(case) @ STIFF.T)
      @ (STIFF @ case.evidence["onset"].valid_rows.mean(0))),
-    ("ngrams", lambda case: np.arange(N) % 7.0 - 1e-3 * np.arange(N)),
+    ("ngrams", lambda case: case.evidence["onset"].texts.likeness(np.zeros(M, int))[0]),
     ("influence", lambda case: _under_the_inverse(case.evidence["onset"])),
     ("influence-select", lambda case: _under_the_inverse(case.evidence["select"])),
 ])
@@ -120,6 +119,7 @@ def test_quotas_hold_in_the_arms_that_solve(case):
     ("direct-pilot", "pilot", {}), ("direct-merged", "merged", {}),
     ("direct-plain", "select", PLAIN), ("direct-plain-pilot", "pilot", PLAIN),
     ("direct-ungrouped", "select", {"valid_clusters": 0}),
+    ("direct-textless", "select", {"text_weight": 0.0}),
     ("direct-unshrunk", "select", {"shrinkage_clusters": 0}),
     ("direct-unnormalized", "select", {"normalize_gradients": False}),
     ("direct-undrawn", "select", {"draw_unstable": False}),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+from written_texts import written
 
 from megatron_direct.comparison import rivals  # noqa: F401  (registers its arms)
 from megatron_direct.comparison.arms import REGISTRY, Case
@@ -11,6 +14,7 @@ from megatron_direct.comparison.repeats import repeats_of
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
+from megatron_direct.selection.worth import source_blocks
 
 N, M, SIZE, K = 400, 32, 256, 100
 
@@ -28,8 +32,7 @@ def _case(helpful: float) -> Case:
                         np.arange(N), rows[N:].astype(np.float32), directions)
     return Case({"onset": evidence, "select": evidence}, rng.uniform(1, 5, N), np.full(N, "a"),
                 np.zeros(N, bool), np.full(M, "a"), np.full(M, 9), K, 0,
-                SelectionConfig(num_select=K), valid_numbers=np.arange(M),
-                text_similarity=lambda numbers: -np.arange(N) * (1.0 if numbers[0] else -1.0))
+                SelectionConfig(num_select=K))
 
 
 @pytest.mark.parametrize("name", ["gradient-cosine", "direct"])
@@ -55,5 +58,12 @@ def test_where_nothing_is_asked_nothing_repeats():
 
 
 def test_text_is_likened_to_half_of_the_validation_set():
-    """The stand-in takes the first samples for one half, and the last ones for the other."""
-    assert repeats_of(REGISTRY["ngrams"], _case(1.0), K).samples == 0.0
+    """Every other block of the validation set is of one kind of text, and the rest of another: each
+    half chooses its own."""
+    case, rng = _case(1.0), np.random.default_rng(1)
+    even = source_blocks(case.evidence["onset"]) % 2 == 0
+    pool = [rng.integers(0, 40, 30) + 50 * (number % 2) for number in range(N)]
+    valid = [rng.integers(0, 40, 30) + 50 * kind for kind in even]
+    evidence = dataclasses.replace(case.evidence["onset"], texts=written(pool, valid))
+    case = dataclasses.replace(case, evidence={"onset": evidence})
+    assert repeats_of(REGISTRY["ngrams"], case, K).samples == 0.0

@@ -7,12 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 from scipy.optimize import minimize
+from written_texts import written
 
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.treatment import select_by_sketches, summed_rows
-from megatron_direct.selection.valid_weights import group_weights, valid_groups, valid_weights
+from megatron_direct.selection.evidence import Evidence, excess_gradient
+from megatron_direct.selection.treatment import linear_scores, select_by_sketches, summed_rows
+from megatron_direct.selection.valid_weights import bargain, group_weights, valid_groups
 
 SIZE = 64
 
@@ -125,7 +126,7 @@ def test_a_domain_that_the_mean_leaves_out_stays(seed):
 def test_weights_are_of_groups_and_sum_to_one():
     evidence = made_up(3)
     rows = summed_rows(CONFIG, evidence, 0)
-    groups, weights = valid_groups(evidence, 8, 0), valid_weights(CONFIG, evidence, rows, 400, 0)
+    groups, weights = valid_groups(evidence, 8, 0), bargain(CONFIG, evidence, rows, 400, 0).weights
     assert weights.sum() == pytest.approx(1) and len(weights) == 200
     for group in range(groups.max() + 1):
         here = groups == group
@@ -133,4 +134,50 @@ def test_weights_are_of_groups_and_sum_to_one():
         assert len(np.unique(evidence.valid_datasets[here])) == 1
     assert weights[180:].sum() > 0.1  # its share of the validation set
     plain = dataclasses.replace(CONFIG, contrast=False)
-    np.testing.assert_array_equal(valid_weights(plain, evidence, rows, 400, 0), 1 / 200)
+    np.testing.assert_array_equal(bargain(plain, evidence, rows, 400, 0).weights, 1 / 200)
+
+
+def _with_texts(evidence: Evidence, useful: np.ndarray) -> Evidence:
+    """Those that are useful, of the pool's samples, have the words of the validation set."""
+    rng = np.random.default_rng(0)
+    pool = [rng.integers(0, 40, 30) + 50 * (not like) for like in useful]
+    return dataclasses.replace(evidence, texts=written(
+        pool, [rng.integers(0, 40, 30) for _ in evidence.valid_rows]))
+
+
+@pytest.mark.parametrize("clusters", [0, 8])
+def test_texts_count_in_proportion_to_the_spread_of_gradients(clusters):
+    """Scores with texts, less those without, are the likeness that numpy finds, at the weights of
+    the groups that both are found with."""
+    evidence = _with_texts(made_up(4), np.arange(800) % 3 == 0)
+    config = dataclasses.replace(CONFIG, text_weight=0.7, valid_clusters=clusters, step_size=1e-9)
+    rows = summed_rows(config, evidence, 0)
+    found = bargain(config, evidence, rows, 400, 0)
+    groups = valid_groups(evidence, 8, 0) if clusters else np.zeros(200, np.int64)
+    expected = np.zeros(800)
+    for group in np.unique(groups):
+        here = groups == group
+        excess = excess_gradient(evidence, here / here.sum(), unit=True)
+        text = evidence.texts.likeness(groups)[group]
+        weight = found.weights[here].sum()
+        expected += weight * 0.7 * (rows @ excess).std() * (text - text.mean()) / text.std()
+    np.testing.assert_allclose(found.likeness, expected, rtol=1e-6, atol=1e-9)
+    target = excess_gradient(evidence, found.weights, unit=True)
+    np.testing.assert_allclose(linear_scores(config, evidence, 400, 0), rows @ target + expected,
+                               rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_texts_decide_where_gradients_are_noise():
+    rng = np.random.default_rng(5)
+    useful, noise = np.arange(800) % 2 == 0, made_up(5)
+    evidence = _with_texts(dataclasses.replace(
+        noise, rows=rng.standard_normal(noise.rows.shape).astype(np.float32)), useful)
+    half = np.flatnonzero(useful)
+
+    def chosen(**flags) -> int:
+        config = dataclasses.replace(CONFIG, shrinkage_clusters=0, **flags)
+        return len(np.intersect1d(select_by_sketches(config, evidence, 400, 0)[0].indices, half))
+
+    assert chosen(text_weight=20.0) > 390
+    assert 160 < chosen(text_weight=0.0) < 240  # half, with a standard deviation of 10
+    assert 160 < chosen(contrast=False, text_weight=20.0) < 240

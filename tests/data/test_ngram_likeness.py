@@ -1,0 +1,94 @@
+"""Likeness of texts by hashed n-grams, against the definition written out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from indexed_files import write_dataset
+
+from megatron_direct.data.ngram_likeness import Texts
+from megatron_direct.data.samples import Samples
+from megatron_direct.data.token_features import TokenSource, ngram_hashes
+
+GROUPS = np.array([0, 1, 1, 0])
+
+
+@pytest.fixture(scope="module")
+def documents() -> dict[str, list[np.ndarray]]:
+    rng = np.random.default_rng(1)
+    return {"pool": [rng.integers(0, 50, rng.integers(3, 30)) for _ in range(6)],
+            "valid": [rng.integers(30 * group, 20 + 30 * group, 25) for group in GROUPS]}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory, documents) -> Texts:
+    folder, sources = tmp_path_factory.mktemp("texts"), {}
+    for name, some in documents.items():
+        write_dataset(folder / name, [[text.tolist()] for text in some])
+        sources[name] = TokenSource(Samples([str(folder / name)], 20), np.arange(len(some)))
+    return Texts(**sources)
+
+
+def _features(text: np.ndarray) -> list[int]:
+    """Of the tokens that a model of sequence length 20 sees."""
+    return [int(number) % 10_000 for number in ngram_hashes(text[:21])]
+
+
+def _log_shares(some: list[np.ndarray]) -> dict[int, float]:
+    counts = dict.fromkeys(range(10_000), 1)
+    for text in some:
+        for feature in _features(text):
+            counts[feature] += 1
+    total = sum(counts.values())
+    return {feature: math.log(count / total) for feature, count in counts.items()}
+
+
+def _expected(documents, groups) -> np.ndarray:
+    in_pool, found = _log_shares(documents["pool"]), []
+    for group in np.unique(groups):
+        in_group = _log_shares([text for text, number in zip(documents["valid"], groups,
+                                                             strict=True) if number == group])
+        found.append([np.mean([in_group[f] - in_pool[f] for f in _features(text)])
+                      for text in documents["pool"]])
+    return np.array(found)
+
+
+@pytest.mark.parametrize("groups", [GROUPS, np.zeros(4, np.int64)], ids=["two groups", "one"])
+def test_likeness_written_out(documents, texts, groups):
+    found = texts.likeness(groups)
+    np.testing.assert_allclose(found, _expected(documents, groups), rtol=1e-12)
+    if len(found) == 2:  # and it is of what it should be: tokens below 20, and from 30 on
+        low = [np.mean(text[:21] < 20) - np.mean(text[:21] >= 30) for text in documents["pool"]]
+        assert np.corrcoef(found[0] - found[1], low)[0, 1] > 0.9
+
+
+def test_of_some_samples_on_each_of_two_ranks(documents, texts):
+    """What is usual in the pool is counted over all ranks."""
+    parts = [texts.of(np.arange(6) < 4), texts.of(np.array([4, 5]))]
+    counts: list = []
+    for part in parts:  # the counts of each, then the likeness with their sum
+        part.likeness(GROUPS, lambda own: counts.append(own) or own)
+    found = [part.likeness(GROUPS, lambda own: sum(counts)) for part in parts]
+    np.testing.assert_allclose(np.concatenate(found, axis=1), _expected(documents, GROUPS),
+                               rtol=1e-12)
+
+
+def test_of_half_of_the_validation_set(documents, texts):
+    half = GROUPS == 1
+    fewer = {**documents, "valid": [documents["valid"][number] for number in (1, 2)]}
+    np.testing.assert_allclose(texts.of_valid(half).likeness(np.zeros(2, np.int64)),
+                               _expected(fewer, np.zeros(2)), rtol=1e-12)
+
+
+def test_features_are_of_ngrams_alone_and_spread_evenly():
+    text = np.arange(2000)
+    features = ngram_hashes(text) % np.uint64(10_000)
+    np.testing.assert_array_equal(features[:2000][500:502],
+                                  ngram_hashes(text[500:502])[:2] % np.uint64(10_000))
+    assert ngram_hashes(text)[2000 + 500] == ngram_hashes(text[500:502])[2]
+    assert ngram_hashes(text)[2000 + 500] != ngram_hashes(text[[501, 500]])[2]  # order matters
+    # 3,999 balls in 10,000 bins leave exp(-0.4) = 0.670 empty; 0.03: six standard deviations.
+    empty = np.bincount(features.astype(np.int64), minlength=10_000) == 0
+    assert abs(np.mean(empty) - math.exp(-0.3999)) < 0.03
