@@ -246,7 +246,7 @@ bench-gpu: $(PACKAGES)/.done
 # On one GPU; it begins no setting after eight minutes, and the same command carries on.
 study-gpu: $(PACKAGES)/.done
 	$(WITH_PACKAGES) $(GPU_PYTHON) benchmarks/package_study.py --scale gpu --text $(STUDY_TEXT) \
-		--seconds 480 --results $(BUILD)/results-gpu.md $(FLAGS)
+		--seconds 480 --at-once 4 --results $(BUILD)/results-gpu.md $(FLAGS)
 
 # Without dependencies: those that are missing are in the folder, and torch must stay as it is.
 $(PACKAGES)/.done: $(if $(WHEELS),$(wildcard $(WHEELS)/*.whl))

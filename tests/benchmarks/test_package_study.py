@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,35 @@ def test_the_first_stage_has_all_seeds_before_the_next_begins(settings):
     wanted = [name for name in study.MOST_IMPORTANT if name in settings]
     assert first == [(seeds, name) for seeds in (1, 2, 3) for name in wanted]
     assert [stage for stage, _, _ in plan[: len(first)]] == [study.STAGES[0]] * len(first)
+
+
+class _Recorded:
+    """In the place of a study: a call waits for another of the same seed, unless it is alone."""
+
+    def __init__(self, folder: Path, at_once: int):
+        self.folder, self.calls = folder, []
+        self._together = threading.Barrier(at_once)
+
+    def compare(self, name: str, num_seeds: int, _flags) -> None:
+        self._together.wait(timeout=30)
+        self.calls.append((num_seeds, name))
+        if (num_seeds, name) == (2, "clean"):
+            raise subprocess.CalledProcessError(1, "compare")
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_settings_are_run_at_once_and_seeds_one_after_the_other(at_once, tmp_path):
+    recorded = _Recorded(tmp_path, at_once)
+    stage = study.Stage(("random",), study.MOST_IMPORTANT)
+    work = study.Work(recorded, (), float("inf"), None, study.MOST_IMPORTANT, at_once)
+    failed = work.done(study.order([stage], 3, study.MOST_IMPORTANT))
+    assert failed == [(stage, 2, "clean")]
+    assert [seeds for seeds, _ in recorded.calls] == [1] * 4 + [2] * 4 + [3] * 4
+    assert len(set(recorded.calls)) == 12
+
+
+def test_nothing_begins_when_the_time_is_over(tmp_path):
+    recorded = _Recorded(tmp_path, 1)
+    work = study.Work(recorded, (), 0.0, None, study.MOST_IMPORTANT)
+    assert not work.done(study.order(study.STAGES[:1], 3, study.MOST_IMPORTANT))
+    assert not recorded.calls
