@@ -145,12 +145,13 @@ _ACCEPTED = {
         --lr-wsd-decay-iters --merge-last --micro-batch-tokens --min-lr --mscale
         --mscale-all-dim --mtp-loss-scaling-factor --mtp-num-layers
         --num-curvature-samples --num-valid-samples --only-replicate --pilot-iters --seed
-        --shrinkage-clusters --stiff-budget --stiff-budget-fraction --valid-clusters
+        --shrinkage-clusters --stiff-budget --stiff-budget-fraction --text-weight
+        --valid-clusters
         --weight-decay""".split()),
     "-1": _ANY_TEXT | _FORMED, "nan": _ANY_TEXT | _FORMED,
     # No clipping, no limit, no budget; and a step of any length.
     "1e20": _ANY_TEXT | _FORMED | {"--candidates", "--clip-grad", "--max-epochs", "--stiff-budget",
-                                   "--step-size", "--weights"},
+                                   "--step-size", "--text-weight", "--weights"},
     "inf": _ANY_TEXT | _FORMED | {"--stiff-budget"},
     # As if it was not given, where that is allowed; preprocess reads "" as the folder it is in,
     # which is neither a file nor holds a tokenizer.
