@@ -58,7 +58,14 @@ def has_texts(config: SelectionConfig, evidence: Evidence) -> bool:
 
 def bargain(config: SelectionConfig, evidence: Evidence, rows: np.ndarray, num_select: int,
             seed: int) -> Bargain:
-    """All ranks call this. rows: [n, k] as the objective sums them up."""
+    """All ranks call this. rows: [n, k] as the objective sums them up, which follow from the
+    rest."""
+    return evidence.once(("bargain", config, num_select, seed), lambda: _bargain(
+        config, evidence, rows, num_select, seed))
+
+
+def _bargain(config: SelectionConfig, evidence: Evidence, rows: np.ndarray, num_select: int,
+             seed: int) -> Bargain:
     count, with_texts = len(evidence.valid_rows), has_texts(config, evidence)
     in_groups = config.is_in_contrast and config.valid_clusters > 0
     if not (in_groups or with_texts):
