@@ -201,7 +201,7 @@ def _parts(chunks: list[torch.nn.Module], shape: Shape, runs: Runs, ends: float,
     yield _timed("sketch", sketches, fewer, ends, passes_at_once)
     with _in_any_order():
         yield _timed("sketch, sums in any order", sketches, fewer, ends, passes_at_once)
-    for part, context in gpu_parts.variants(chunks[0]).items():
+    for part, context in gpu_parts.variants(shape.ffn, shape.vocabulary).items():
         with context:
             yield _timed(f"  {part}", sketches, Runs(1, 2), ends, passes_at_once)
     yield _timed("  with the profiler", lambda: lambda: gpu_parts.write_profile(

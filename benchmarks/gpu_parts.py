@@ -29,20 +29,21 @@ FACTORS = {"cuda": [(1024, 16384), (2752, 16384), (3072, 16384), (5504, 16384), 
            "cpu": [(96, 64)]}
 
 
-def variants(chunk: Any) -> dict[str, AbstractContextManager]:
+def variants(ffn: int, vocabulary: int) -> dict[str, AbstractContextManager]:
     """{what is different: a context in which it is}"""
     @contextlib.contextmanager
     def everything() -> Iterator[None]:
-        with (_torch_takes(hashes), _torch_takes(layers), _torch_takes(fused),
-              _replaced(chunk.config, "bias_activation_fusion", False)):
+        with _torch_takes(hashes), _torch_takes(layers), _torch_takes(fused):
             yield
 
     return {
         "without the count sketch kernel": _torch_takes(hashes),
         "without the norm kernel": _torch_takes(layers),
         "without the rotary kernel": _torch_takes(fused, lambda tensor: tensor.dim() == 4),
-        "without the loss kernel": _torch_takes(fused, lambda tensor: tensor.dim() == 3),
-        "without compiled SwiGLU": _replaced(chunk.config, "bias_activation_fusion", False),
+        "without the SwiGLU kernel": _torch_takes(
+            fused, lambda tensor: tensor.shape[-1] == 2 * ffn),
+        "without the loss kernel": _torch_takes(
+            fused, lambda tensor: tensor.shape[-1] == vocabulary),
         "without any of these": everything(),
         "a buffer of 8192 tokens": _replaced(
             frames, "BUFFERED_TOKENS", {**frames.BUFFERED_TOKENS, "cuda": 8192}),

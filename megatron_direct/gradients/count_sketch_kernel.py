@@ -53,16 +53,16 @@ def write_count_sketches(values: torch.Tensor, table: torch.Tensor, places: torc
         return
     block = triton.next_power_of_2(size)
     _kernel[(triton.cdiv(rows, 2),)](
-        values, table, places, rows, values.shape[1], *values.stride()[:2], *places.stride(),
-        width, SIZE=size, BLOCK=block, SOURCE=min(block, triton.next_power_of_2(width)),
-        SLICES=slices, ROUNDS=rounds, PACKED=packed,
+        values, table, places, rows, values.shape[1], slices, *values.stride()[:2],
+        *places.stride(), width, SIZE=size, BLOCK=block,
+        SOURCE=min(block, triton.next_power_of_2(width)), ROUNDS=rounds, PACKED=packed,
         num_warps=max(1, min(16, block // _BUCKETS_PER_WARP)))
 
 
-@triton.jit(do_not_specialize=["rows", "samples"])
-def _kernel(values, table, places, rows, samples, values_s, values_b, places_s, places_b, places_k,
-            width, SIZE: tl.constexpr, BLOCK: tl.constexpr, SOURCE: tl.constexpr,
-            SLICES: tl.constexpr, ROUNDS: tl.constexpr, PACKED: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "samples", "slices"])  # one compilation for all of them
+def _kernel(values, table, places, rows, samples, slices, values_s, values_b, places_s, places_b,
+            places_k, width, SIZE: tl.constexpr, BLOCK: tl.constexpr, SOURCE: tl.constexpr,
+            ROUNDS: tl.constexpr, PACKED: tl.constexpr):
     first = 2 * tl.program_id(0)
     second = tl.minimum(first + 1, rows - 1)  # an odd last row is computed twice, and written once
     s, b = (first // samples).to(tl.int64), (first % samples).to(tl.int64)
@@ -73,7 +73,7 @@ def _kernel(values, table, places, rows, samples, values_s, values_b, places_s, 
     is_bucket = buckets < SIZE
     sums = tl.zeros((BLOCK,), tl.float32)
     sums_of_second = tl.zeros((BLOCK,), tl.float32)
-    for piece in range(SLICES):
+    for piece in range(slices):
         column = piece * SIZE + numbers
         held = (numbers < SIZE) & (column < width)
         x = tl.load(of_first + column, mask=held, other=0)

@@ -13,7 +13,7 @@ from megatron_direct.config import Job, ModelConfig
 from megatron_direct.mcore import compat
 from megatron_direct.mcore.specs import SPECS, LayerSpec
 from megatron_direct.mcore.specs.local import prediction_heads
-from megatron_direct.runtime import gpu_kernels, host
+from megatron_direct.runtime import host
 
 
 def build(job: Job, *, seed: int = 1234, spec: str = "fused",
@@ -31,8 +31,7 @@ def build(job: Job, *, seed: int = 1234, spec: str = "fused",
     model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
     model, num_chunks = job.model, job.num_model_chunks
     dtype = dtype or (torch.bfloat16 if job.precision.bf16 else torch.float32)
-    layers = SPECS[spec]
-    transformer_config = _transformer_config(job, dtype, layers)
+    transformer_config, layers = _transformer_config(job, dtype), SPECS[spec]
     make = _gpt if model.hybrid_layer_pattern is None else _hybrid
     chunks = []
     for number in range(num_chunks):
@@ -85,7 +84,7 @@ def _of_every_model(model: ModelConfig, transformer_config, vp_stage: int | None
     }
 
 
-def _transformer_config(job: Job, dtype: torch.dtype, layers: LayerSpec):
+def _transformer_config(job: Job, dtype: torch.dtype):
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
@@ -130,21 +129,14 @@ def _transformer_config(job: Job, dtype: torch.dtype, layers: LayerSpec):
         use_cpu_initialization=not host.has_gpu(),
         # Losses come out of a pass as sums: sample weights and token counts are ours to apply.
         calculate_per_token_loss=True,
-        bias_activation_fusion=layers.compiled_activations and _can_compile_activation(model),
-        # Megatron's other fusions are left out: they need a GPU, none has a second derivative, and
-        # most need Transformer Engine or Apex.
+        # Fused kernels are left out: they need a GPU, and none has a second derivative.
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
+        bias_activation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
-
-
-def _can_compile_activation(model: ModelConfig) -> bool:
-    """Of SwiGLU alone: what Megatron compiles of GELU is an approximation. Not of experts, whose
-    tokens come in another number each time."""
-    return model.swiglu and model.num_experts is None and gpu_kernels.can_compile()
 
 
 def _of_latent_attention(model: ModelConfig) -> dict:

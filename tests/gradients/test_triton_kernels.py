@@ -97,7 +97,7 @@ def test_rows_of_a_model_with_all_kernels(tmp_path):
     with_kernels, without = (on_device("cpu", _sketched, prefix, takes) for takes in (True, False))
     for found, expected in zip(with_kernels[:2], without[:2], strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-    assert {"count_sketch_kernel", "norm_kernel", "rotary_kernel",
+    assert {"count_sketch_kernel", "norm_kernel", "rotary_kernel", "swiglu_kernel",
             "cross_entropy_kernel"} <= with_kernels[2]
     assert not without[2]
 

@@ -37,6 +37,22 @@ def test_rotary_embeddings(dtype, width, turning):
 
 
 @pytest.mark.parametrize("dtype", BARS, ids=str)
+@pytest.mark.parametrize("width", [7, 1500])
+def test_swiglu(dtype, width):
+    from megatron_direct.mcore.specs import swiglu_kernel
+
+    ours, theirs = _twice(dtype, 5, 2, 2 * width)
+    found = swiglu_kernel.gated(ours)
+    gate, up = theirs.float().chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(gate) * up).to(dtype)
+    grads = torch.randn(2, 5, width, device=DEVICE).to(dtype).transpose(0, 1)
+    found.backward(grads)
+    expected.backward(grads)
+    for x, y in ((found, expected), (ours.grad, theirs.grad)):
+        torch.testing.assert_close(x, y, atol=BARS[dtype], rtol=BARS[dtype])
+
+
+@pytest.mark.parametrize("dtype", BARS, ids=str)
 @pytest.mark.parametrize("vocabulary", [101, 5000])
 def test_losses(dtype, vocabulary):
     from megatron_direct.mcore.specs import cross_entropy_kernel

@@ -25,8 +25,7 @@ class LayerSpec:
     GPTModel. stack: TransformerConfig -> Megatron's spec of the stack of a HybridModel.
     buildable: a context in which either can be built. finish: called with each chunk built.
     exact_products: every function of it has a second derivative that is known to be right, so that
-    Hessian and Gauss-Newton products can be taken. compiled_activations: on a GPU Megatron may
-    compile activation functions, for which it writes the first derivative down and no second.
+    Hessian and Gauss-Newton products can be taken.
     """
 
     block: Callable[[Any, int | None], Any]
@@ -34,14 +33,13 @@ class LayerSpec:
     buildable: Callable[[], AbstractContextManager]
     finish: Callable[[torch.nn.Module], None]
     exact_products: bool = False
-    compiled_activations: bool = False
 
 
 SPECS = {
     "local": LayerSpec(local.block_spec, hybrid.stack_spec, compat.models_can_be_built,
                        local.add_up_position_gradients, exact_products=True),
     "fused": LayerSpec(fused.block_spec, fused.stack_spec, compat.models_can_be_built,
-                       fused.finish, compiled_activations=True),
+                       fused.finish),
 }
 
 

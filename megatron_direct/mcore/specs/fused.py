@@ -3,18 +3,19 @@
 Core attention is torch's ``scaled_dot_product_attention``: flash attention in bfloat16 on a GPU, a
 memory-efficient kernel in float32, and a blocked one on the CPU. Each keeps queries, keys, values,
 output and one number per query for the backward pass, so that memory grows linearly with the
-sequence. None of them has a second derivative. On a GPU rotary embeddings and the loss are kernels
-of our own, each one pass over what torch's operations read and write several times. Everything
-else, and every name in a checkpoint, is ``local``'s; its norms are torch's, which are single
-kernels on a GPU already.
+sequence. None of them has a second derivative. On a GPU rotary embeddings, SwiGLU and the loss are
+kernels of our own, each one pass over what torch's operations read and write several times.
+Everything else, and every name in a checkpoint, is ``local``'s; its norms are torch's, which are
+single kernels on a GPU already.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
 from megatron_direct.mcore.specs import hybrid, local
 from megatron_direct.runtime import gpu_kernels
@@ -37,11 +38,15 @@ def stack_spec(transformer_config):
 def finish(chunk: torch.nn.Module) -> None:
     """What is fused outside of core attention."""
     from megatron.core.transformer.attention import SelfAttention
+    from megatron.core.transformer.mlp import MLP
 
     local.add_up_position_gradients(chunk)
     for module in chunk.modules():
         if isinstance(module, SelfAttention):
             module.register_forward_pre_hook(_hand_angles_on, with_kwargs=True)
+        if (isinstance(module, MLP) and module.config.gated_linear_unit
+                and module.config.activation_func is silu):
+            _fuse_activation(module)
     if hasattr(chunk, "compute_language_model_loss"):
         _fuse_loss(chunk)
 
@@ -56,6 +61,23 @@ def _hand_angles_on(attention: Any, arguments: tuple, keywords: dict) -> tuple[t
         attention.core_attention.turn = angles.cos(), angles.sin()
         keywords = {**keywords, "rotary_pos_emb": None}
     return arguments, keywords
+
+
+def _fuse_activation(mlp: Any) -> None:
+    """By Megatron's way for Transformer Engine, in which the activation takes both halves."""
+    mlp.config = copy.copy(mlp.config)
+    mlp.config.use_te_activation_func = True
+    mlp.activation_func = _swiglu
+
+
+def _swiglu(halves: torch.Tensor) -> torch.Tensor:
+    """[..., f] of [..., 2 f]"""
+    if gpu_kernels.apply_to(halves):
+        from megatron_direct.mcore.specs import swiglu_kernel
+
+        return swiglu_kernel.gated(halves)
+    gate, up = halves.chunk(2, dim=-1)
+    return silu(gate) * up
 
 
 def _fuse_loss(chunk: Any) -> None:
