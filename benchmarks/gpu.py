@@ -204,6 +204,7 @@ def _parts(chunks: list[torch.nn.Module], shape: Shape, runs: Runs, ends: float,
     for part, context in gpu_parts.variants(shape.ffn, shape.vocabulary).items():
         with context:
             yield _timed(f"  {part}", sketches, Runs(1, 2), ends, passes_at_once)
+    profile.unlink(missing_ok=True)
     yield _timed("  with the profiler", lambda: lambda: gpu_parts.write_profile(
         sketches(), profile), Runs(0, 1), ends, 2 * passes_at_once)
     if profile.is_file():
