@@ -8,6 +8,8 @@ attention, forward and backward with weight gradients, eager and compiled. Ours 
 layers in bfloat16 with the layer spec "fused". A shape's parts are measured one after another, each
 with nothing else on the GPU; one that fails is reported, and the others go on. Times are medians of
 CUDA events after warm-up, per micro-batch; memory is the most that was allocated, weights included.
+The sketch is timed again without each of the package's kernels (``gpu_parts``); beside the results
+stands, for each shape, a list of the kernels that take most of its time.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import torch
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+import gpu_parts
 from gpu_yardstick import Decoder, Shape
 
 from megatron_direct.cli import main as cli
@@ -86,12 +89,17 @@ def main() -> None:
     runs = Runs(1, 2) if arguments.tiny else Runs()
     results = {}
     for shape in shapes:
-        timings = [*_yardstick(shape, runs, ends), *_ours(shape, runs, ends)]
+        profile = Path(arguments.output).with_suffix(f".{len(results)}.txt")
+        timings = [*_yardstick(shape, runs, ends), *_ours(shape, runs, ends, profile)]
         results[shape.name] = {"shape": dataclasses.asdict(shape),
                                "parts": [dataclasses.asdict(timing) for timing in timings]}
         _print(shape, timings)
         files.write_json(arguments.output, {
             "device": _device_name(), "torch": torch.__version__, "shapes": results})
+    count_sketches = _count_sketches(ends)
+    files.write_json(arguments.output, {
+        "device": _device_name(), "torch": torch.__version__, "shapes": results,
+        "count sketches": count_sketches})
     print(f"results: {arguments.output}", flush=True)
     if not arguments.tiny:
         _time_kernels(ends)
@@ -139,7 +147,7 @@ class _RandomSamples(SampleSource):
         return self._tokens[sample]
 
 
-def _ours(shape: Shape, runs: Runs, ends: float) -> list[Timing]:
+def _ours(shape: Shape, runs: Runs, ends: float, profile: Path) -> list[Timing]:
     architecture = ModelConfig(
         num_layers=shape.layers, hidden_size=shape.width, num_attention_heads=shape.heads,
         num_query_groups=shape.groups, ffn_hidden_size=shape.ffn, vocab_size=shape.vocabulary,
@@ -149,12 +157,12 @@ def _ours(shape: Shape, runs: Runs, ends: float) -> list[Timing]:
         try:
             chunks = model.build(Job(architecture, layout, precision=Precision(bf16=True)),
                                  spec="fused")
-            return list(_parts(chunks, shape, runs, ends))
+            return list(_parts(chunks, shape, runs, ends, profile))
         except Exception as error:
             return [Timing("ours", error=_in_words(error))]
 
 
-def _parts(chunks: list[torch.nn.Module], shape: Shape, runs: Runs, ends: float,
+def _parts(chunks: list[torch.nn.Module], shape: Shape, runs: Runs, ends: float, profile: Path,
            ) -> Iterator[Timing]:
     passes_at_once = 3  # as in a run, in which one pass is queued while another's rows are copied
     source = _RandomSamples(shape, passes_at_once * shape.at_once)
@@ -193,6 +201,31 @@ def _parts(chunks: list[torch.nn.Module], shape: Shape, runs: Runs, ends: float,
     yield _timed("sketch", sketches, fewer, ends, passes_at_once)
     with _in_any_order():
         yield _timed("sketch, sums in any order", sketches, fewer, ends, passes_at_once)
+    for part, context in gpu_parts.variants(shape.ffn, shape.vocabulary).items():
+        with context:
+            yield _timed(f"  {part}", sketches, Runs(1, 2), ends, passes_at_once)
+    profile.unlink(missing_ok=True)
+    yield _timed("  with the profiler", lambda: lambda: gpu_parts.write_profile(
+        sketches(), profile), Runs(0, 1), ends, 2 * passes_at_once)
+    if profile.is_file():
+        print(f"\nsketch of {passes_at_once} micro-batches, {shape.name}:")
+        print(profile.read_text(), flush=True)
+
+
+def _count_sketches(ends: float) -> list[dict[str, float]]:
+    print(f"\ncount sketch of a factor, ms:\n{'width':>8}{'tokens':>8}{'kernel':>10}{'torch':>10}"
+          f"{'by bytes':>10}")
+    rows = []
+    try:
+        for row in gpu_parts.count_sketches(SKETCH_SIZE, _milliseconds):
+            rows.append(row)
+            print(f"{row['width']:8}{row['tokens']:8}{row['kernel']:10.3f}{row['torch']:10.3f}"
+                  f"{row['bytes']:10.3f}", flush=True)
+            if time.monotonic() > ends:
+                break
+    except Exception as error:
+        print(f"failed: {_in_words(error)}")
+    return rows
 
 
 def _pass(chunks: list[torch.nn.Module], micro_batches: list[MicroBatch]) -> None:

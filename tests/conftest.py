@@ -6,13 +6,18 @@ longest come first, so that no process of ``make test`` is left with one of them
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from indexed_files import random_documents, write_dataset
 from ranks import Layout, run_on_ranks
 from trained import LEARNT, SMALL, documents, train
+
+if not torch.cuda.is_available():  # before Triton is imported: kernels for GPUs run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # By their processor time.
 _LONGEST = ("curvature/test_exact_products.py", "commands/test_pipeline.py",

@@ -119,11 +119,17 @@ def test_no_two_rooms_use_one_name_for_two_things():
 MANY_PARAMETERS = {"forward", "solve_selection", "lanczos"}
 
 
+def _is_gpu_kernel(node: ast.FunctionDef) -> bool:
+    """Whose parameters are addresses, strides and sizes, since it is given no tensors."""
+    return any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
 def test_no_function_takes_more_than_six_parameters():
     long = []
     for module, path in _modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and node.name not in MANY_PARAMETERS:
+            if (isinstance(node, ast.FunctionDef) and node.name not in MANY_PARAMETERS
+                    and not _is_gpu_kernel(node)):
                 arguments = [a for a in (*node.args.args, *node.args.kwonlyargs)
                              if a.arg not in ("self", "cls", "ctx")]
                 if len(arguments) > 6:

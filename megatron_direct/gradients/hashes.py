@@ -18,6 +18,7 @@ import torch
 
 from megatron_direct.gradients import hashing
 from megatron_direct.mcore.shards import ParameterShard
+from megatron_direct.runtime import gpu_kernels
 
 # Numbers gathered, or copied, at once: what the caches of a CPU hold, and on a GPU as many as keep
 # the buffer within 256 MiB.
@@ -57,16 +58,27 @@ class AxisHash:
         signs[place] = self.signs[order]
         return index, signs, signs.to(torch.bfloat16)
 
+    @cached_property
+    def _slices(self) -> torch.Tensor | None:
+        """The same for the kernel of a GPU; None if it does not take so large a k."""
+        from megatron_direct.gradients import count_sketch_kernel
+
+        return count_sketch_kernel.slices_table(self.buckets, self.signs, self.size)
+
     def count_sketch(self, values: torch.Tensor) -> torch.Tensor:
         """[..., k] count sketches of values [..., width], float32 or bfloat16 as they are."""
-        vectors = values.reshape(-1, self.width)
-        sums = vectors.new_empty(len(vectors), self.size)
-        self._write(vectors, sums)
+        vectors = values.reshape(-1, 1, self.width)
+        sums = vectors.new_empty(len(vectors), 1, self.size)
+        self.write_count_sketch(vectors, sums)
         return sums.view(*values.shape[:-1], self.size)
 
     def write_count_sketch(self, values: torch.Tensor, places: torch.Tensor) -> None:
         """Into places [s, b, k] with one sample's rows together, of values [s, b, width]."""
-        if values.is_cuda:
+        if gpu_kernels.apply_to(values) and self._slices is not None:
+            from megatron_direct.gradients import count_sketch_kernel
+
+            count_sketch_kernel.write_count_sketches(values, self._slices, places)
+        elif values.is_cuda:
             self._write(values, places)
         else:  # where a gather into rows that are not together takes ten times as long
             for of_sample, out in zip(values.unbind(1), places.unbind(1), strict=True):

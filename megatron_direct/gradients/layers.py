@@ -11,6 +11,7 @@ import torch
 
 from megatron_direct.gradients.pieces import Entries, OuterProducts, RowSums
 from megatron_direct.mcore import grid
+from megatron_direct.runtime import gpu_kernels
 
 
 def column_parallel(layer, arguments, keywords, _output):
@@ -77,12 +78,25 @@ def norm(centred: bool, layer, arguments, _keywords, _output):
     inputs = arguments[0].detach()
 
     def pieces(output_grads):
-        yield layer.weight, Entries(
-            over_tokens(output_grads * normalised(inputs, layer.eps, centred)))
-        if centred:
-            yield layer.bias, Entries(over_tokens(output_grads))
+        of_weight, of_bias = _norm_grads(inputs, output_grads, layer.eps, centred)
+        yield layer.weight, Entries(of_weight)
+        if of_bias is not None:
+            yield layer.bias, Entries(of_bias)
 
     return pieces
+
+
+def _norm_grads(inputs: torch.Tensor, output_grads: torch.Tensor, eps: float | None, centred: bool,
+                ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[b, h] gradients of a norm's weight, and of its bias if there is one."""
+    eps = torch.finfo(inputs.dtype).eps if eps is None else eps
+    if gpu_kernels.apply_to(inputs) and gpu_kernels.apply_to(output_grads):
+        from megatron_direct.gradients import norm_kernel
+
+        if inputs.shape[-1] <= norm_kernel.WIDEST:
+            return norm_kernel.sums_over_tokens(inputs, output_grads, eps, centred)
+    of_weight = over_tokens(output_grads * normalised(inputs, eps, centred))
+    return of_weight, over_tokens(output_grads) if centred else None
 
 
 def normalised(inputs: torch.Tensor, eps: float | None, centred: bool) -> torch.Tensor:

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_direct.gradients.hashes import Hashes
 from megatron_direct.gradients.pieces import Entries, OuterProducts, RoutedOuterProducts, RowSums
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore.shards import ParameterShard
@@ -99,3 +100,33 @@ def test_attention_holds_no_matrix_of_scores(shape):
     torch.cuda.synchronize()
     scores = 2 * shape[1] * length * length * heads[0].element_size()
     assert torch.cuda.max_memory_allocated() - before < scores / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [256, 1024, 2752, 5504])
+def test_the_count_sketch_kernel_against_torch(width, dtype, monkeypatch):
+    """The same sums of a few numbers in another order; and the same bytes from run to run."""
+    from megatron_direct.gradients import hashes
+
+    if not hashes.gpu_kernels.can_compile():
+        pytest.skip("Triton cannot compile here")
+    axis = Hashes.draw(_shard(width, 1, "cuda"), 2048, 3).rows
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(501, 3, width, generator=generator).to("cuda", dtype)
+    found = []
+    for by_kernel in (True, True, False):
+        places = torch.empty(3, 501, 2048, dtype=dtype, device="cuda").transpose(0, 1)
+        if not by_kernel:
+            monkeypatch.setattr(hashes.gpu_kernels, "apply_to", lambda tensor: False)
+        axis.write_count_sketch(values, places)
+        found.append(places)
+    assert torch.equal(found[0], found[1])
+    bar = 1e-6 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found[0], found[2], atol=1e-6, rtol=bar)
+
+
+def test_our_kernels_can_be_compiled_where_triton_is():
+    pytest.importorskip("triton")
+    from megatron_direct.runtime import gpu_kernels
+
+    assert gpu_kernels.can_compile()

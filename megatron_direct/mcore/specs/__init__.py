@@ -39,7 +39,7 @@ SPECS = {
     "local": LayerSpec(local.block_spec, hybrid.stack_spec, compat.models_can_be_built,
                        local.add_up_position_gradients, exact_products=True),
     "fused": LayerSpec(fused.block_spec, fused.stack_spec, compat.models_can_be_built,
-                       local.add_up_position_gradients),
+                       fused.finish),
 }
 
 
