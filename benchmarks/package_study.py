@@ -99,7 +99,8 @@ STAGES = (Stage(FIRST, MOST_IMPORTANT), Stage(DECISIONS, MOST_IMPORTANT),
 @dataclass(frozen=True)
 class Scale:
     """One size of everything. proxy: the smaller model that selects for ``model``; pool: documents;
-    held_out: of each domain; stable: iterations."""
+    held_out: of each domain; stable: iterations; num_states: that are saved, of which those in the
+    last quarter are averaged."""
 
     model: tuple[str, ...]
     proxy: tuple[str, ...]
@@ -111,6 +112,7 @@ class Scale:
     micro_batch: int
     num_seeds: int
     precision: tuple[str, ...] = ()
+    num_states: int = 80
     stages: tuple[Stage, ...] = STAGES
 
 
@@ -123,10 +125,10 @@ SCALES = {
         ("--num-layers", "12", "--hidden-size", "512", "--num-attention-heads", "8",
          "--seq-length", "512"),
         ("--num-layers", "4", "--hidden-size", "256", "--seq-length", "512"), vocab_size=16384,
-        # An annealing over half of the pool is a tenth of the stable phase's tokens.
-        pool=14000, held_out=512,
-        stable=1400, global_batch=32, micro_batch=32, num_seeds=3, precision=("--bf16",),
-        stages=STAGES[:1]),
+        pool=7000, held_out=512,
+        stable=900, global_batch=32, micro_batch=32, num_seeds=3, precision=("--bf16",),
+        # Half a gigabyte each.
+        num_states=9, stages=STAGES[:1]),
     "tiny": Scale(
         ("--num-layers", "1", "--hidden-size", "32"),
         ("--num-layers", "1", "--hidden-size", "16"), vocab_size=1536, pool=120,
@@ -198,8 +200,7 @@ class Study:
         self.run("-m", "megatron_direct", "pretrain", "--data-path",
                  *(self.data / f"pretrain_{domain}_pool" for domain in (*MAIN, *OTHERS)),
                  "--save", folder, *model, "--train-iters", str(self.scale.stable),
-                 # 20 states in the last quarter, which are averaged.
-                 "--save-interval", str(max(1, self.scale.stable // 80)),
+                 "--save-interval", str(max(1, self.scale.stable // self.scale.num_states)),
                  "--lr", "2e-3", *self.batch, *self.scale.precision, ranks=self.ranks)
         return folder
 
