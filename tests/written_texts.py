@@ -20,7 +20,8 @@ class Written(SampleSource):
 
 
 def written(pool: Sequence[np.ndarray], valid: Sequence[np.ndarray]) -> Texts:
-    return Texts(*(TokenSource(Written(texts), np.arange(len(texts))) for texts in (pool, valid)))
+    return Texts.read_from(*(TokenSource(Written(texts), np.arange(len(texts)))
+                             for texts in (pool, valid)))
 
 
 def random_texts(num_pool: int, num_valid: int) -> Texts:

@@ -207,7 +207,8 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
     if config.is_auto and config.anneal_tokens is None:
         config = dataclasses.replace(config, anneal_tokens=setting.num_tokens)
     here, samples, valid_samples = pool.samples[chosen], setting.onset.pool, setting.onset.valid
-    texts = Texts(TokenSource(samples, here), TokenSource(valid_samples, valid.samples))
+    sources = TokenSource(samples, here), TokenSource(valid_samples, valid.samples)
+    texts = Texts.read_from(*sources)
     evidence = {name: Evidence(rows.rows[chosen], samples.num_labels[here],
                                samples.dataset_of(here), len(samples.prefixes),
                                np.arange(len(here)), of_valid.rows, measured[name].directions,
@@ -217,7 +218,7 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
     case = Case(evidence, pool.losses[chosen], _domains(samples, here), samples.corrupted[here],
                 _domains(valid_samples, valid.samples), valid_samples.num_labels[valid.samples],
                 0, seed, config, solve_step.limits(config, samples, here), here,
-                functools.partial(token_features, texts.pool, texts.valid, seed))
+                functools.partial(token_features, *sources, seed))
     case = dataclasses.replace(case, num_select=_num_select(case))
     with files.written_whole(setting.seed_folder(seed) / "samples.npz") as file:
         np.savez(file, candidates=here, num_select=case.num_select, loss=case.losses,

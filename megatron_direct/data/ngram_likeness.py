@@ -10,64 +10,111 @@ Shapes: n samples of the pool on this rank, M validation samples in V groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_direct.data.token_features import TokenSource
+from megatron_direct.data.token_features import TokenSource, ngram_hashes
 
 _FEATURES = 10_000  # as in the paper
-_AT_ONCE = 512  # samples whose n-grams are held
+_AT_ONCE = 512  # samples that are hashed together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Ngrams:
+    """Features of the n-grams of some samples, read when they are first asked for, and kept: 4
+    bytes a token."""
+
+    source: TokenSource
+
+    def __len__(self) -> int:
+        return len(self.source.numbers)
+
+    def of(self, here: np.ndarray) -> Ngrams:
+        """Of some of the samples, by a mask or positions."""
+        return Ngrams(self.source.of(here))
+
+    @functools.cached_property
+    def _parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(features of unigrams, of bigrams), [.] each, one sample's after the other's: a sample of
+        n tokens has n, and n - 1."""
+        return [_features([self.source.samples.tokens(int(number)) for number in numbers])
+                for numbers in _blocks(self.source.numbers)]
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        """[samples] tokens of each."""
+        return self.source.samples.num_labels[self.source.numbers].astype(np.int64) + 1
+
+    def counts(self, groups: np.ndarray) -> np.ndarray:
+        """[V, features] how often each occurs in each group; groups: [samples] of 0 .. V - 1."""
+        size = (int(groups.max(initial=0)) + 1, _FEATURES)
+        found = np.zeros(size)
+        for (single, double), of_sample, lengths in zip(
+                self._parts, _blocks(groups), _blocks(self._lengths), strict=True):
+            for features, count in ((single, lengths), (double, lengths - 1)):
+                found += np.bincount(np.repeat(of_sample, count) * _FEATURES + features,
+                                     minlength=found.size).reshape(size)
+        return found
+
+    @functools.cached_property
+    def counts_of_all(self) -> np.ndarray:
+        """[1, features]"""
+        return self.counts(np.zeros(len(self), dtype=np.int64))
+
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """[V, samples] the mean of values [V, features] over the n-grams of each sample."""
+        parts = [np.empty((len(values), 0))]
+        for (single, double), lengths in zip(self._parts, _blocks(self._lengths), strict=True):
+            sums = [np.stack([np.add.reduceat(value[features], _starts(count)) for value in values])
+                    for features, count in ((single, lengths), (double, lengths - 1))]
+            parts.append((sums[0] + sums[1]) / (2 * lengths - 1))
+        return np.concatenate(parts, axis=1)
+
+
+@dataclass(frozen=True, eq=False)
 class Texts:
     """pool: the n samples of this rank; valid: the M validation samples, the same on each rank."""
 
-    pool: TokenSource
-    valid: TokenSource
+    pool: Ngrams
+    valid: Ngrams
+
+    @classmethod
+    def read_from(cls, pool: TokenSource, valid: TokenSource) -> Texts:
+        return cls(Ngrams(pool), Ngrams(valid))
 
     def of(self, here: np.ndarray) -> Texts:
         """With some of the pool's samples, by a mask or positions."""
-        return replace(self, pool=self.pool.of(here))
+        return Texts(self.pool.of(here), self.valid)
 
     def of_valid(self, here: np.ndarray) -> Texts:
-        return replace(self, valid=self.valid.of(here))
+        return Texts(self.pool, self.valid.of(here))
 
     def likeness(self, groups: np.ndarray,
                  all_reduce_sum: Callable[[np.ndarray], np.ndarray] = lambda array: array,
                  ) -> np.ndarray:
         """[V, n] mean log ratio over the n-grams of each sample of the pool, for each of the groups
         (numbers 0 .. V - 1 [M]); all ranks that share the pool call this."""
-        in_pool = all_reduce_sum(_counts(self.pool, np.zeros(len(self.pool.numbers), np.int64), 1))
-        ratios = _log_shares(_counts(self.valid, groups, groups.max() + 1)) - _log_shares(in_pool)
-        found = np.empty((len(ratios), len(self.pool.numbers)))
-        for part, features, lengths in _in_parts(self.pool):
-            starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-            for likeness, ratio in zip(found, ratios, strict=True):
-                likeness[part] = np.add.reduceat(ratio[features], starts) / lengths
-        return found
+        in_pool = all_reduce_sum(self.pool.counts_of_all)
+        return self.pool.means(_log_shares(self.valid.counts(groups)) - _log_shares(in_pool))
 
 
-def _in_parts(source: TokenSource) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """(which samples, their features one after the other, how many each has); a sample of n tokens
-    has 2 n - 1."""
-    for first in range(0, len(source.numbers), _AT_ONCE):
-        part = slice(first, min(first + _AT_ONCE, len(source.numbers)))
-        of_sample = [(hashes % np.uint64(_FEATURES)).astype(np.int64)
-                     for hashes, _ in source.of(part).hashes()]
-        yield part, np.concatenate(of_sample), np.array([len(some) for some in of_sample])
+def _blocks(of_samples: np.ndarray) -> list[np.ndarray]:
+    return [of_samples[first: first + _AT_ONCE] for first in range(0, len(of_samples), _AT_ONCE)]
 
 
-def _counts(source: TokenSource, groups: np.ndarray, num_groups: int) -> np.ndarray:
-    """[V, features] how often each occurs in each group."""
-    counts = np.zeros((num_groups, _FEATURES))
-    for part, features, lengths in _in_parts(source):
-        of_feature = np.repeat(groups[part], lengths)
-        counts += np.bincount(of_feature * _FEATURES + features,
-                              minlength=counts.size).reshape(counts.shape)
-    return counts
+def _features(texts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Hashed as one text, without the bigrams that join two of them."""
+    lengths = np.array([len(text) for text in texts])
+    hashes = (ngram_hashes(np.concatenate(texts)) % np.uint64(_FEATURES)).astype(np.uint16)
+    single, double = np.split(hashes, [int(lengths.sum())])
+    return single, np.delete(double, np.cumsum(lengths)[:-1] - 1)
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)[:-1]])
 
 
 def _log_shares(counts: np.ndarray) -> np.ndarray:

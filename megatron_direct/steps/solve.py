@@ -266,7 +266,8 @@ def _evidence(here: _Part, numbers: np.ndarray) -> Evidence:
         here.begins_at(len(numbers)) + np.arange(len(numbers)), valid_sketches.rows,
         here.measured.directions, here.all_reduce_sum,
         valid.samples.dataset_of(valid_sketches.samples),
-        Texts(TokenSource(samples, numbers), TokenSource(valid.samples, valid_sketches.samples)))
+        Texts.read_from(TokenSource(samples, numbers),
+                        TokenSource(valid.samples, valid_sketches.samples)))
 
 
 def _mean_loss(losses: np.ndarray, found: Selection) -> MeanLoss:

@@ -28,7 +28,7 @@ def texts(tmp_path_factory, documents) -> Texts:
     for name, some in documents.items():
         write_dataset(folder / name, [[text.tolist()] for text in some])
         sources[name] = TokenSource(Samples([str(folder / name)], 20), np.arange(len(some)))
-    return Texts(**sources)
+    return Texts.read_from(**sources)
 
 
 def _features(text: np.ndarray) -> list[int]:
