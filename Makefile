@@ -166,7 +166,7 @@ compare: $(READY)
 		$(COMPARE_FLAGS) $(FLAGS)
 
 study: $(READY)
-	$(BIN)/python benchmarks/study.py --results docs/results.md $(FLAGS)
+	$(BIN)/python benchmarks/study.py --results docs/toy-study.md $(FLAGS)
 
 # Text of Python packages, which are downloaded, and the comparison on it. STUDY_TEXT names a folder
 # in which tools/pypi_text.py has been, where there is no network.
