@@ -48,6 +48,8 @@ from megatron_direct.runtime import files, host, parallel
 SECONDS = 150  # of all parts together
 SKETCH_SIZE = 2048
 GPT2_MEDIUM = Shape("GPT-2 Medium", 24, 1024, 16, 16, 2752, 50304, tokens=1024, at_once=16)
+# In which the host starts as many kernels for twice the work.
+TWICE_AT_ONCE = dataclasses.replace(GPT2_MEDIUM, name="GPT-2 Medium, twice as many", at_once=32)
 # As many layers as fit, and a vocabulary that leaves the layers to be what is measured.
 LLAMA_8B = Shape("layers of Llama 3 8B", 32, 4096, 32, 8, 14336, 8192, tokens=4096, at_once=2)
 TINY = Shape("tiny", 2, 64, 4, 2, 96, 128, tokens=32, at_once=2)
@@ -85,7 +87,8 @@ def main() -> None:
         parser.error("there is no GPU. Add --tiny to try the benchmark itself on a CPU.")
     cli.quiet_imports()
     ends = time.monotonic() + arguments.seconds
-    shapes = [TINY] if arguments.tiny else [GPT2_MEDIUM, _as_deep_as_fits(LLAMA_8B)]
+    shapes = [TINY] if arguments.tiny else [
+        GPT2_MEDIUM, _as_deep_as_fits(LLAMA_8B), TWICE_AT_ONCE]
     runs = Runs(1, 2) if arguments.tiny else Runs()
     results = {}
     for shape in shapes:
@@ -201,7 +204,7 @@ def _parts(chunks: list[torch.nn.Module], shape: Shape, runs: Runs, ends: float,
     yield _timed("sketch", sketches, fewer, ends, passes_at_once)
     with _in_any_order():
         yield _timed("sketch, sums in any order", sketches, fewer, ends, passes_at_once)
-    for part, context in gpu_parts.variants(shape.ffn, shape.vocabulary).items():
+    for part, context in gpu_parts.variants().items():
         with context:
             yield _timed(f"  {part}", sketches, Runs(1, 2), ends, passes_at_once)
     profile.unlink(missing_ok=True)
