@@ -13,16 +13,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from megatron_direct.curvature.spectrum import Directions
-from megatron_direct.data.ngram_likeness import Texts
 from megatron_direct.errors import UserError
 from megatron_direct.selection.rows import row_blocks, row_lengths, unit_rows
 from megatron_direct.selection.share import AllReduceSum, Share
 from megatron_direct.selection.shrinkage import Partition, find_clusters
+
+if TYPE_CHECKING:  # it reads samples, for which torch is imported
+    from megatron_direct.data.ngram_likeness import Texts
 
 T = TypeVar("T")
 
