@@ -78,10 +78,10 @@ def _may_draw(config: SelectionConfig, evidence: Evidence, limits: Mapping) -> b
 def _sound(config: SelectionConfig, evidence: Evidence, worth: Worth, num_select: int, seed: int,
            ) -> np.ndarray:
     """[N] bool, what may be drawn at random: of positive worth, or in contrast of a score above the
-    mean."""
+    mean by gradients alone, since texts hardly tell a shuffled sample from another."""
     if not config.is_in_contrast:
         return worth.values > 0
-    scores = linear_scores(config, evidence, num_select, seed)
+    scores = linear_scores(dataclasses.replace(config, text_weight=0.0), evidence, num_select, seed)
     # Less what rounding explains: where all are equal, each is their mean.
     return scores > scores.mean() - 1e-6 * np.abs(scores).max()
 
