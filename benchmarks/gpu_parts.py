@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -39,24 +40,14 @@ def variants() -> dict[str, AbstractContextManager]:
     return {
         "without the count sketch kernel": _torch_takes(hashes),
         "without any kernel of ours": everything(),
-        "a buffer of 8192 tokens": _replaced(
+        "a buffer of 8192 tokens": mock.patch.object(
             frames, "BUFFERED_TOKENS", {**frames.BUFFERED_TOKENS, "cuda": 8192}),
     }
 
 
 def _torch_takes(module: Any) -> AbstractContextManager:
     """What a module of the package would give to a kernel."""
-    return _replaced(module, "gpu_kernels", SimpleNamespace(apply_to=lambda tensor: False))
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
+    return mock.patch.object(module, "gpu_kernels", SimpleNamespace(apply_to=lambda tensor: False))
 
 
 def write_profile(call: Callable[[], None], path: Path) -> None:

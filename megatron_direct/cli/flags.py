@@ -77,7 +77,13 @@ def _given_groups(request: type) -> Sequence[str]:
 
 
 def _given(group: type[Settings], arguments: argparse.Namespace) -> dict:
-    return {f.name: getattr(arguments, f.name) for f in fields(group) if hasattr(arguments, f.name)}
+    return {f.name: as_declared(getattr(arguments, f.name)) for f in fields(group)
+            if hasattr(arguments, f.name)}
+
+
+def as_declared(value):
+    """argparse has lists where settings have tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _add_flag(group, f: dataclasses.Field, *, shows_default: bool) -> None:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_direct.cli.flags import as_declared
 from megatron_direct.errors import UserError
 from megatron_direct.preprocessing.pipeline import preprocess
 from megatron_direct.preprocessing.settings import SAMPLES, PreprocessSettings
@@ -96,7 +97,7 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None, prog: str = PROG) -> None:
     """Runs the command. Exits with the message of an error that the user can correct."""
     flags: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
+        name: as_declared(value)
         for name, value in vars(make_parser(prog).parse_args(arguments)).items()}
     try:
         settings, here = PreprocessSettings(**flags), discover()

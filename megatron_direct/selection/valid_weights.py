@@ -116,7 +116,7 @@ def group_weights(scores: np.ndarray, shares: np.ndarray, num_select: int, max_c
     """[V] weights omega that sum to 1. scores: [V, N] of each sample in each group; shares: [V] p.
     """
     means = scores.mean(1)
-    if num_select == max_count * scores.shape[1]:
+    if len(shares) == 1 or num_select == max_count * scores.shape[1]:
         return shares
     most = np.array([of_group @ _best(of_group, num_select, max_count) for of_group in scores])
     most -= means

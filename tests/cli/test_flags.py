@@ -210,3 +210,13 @@ def test_what_is_said_to_be_accepted_is(flag, capsys):
 
 if __name__ == "__main__":
     print(listing(), end="")
+
+
+def test_settings_out_of_flags_can_be_keys():
+    """What is found once for one selection is looked up by its settings."""
+    found = make_parser().parse_args(
+        "select --load x --data-path a b --valid-data-path c --run-dir r --num-select 5 "
+        "--quotas a:1:2 b::3".split())
+    request = flags.request_from(COMMANDS["select"].load()[0], found)
+    assert request.selection.quotas == ("a:1:2", "b::3")
+    assert hash(request.selection) == hash(dataclasses.replace(request.selection))

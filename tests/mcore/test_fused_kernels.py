@@ -17,6 +17,15 @@ def _twice(dtype: torch.dtype, *shape: int) -> list[torch.Tensor]:
     return [values.clone().requires_grad_(), values.clone().requires_grad_()]
 
 
+def _assert_close_with_gradients(ours: tuple, theirs: tuple, grads: torch.Tensor) -> None:
+    """Of (output, input) each, given the gradient of the output."""
+    for output, _ in (ours, theirs):
+        output.backward(grads)
+    bar = BARS[grads.dtype]
+    torch.testing.assert_close(ours[0], theirs[0], atol=bar, rtol=bar)
+    torch.testing.assert_close(ours[1].grad, theirs[1].grad, atol=bar, rtol=bar)
+
+
 @pytest.mark.parametrize("dtype", BARS, ids=str)
 @pytest.mark.parametrize(("width", "turning"), [(12, 12), (12, 8), (16, 16)])
 def test_rotary_embeddings(dtype, width, turning):
@@ -30,10 +39,7 @@ def test_rotary_embeddings(dtype, width, turning):
     found = rotary_kernel.turned(ours[..., 2:-2], angles.cos(), angles.sin())
     expected = _apply_rotary_pos_emb_bshd(theirs[..., 2:-2], angles)
     grads = torch.randn(9, 3, 2, width, device=DEVICE).to(dtype).transpose(1, 2)
-    found.backward(grads)
-    expected.backward(grads)
-    for x, y in ((found, expected), (ours.grad, theirs.grad)):
-        torch.testing.assert_close(x, y, atol=BARS[dtype], rtol=BARS[dtype])
+    _assert_close_with_gradients((found, ours), (expected, theirs), grads)
 
 
 @pytest.mark.parametrize("dtype", BARS, ids=str)
@@ -46,10 +52,7 @@ def test_swiglu(dtype, width):
     gate, up = theirs.float().chunk(2, dim=-1)
     expected = (torch.nn.functional.silu(gate) * up).to(dtype)
     grads = torch.randn(2, 5, width, device=DEVICE).to(dtype).transpose(0, 1)
-    found.backward(grads)
-    expected.backward(grads)
-    for x, y in ((found, expected), (ours.grad, theirs.grad)):
-        torch.testing.assert_close(x, y, atol=BARS[dtype], rtol=BARS[dtype])
+    _assert_close_with_gradients((found, ours), (expected, theirs), grads)
 
 
 @pytest.mark.parametrize("dtype", BARS, ids=str)
