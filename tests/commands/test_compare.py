@@ -152,7 +152,7 @@ def test_summary_and_page_tell_the_differences(run):
 
 def _key_of_command(words):
     request = cli_flags.request_from(CompareRequest, make_parser(words[:1]).parse_args(words))
-    assert request.compare.arms == list(ARMS) and request.compare.num_seeds == 2
+    assert request.compare.arms == tuple(ARMS) and request.compare.num_seeds == 2
     return compare_command._key(compare_command._setting(request)).digest()
 
 
