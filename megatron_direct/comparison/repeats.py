@@ -1,8 +1,8 @@
 """How much of an arm's choice would be made again.
 
-The arm chooses twice more, each time from half of the validation set, from half of each sketch's
-coordinates and with a seed of its own, so that the two choices share neither validation samples nor
-hashes. What both take is a choice; the rest is chance.
+The arm chooses twice more, each time from half of the validation set, of each sketch's coordinates
+and of the n-grams of texts, and with a seed of its own, so that the two choices share neither
+validation samples nor hashes. What both take is a choice; the rest is chance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_direct.comparison.arms import Arm, Case
 from megatron_direct.selection.auto import FEWEST_VALID
 from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.problem import Selection
-from megatron_direct.selection.worth import first_coordinates, source_blocks
+from megatron_direct.selection.worth import halves_of
 
 # Of what an arm needs: what does not depend on halves of the validation set and of the hashes.
 _ALWAYS_THE_SAME = {"losses", "ceiling"}
@@ -49,13 +49,10 @@ def repeats_of(arm: Arm, case: Case, num_chosen: int) -> Repeats | None:
 
 
 def _halves(case: Case, num_select: int) -> list[_HalfCase]:
-    onset = case.evidence["onset"]
-    coordinates = first_coordinates(onset.rows.shape[1], case.seed)
-    valid = source_blocks(onset) % 2 == 0
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
     return [_HalfCase(**{
         **fields, "num_select": num_select, "seed": case.seed + number,
-        "evidence": {name: evidence.half(part, samples)
-                     for name, evidence in case.evidence.items()},
-        "valid_domains": case.valid_domains[samples], "valid_labels": case.valid_labels[samples]})
-        for number, (part, samples) in enumerate(((coordinates, valid), (~coordinates, ~valid)))]
+        "evidence": {name: evidence.half(part) for name, evidence in case.evidence.items()},
+        "valid_domains": case.valid_domains[part.valid],
+        "valid_labels": case.valid_labels[part.valid]})
+        for number, part in enumerate(halves_of(case.evidence["onset"], case.seed))]

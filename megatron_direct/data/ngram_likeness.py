@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_direct.data.token_features import TokenSource, ngram_hashes
+from megatron_direct.data.ngram_hashes import NUM_FEATURES, ngram_hashes
+from megatron_direct.data.token_features import TokenSource
 
-_FEATURES = 10_000  # as in the paper
 _AT_ONCE = 512  # samples that are hashed together
 
 
@@ -50,12 +50,12 @@ class Ngrams:
 
     def counts(self, groups: np.ndarray) -> np.ndarray:
         """[V, features] how often each occurs in each group; groups: [samples] of 0 .. V - 1."""
-        size = (int(groups.max(initial=0)) + 1, _FEATURES)
+        size = (int(groups.max(initial=0)) + 1, NUM_FEATURES)
         found = np.zeros(size)
         for (single, double), of_sample, lengths in zip(
                 self._parts, _blocks(groups), _blocks(self._lengths), strict=True):
             for features, count in ((single, lengths), (double, lengths - 1)):
-                found += np.bincount(np.repeat(of_sample, count) * _FEATURES + features,
+                found += np.bincount(np.repeat(of_sample, count) * NUM_FEATURES + features,
                                      minlength=found.size).reshape(size)
         return found
 
@@ -76,10 +76,12 @@ class Ngrams:
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """pool: the n samples of this rank; valid: the M validation samples, the same on each rank."""
+    """pool: the n samples of this rank; valid: the M validation samples, the same on each rank;
+    counted: [features] bool, those that count, None for all."""
 
     pool: Ngrams
     valid: Ngrams
+    counted: np.ndarray | None = None
 
     @classmethod
     def read_from(cls, pool: TokenSource, valid: TokenSource) -> Texts:
@@ -87,18 +89,25 @@ class Texts:
 
     def of(self, here: np.ndarray) -> Texts:
         """With some of the pool's samples, by a mask or positions."""
-        return Texts(self.pool.of(here), self.valid)
+        return Texts(self.pool.of(here), self.valid, self.counted)
 
-    def of_valid(self, here: np.ndarray) -> Texts:
-        return Texts(self.pool, self.valid.of(here))
+    def half(self, valid: np.ndarray, counted: np.ndarray) -> Texts:
+        """What some of the validation samples [M] bool, and some of the features [features] bool,
+        tell of the same candidates."""
+        return Texts(self.pool, self.valid.of(valid), counted)
 
     def likeness(self, groups: np.ndarray,
                  all_reduce_sum: Callable[[np.ndarray], np.ndarray] = lambda array: array,
                  ) -> np.ndarray:
-        """[V, n] mean log ratio over the n-grams of each sample of the pool, for each of the groups
-        (numbers 0 .. V - 1 [M]); all ranks that share the pool call this."""
+        """[V, n] mean log ratio over the n-grams of each sample of the pool that count, 0 of none,
+        for each of the groups (numbers 0 .. V - 1 [M]); all ranks that share the pool call this."""
         in_pool = all_reduce_sum(self.pool.counts_of_all)
-        return self.pool.means(_log_shares(self.valid.counts(groups)) - _log_shares(in_pool))
+        ratios = _log_shares(self.valid.counts(groups)) - _log_shares(in_pool)
+        if self.counted is None:
+            return self.pool.means(ratios)
+        shares = self.pool.means(self.counted[None].astype(np.float64))
+        return np.divide(self.pool.means(ratios * self.counted), shares,
+                         out=np.zeros((len(ratios), len(self.pool))), where=shares > 0)
 
 
 def _blocks(of_samples: np.ndarray) -> list[np.ndarray]:
@@ -108,7 +117,7 @@ def _blocks(of_samples: np.ndarray) -> list[np.ndarray]:
 def _features(texts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Hashed as one text, without the bigrams that join two of them."""
     lengths = np.array([len(text) for text in texts])
-    hashes = (ngram_hashes(np.concatenate(texts)) % np.uint64(_FEATURES)).astype(np.uint16)
+    hashes = (ngram_hashes(np.concatenate(texts)) % np.uint64(NUM_FEATURES)).astype(np.uint16)
     single, double = np.split(hashes, [int(lengths.sum())])
     return single, np.delete(double, np.cumsum(lengths)[:-1] - 1)
 

@@ -13,26 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_direct.data.ngram_hashes import ngram_hashes
 from megatron_direct.data.samples import Samples
 
 # Samples of the pool, and of the validation set, by which the usual is known.
 _REFERENCE = 20_000
 _BUCKETS = 1 << 18  # of counts: a few times the bigrams that so many samples hold
 _HASHED = 256
-# Odd constants of splitmix64 and of Knuth: they spread small integers over 64 bits.
-_MIX = np.uint64(0x9E3779B97F4A7C15)
-_SECOND = np.uint64(0xBF58476D1CE4E5B9)
-
-
-def ngram_hashes(tokens: np.ndarray) -> np.ndarray:
-    """[2 n - 1] 44 well mixed bits of each unigram and then of each bigram of n tokens."""
-    words = tokens.astype(np.uint64) + np.uint64(1)
-    with np.errstate(over="ignore"):
-        single = words * _MIX
-        double = (single[:-1] ^ (single[:-1] >> np.uint64(29))) * _SECOND + words[1:] * _MIX
-        mixed = np.concatenate([single, double])
-        mixed = (mixed ^ (mixed >> np.uint64(32))) * _SECOND
-    return mixed >> np.uint64(20)
 
 
 @dataclass(frozen=True)

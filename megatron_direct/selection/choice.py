@@ -24,7 +24,8 @@ from megatron_direct.selection.evidence import Evidence, stiff_costs
 from megatron_direct.selection.objectives import OBJECTIVES
 from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.stability import Stability, halves, stability
-from megatron_direct.selection.treatment import CostRange, linear_scores, select_by_sketches
+from megatron_direct.selection.treatment import CostRange, select_by_sketches
+from megatron_direct.selection.valid_weights import excess_scores
 from megatron_direct.selection.worth import Worth
 
 
@@ -81,7 +82,7 @@ def _sound(config: SelectionConfig, evidence: Evidence, worth: Worth, num_select
     mean by gradients alone, since texts hardly tell a shuffled sample from another."""
     if not config.is_in_contrast:
         return worth.values > 0
-    scores = linear_scores(dataclasses.replace(config, text_weight=0.0), evidence, num_select, seed)
+    scores = excess_scores(config, evidence, num_select, seed)
     # Less what rounding explains: where all are equal, each is their mean.
     return scores > scores.mean() - 1e-6 * np.abs(scores).max()
 

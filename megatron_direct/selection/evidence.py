@@ -29,6 +29,16 @@ if TYPE_CHECKING:  # it reads samples, for which torch is imported
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, eq=False)
+class Half:
+    """Of evidence: coordinates: [k] bool of the sketches; valid: [M] bool validation samples;
+    features: [features] bool of the n-grams of texts."""
+
+    coordinates: np.ndarray
+    valid: np.ndarray
+    features: np.ndarray
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What is known of the candidates that this rank holds, n of all N.
@@ -90,20 +100,22 @@ class Evidence:
             ids=(np.cumsum(kept) - 1)[self.ids[here]],
             texts=None if self.texts is None else self.texts.of(here))
 
-    def half(self, coordinates: np.ndarray, valid: np.ndarray) -> Evidence:
-        """What some coordinates [k] bool, and some of the validation samples [M] bool, tell of the
-        same candidates: inner products over so many coordinates, scaled to those over all.
+    def half(self, part: Half) -> Evidence:
+        """What half of it tells of the same candidates: inner products over its coordinates, scaled
+        to those over all.
 
         The two halves find clusters of their own, since they are to share nothing.
         """
-        scale = np.float32(np.sqrt(len(coordinates) / coordinates.sum()))
+        kept = part.coordinates
+        scale = np.float32(np.sqrt(len(kept) / kept.sum()))
         directions = dataclasses.replace(
-            self.directions, sketches=self.directions.sketches[:, coordinates] * scale)
+            self.directions, sketches=self.directions.sketches[:, kept] * scale)
         return dataclasses.replace(
-            self, rows=self.rows[:, coordinates] * scale, directions=directions,
-            valid_rows=self.valid_rows[valid][:, coordinates] * scale,
-            valid_datasets=None if self.valid_datasets is None else self.valid_datasets[valid],
-            texts=None if self.texts is None else self.texts.of_valid(valid))
+            self, rows=self.rows[:, kept] * scale, directions=directions,
+            valid_rows=self.valid_rows[part.valid][:, kept] * scale,
+            valid_datasets=(None if self.valid_datasets is None
+                            else self.valid_datasets[part.valid]),
+            texts=None if self.texts is None else self.texts.half(part.valid, part.features))
 
 
 def mean_row(evidence: Evidence, *, unit: bool) -> np.ndarray:

@@ -1,7 +1,7 @@
 """How much of a selection is a choice, and how much is chance.
 
-The selection is made again twice, each time from half of the validation set and half of the
-sketch's coordinates, so that the two share neither validation samples nor hashes (worth.py). What
+The selection is made again twice, each time from half of the validation set, half of the sketch's
+coordinates and half of the texts' n-grams, so that the two share none of them (worth.py). What
 both select would be selected again; of the rest, another validation set of the same kind, or
 another seed, would select something else.
 
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.selection.evidence import Evidence
+from megatron_direct.selection.evidence import Evidence, Half
 from megatron_direct.selection.treatment import select_by_sketches
-from megatron_direct.selection.worth import first_coordinates, source_blocks
+from megatron_direct.selection.worth import halves_of
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,13 @@ class Stability:
 def halves(config: SelectionConfig, evidence: Evidence, num_select: int, seed: int,
            ) -> tuple[np.ndarray, np.ndarray]:
     """[N] bool each: what is selected from the two halves of the evidence; all ranks call this."""
-    coordinates = first_coordinates(evidence.rows.shape[1], seed)
-    valid = source_blocks(evidence) % 2 == 0
-    found = []
-    for part, samples in ((coordinates, valid), (~coordinates, ~valid)):
-        chosen = np.zeros(evidence.share().num_samples, dtype=bool)
-        chosen[select_by_sketches(config, evidence.half(part, samples), num_select,
-                                  seed)[0].indices] = True
-        found.append(chosen)
-    return found[0], found[1]
+    def chosen(part: Half) -> np.ndarray:
+        found = np.zeros(evidence.share().num_samples, dtype=bool)
+        found[select_by_sketches(config, evidence.half(part), num_select, seed)[0].indices] = True
+        return found
+
+    first, second = halves_of(evidence, seed)
+    return chosen(first), chosen(second)
 
 
 def stability(first: np.ndarray, second: np.ndarray, clusters: np.ndarray) -> Stability:

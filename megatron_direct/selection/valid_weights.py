@@ -33,9 +33,9 @@ import numpy as np
 
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, excess_gradient
-from megatron_direct.selection.rows import row_blocks
 from megatron_direct.selection.share import Share
 from megatron_direct.selection.shrinkage import Partition, find_clusters
+from megatron_direct.selection.treated_rows import treated_scores
 
 _STEPS = 100
 # Of the most that a group could gain: where the logarithm becomes its tangent.
@@ -56,16 +56,22 @@ def has_texts(config: SelectionConfig, evidence: Evidence) -> bool:
     return config.is_in_contrast and config.text_weight > 0 and evidence.texts is not None
 
 
-def bargain(config: SelectionConfig, evidence: Evidence, rows: np.ndarray, num_select: int,
-            seed: int) -> Bargain:
-    """All ranks call this. rows: [n, k] as the objective sums them up, which follow from the
-    rest."""
+def bargain(config: SelectionConfig, evidence: Evidence, num_select: int, seed: int) -> Bargain:
+    """All ranks call this."""
     return evidence.once(("bargain", config, num_select, seed), lambda: _bargain(
-        config, evidence, rows, num_select, seed))
+        config, evidence, num_select, seed))
 
 
-def _bargain(config: SelectionConfig, evidence: Evidence, rows: np.ndarray, num_select: int,
-             seed: int) -> Bargain:
+def excess_scores(config: SelectionConfig, evidence: Evidence, num_select: int, seed: int,
+                  ) -> np.ndarray:
+    """[N] of each sample by gradients alone, on every rank: the inner product of its treated row
+    with the excess that the objective takes for its target; all ranks call this."""
+    weights = bargain(config, evidence, num_select, seed).weights
+    target = excess_gradient(evidence, weights, unit=config.normalize_gradients)
+    return evidence.share().known_to_all(treated_scores(config, evidence, target[None], seed)[0])
+
+
+def _bargain(config: SelectionConfig, evidence: Evidence, num_select: int, seed: int) -> Bargain:
     count, with_texts = len(evidence.valid_rows), has_texts(config, evidence)
     in_groups = config.is_in_contrast and config.valid_clusters > 0
     if not (in_groups or with_texts):
@@ -76,13 +82,12 @@ def _bargain(config: SelectionConfig, evidence: Evidence, rows: np.ndarray, num_
     targets = np.stack([
         excess_gradient(evidence, (numbers == group) / size, unit=config.normalize_gradients)
         for group, size in enumerate(sizes)])
-    scores = np.empty((len(targets), len(rows)))
-    for block in row_blocks(len(rows)):
-        scores[:, block] = targets @ rows[block].T.astype(np.float64)
-    likeness = _likeness(config, evidence, numbers, scores) if with_texts else np.zeros_like(scores)
+    scores = treated_scores(config, evidence, targets, seed)
+    likeness = _likeness(config, evidence, numbers, scores) if with_texts else None
     found = evidence.share().from_leader(lambda whole: group_weights(
-        whole, sizes / count, num_select, config.max_count), scores + likeness)
-    return Bargain((found / sizes)[numbers], found @ likeness if with_texts else None)
+        whole, sizes / count, num_select, config.max_count),
+        scores if likeness is None else scores + likeness)
+    return Bargain((found / sizes)[numbers], None if likeness is None else found @ likeness)
 
 
 def _likeness(config: SelectionConfig, evidence: Evidence, numbers: np.ndarray,

@@ -35,8 +35,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_direct.data.ngram_hashes import NUM_FEATURES
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.selection.evidence import Evidence, mean_row
+from megatron_direct.selection.evidence import Evidence, Half, mean_row
 from megatron_direct.selection.rows import row_blocks, unit_rows
 
 # Blocks of consecutive validation samples, each on one side of the split. More are a finer sample
@@ -91,6 +92,14 @@ def first_coordinates(size: int, seed: int) -> np.ndarray:
     found = np.zeros(size, dtype=bool)
     found[np.random.default_rng(seed).permutation(size)[: size // 2]] = True
     return found
+
+
+def halves_of(evidence: Evidence, seed: int) -> tuple[Half, Half]:
+    """Two halves that share no validation sample's source, no hash and no n-gram."""
+    coordinates = first_coordinates(evidence.rows.shape[1], seed)
+    valid = source_blocks(evidence) % 2 == 0
+    features = first_coordinates(NUM_FEATURES, seed)
+    return Half(coordinates, valid, features), Half(~coordinates, ~valid, ~features)
 
 
 def cluster_numbers(config: SelectionConfig, evidence: Evidence, seed: int) -> np.ndarray:

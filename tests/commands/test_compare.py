@@ -460,7 +460,7 @@ def test_the_ceiling_is_searched_once_and_carried_on(folder, run):
 
     killed = folder / "ceiling-killed"
     shutil.copytree(folder / "ceiling", killed)
-    (killed / "ceiling" / "trials.json").write_text(json.dumps(trials[:5]))
+    (killed / "ceiling" / "trials.json").write_text(json.dumps(trials[:-4]))
     shutil.rmtree(killed / "arms" / "ceiling")
     run_on_ranks(1, _compare, folder, Layout(), "ceiling-killed", ("ceiling",))
     assert _trials(folder, "ceiling-killed") == trials

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from indexed_files import write_dataset
 
+from megatron_direct.data.ngram_hashes import ngram_hashes
 from megatron_direct.data.ngram_likeness import Texts
 from megatron_direct.data.samples import Samples
-from megatron_direct.data.token_features import TokenSource, ngram_hashes
+from megatron_direct.data.token_features import TokenSource
 
 GROUPS = np.array([0, 1, 1, 0])
 
@@ -45,12 +46,12 @@ def _log_shares(some: list[np.ndarray]) -> dict[int, float]:
     return {feature: math.log(count / total) for feature, count in counts.items()}
 
 
-def _expected(documents, groups) -> np.ndarray:
+def _expected(documents, groups, counted=np.ones(10_000, dtype=bool)) -> np.ndarray:  # noqa: B008
     in_pool, found = _log_shares(documents["pool"]), []
     for group in np.unique(groups):
         in_group = _log_shares([text for text, number in zip(documents["valid"], groups,
                                                              strict=True) if number == group])
-        found.append([np.mean([in_group[f] - in_pool[f] for f in _features(text)])
+        found.append([np.mean([in_group[f] - in_pool[f] for f in _features(text) if counted[f]])
                       for text in documents["pool"]])
     return np.array(found)
 
@@ -75,11 +76,19 @@ def test_of_some_samples_on_each_of_two_ranks(documents, texts):
                                rtol=1e-12)
 
 
-def test_of_half_of_the_validation_set(documents, texts):
-    half = GROUPS == 1
+def test_by_half_of_the_validation_set_and_of_the_ngrams(documents, texts):
+    """In each half a mean over the n-grams of that half, of shares among them."""
+    half, features = GROUPS == 1, np.arange(10_000) % 3 == 0
+    everything = np.ones(10_000, dtype=bool)
     fewer = {**documents, "valid": [documents["valid"][number] for number in (1, 2)]}
-    np.testing.assert_allclose(texts.of_valid(half).likeness(np.zeros(2, np.int64)),
-                               _expected(fewer, np.zeros(2)), rtol=1e-12)
+    one = np.zeros(2, np.int64)
+    np.testing.assert_allclose(texts.half(half, everything).likeness(one), _expected(fewer, one),
+                               rtol=1e-12)
+    for counted in (features, ~features):
+        np.testing.assert_allclose(texts.half(half, counted).likeness(one),
+                                   _expected(fewer, one, counted), rtol=1e-12)
+    of_none = texts.half(half, np.zeros(10_000, dtype=bool))
+    np.testing.assert_array_equal(of_none.likeness(one), 0)
 
 
 def test_features_are_of_ngrams_alone_and_spread_evenly():

@@ -17,7 +17,8 @@ from megatron_direct.errors import UserError
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, flat_rows, stiff_costs
 from megatron_direct.selection.objectives import OBJECTIVES
-from megatron_direct.selection.treatment import select_by_sketches, summed_rows
+from megatron_direct.selection.treated_rows import summed_rows, treated_scores
+from megatron_direct.selection.treatment import select_by_sketches
 
 SIZE = 24
 
@@ -53,6 +54,16 @@ def test_treated_rows_written_out(evidence):
     np.testing.assert_allclose(summed_rows(config, evidence, 1), rows, rtol=2e-4, atol=1e-4)
     plain = SelectionConfig(shrinkage_clusters=0, normalize_gradients=False)
     np.testing.assert_array_equal(summed_rows(plain, evidence, 1), evidence.rows)
+
+
+@pytest.mark.parametrize("flags", [
+    {}, BY_TOKENS, {"normalize_gradients": False}, {"shrinkage_clusters": 0}], ids=str)
+def test_scores_are_inner_products_with_treated_rows(evidence, flags):
+    config = SelectionConfig(**flags)
+    targets = np.random.default_rng(1).standard_normal((2, SIZE))
+    expected = targets @ summed_rows(config, evidence, 1).T
+    np.testing.assert_allclose(treated_scores(config, evidence, targets, 1), expected,
+                               rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", [
