@@ -66,8 +66,9 @@ class FeasibleSet:
         bounds = self.quotas.bounds
         for members, (least, greatest) in zip(self.quotas.members, bounds, strict=True):
             group = scores[members]
-            forced, _ = largest(group, least, tie)
             allowed, _ = largest(group, greatest, tie)
+            # Of these, or ties at both ends could leave more than the greatest number of a group.
+            forced, _ = largest(np.where(allowed, group, -np.inf), least, tie)
             chosen[members] = forced
             open_scores[members] = np.where(allowed & ~forced, group, -np.inf)
         free = self.num_select - int(bounds[:, 0].sum())

@@ -10,7 +10,8 @@ from selection.feasible_sets import draw
 
 from megatron_direct.selection import InfeasibleSelection
 from megatron_direct.selection.feasible import FeasibleSet
-from megatron_direct.selection.quotas import Quotas
+from megatron_direct.selection.quotas import Quotas, state_quotas
+from megatron_direct.selection.share import Share
 
 
 def test_ties_go_to_the_lower_id():
@@ -46,3 +47,14 @@ def test_infeasible_budget_names_the_least_with_and_without_quotas():
         FeasibleSet(costs, 2, 4.9, quotas)
     assert error.value.min_stiff_budget == 5.0
     FeasibleSet(costs, 2, 5.0, quotas)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_ties_at_both_ends_of_a_quota_do_not_add_up(seed):
+    """Least and greatest number of a group lie among the same near ties."""
+    rng = np.random.default_rng(seed)
+    scores = rng.standard_normal(200)
+    quotas = state_quotas(np.arange(200) % 2, {0: (30, 32)}, Share.of_rank(200)).of_selections(80)
+    feasible = FeasibleSet(np.zeros(200), 80, np.inf, quotas)
+    for tie in (0.0, 0.01, 0.1, 1.0):
+        assert feasible.admits(feasible.best(scores, tie))

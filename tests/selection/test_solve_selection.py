@@ -22,6 +22,7 @@ from megatron_direct.selection import (
     solve_selection,
     stiff_budget,
 )
+from megatron_direct.selection.rows import Rows
 
 
 def small_instance(seed: int):
@@ -250,6 +251,28 @@ def test_copies_that_differ_by_rounding_are_copies(fraction):
         for sample in np.unique(order[found.indices]):
             taken = np.isin(np.flatnonzero(order == sample), found.indices)
             assert np.array_equal(np.flatnonzero(taken), np.arange(taken.sum()))
+
+
+def test_copies_are_found_among_samples_whose_scores_are_all_near_ties(monkeypatch):
+    """100,000 rows on a sphere of three dimensions: sorted by any projection, neighbours are as
+    close as rounding makes copies. Only copies are fetched, and of each the lower id is taken."""
+    fetched, take = [], Rows.take
+
+    def noting(self, ids):
+        fetched.append(len(ids))
+        return take(self, ids)
+
+    monkeypatch.setattr(Rows, "take", noting)
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((100_000, 3)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows[99_900:] = rows[:100] * np.float32(1 + 1e-7)  # each looks the better one
+    target = np.array([1.0, 0.0, 0.0])
+    found = solve_selection(rows.T, np.ones(100_000), 50_000, objective="alignment", target=target,
+                            stiff_budget=np.inf)
+    chosen = np.isin(np.arange(100_000), found.indices)
+    assert not (chosen[99_900:] & ~chosen[:100]).any() and chosen[:100].any()
+    assert sum(fetched) < 2_000
 
 
 def test_noise_of_a_layout_does_not_change_a_selection():
