@@ -69,7 +69,9 @@ def _run(found: argparse.Namespace) -> None:
     _require_arms(arms, request.name.selection_name)
     calls = _calls(request, arms)
     if found.dry_run:
-        dry_run.show(calls, request)
+        (name, selection), *others = calls
+        selection = dry_run.with_anneal_tokens(selection, request.anneal.lr_wsd_decay_iters)
+        dry_run.show([(name, selection), *others], request)
         return
     functions: dict[str, Callable[[Any], None]] = {
         "select": functools.partial(select, annealing_iters=request.anneal.lr_wsd_decay_iters),

@@ -15,9 +15,9 @@ from typing import Any
 from megatron_direct.commands.plan import HERE, PlanConfig, PlanRequest, estimated, in_words
 from megatron_direct.commands.requests import SelectionRequest
 from megatron_direct.commands.select import SelectRequest
-from megatron_direct.config import ModelConfig, ParallelConfig
+from megatron_direct.config import BatchConfig, ModelConfig, ParallelConfig
 from megatron_direct.errors import UserError
-from megatron_direct.mcore.checkpoint import read_checkpoint
+from megatron_direct.mcore.checkpoint import Checkpoint, read_checkpoint
 from megatron_direct.runtime import parallel, ranks
 from megatron_direct.settings import Settings, fields_in_order, flag_name
 from megatron_direct.steps.placement import Placement
@@ -54,6 +54,17 @@ def _estimate(request: Any, placed: Placement) -> list[str]:
         lr_wsd_decay_iters=0 if annealing is None else annealing.lr_wsd_decay_iters)
     asked = {f.name: getattr(request, f.name) for f in dataclasses.fields(SelectionRequest)}
     return [in_words(*estimated(PlanRequest(plan, **asked)))]
+
+
+def with_anneal_tokens(request: SelectRequest, iterations: int) -> SelectRequest:
+    """What `select` is asked by a launch that anneals for so many iterations; as it is where the
+    number of samples does not depend on it, or there is no checkpoint yet."""
+    checkpoint = _checkpoint(request) if request.selection.is_auto else None
+    if checkpoint is None:
+        return request
+    model = checkpoint.settings(ModelConfig, request.given.model)
+    batch = checkpoint.settings(BatchConfig, request.given.batch)
+    return request.for_annealing(iterations * batch.global_batch_size * model.seq_length)
 
 
 def command_line(name: str, request: Any) -> str:
@@ -116,9 +127,13 @@ def _model(request: Any) -> ModelConfig | None:
     if isinstance(getattr(request, "model", None), ModelConfig):
         model = request.model
         return dataclasses.replace(model, vocab_size=model.vocab_size or some_size)
-    load = getattr(getattr(request, "onset", None), "load", "")
-    if not load or not os.path.exists(load):
+    checkpoint = _checkpoint(request)
+    if checkpoint is None:
         return None
-    checkpoint = read_checkpoint(load)
     vocab_size = checkpoint.arguments.get("vocab_size") or some_size
     return checkpoint.settings(ModelConfig, {**request.given.model, "vocab_size": vocab_size})
+
+
+def _checkpoint(request: Any) -> Checkpoint | None:
+    load = getattr(getattr(request, "onset", None), "load", "")
+    return read_checkpoint(load) if load and os.path.exists(load) else None

@@ -52,6 +52,28 @@ def test_the_launch_prints_every_stage_with_its_own_flags():
     assert calls[0][1] == _parsed(["select", *SELECT])
 
 
+def test_the_launch_prints_the_length_of_its_annealing_where_the_number_depends_on_it(small_folder):
+    words = launching.select_flags(small_folder, small_folder / "no")[1:]
+    at = words.index("--num-select")
+    auto = words[:at] + words[at + 2:]
+    for given, expected in (
+            (auto, f"--anneal-tokens {9 * 4 * 12}"),  # iterations x batch x sequence length
+            ([*auto, "--global-batch-size", "8"], f"--anneal-tokens {9 * 8 * 12}"),
+            ([*auto, "--anneal-tokens", "77"], "--anneal-tokens 77"), (words, None)):
+        line = _select_of_launch([*given, "--lr-wsd-decay-iters", "9"])
+        assert expected in line if expected else "--anneal-tokens" not in line
+    not_there = [*auto, "--load", str(small_folder / "none")]
+    assert "--anneal-tokens" not in _select_of_launch(not_there)
+
+
+def _select_of_launch(words: list[str]) -> str:
+    found = anneal_gpt.make_parser().parse_args(words)
+    request = flags.request_from(anneal_gpt.LaunchRequest, found)
+    name, of_stage = anneal_gpt._calls(request, ["direct"])[0]
+    return dry_run.command_line(name, dry_run.with_anneal_tokens(
+        of_stage, request.anneal.lr_wsd_decay_iters))
+
+
 def _where(model, layout):
     from megatron.core import parallel_state
 
