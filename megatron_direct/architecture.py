@@ -104,7 +104,7 @@ class ModelConfig(Settings):
         False, "gradients of the prediction heads' loss end at the heads (megatron-core 0.19)")
     hybrid_layer_pattern: str | None = flag(
         None, "layers of a hybrid model, a letter each: * attention, + latent attention, - MLP, "
-        "E experts, M Mamba, and behind each / the layers of a prediction head; default: layers of "
+        "E experts, M Mamba, and after each / the layers of a prediction head; default: layers of "
         "attention and MLP", type=str)
     mamba_state_dim: int = flag(128, "width of a Mamba layer's state", at_least=1)
     mamba_head_dim: int = flag(64, "width of a Mamba layer's heads", at_least=1)

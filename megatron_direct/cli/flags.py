@@ -89,12 +89,20 @@ def as_declared(value):
 def _add_flag(group, f: dataclasses.Field, *, shows_default: bool) -> None:
     meta = f.metadata
     common = {"dest": f.name, "default": argparse.SUPPRESS}
-    if isinstance(f.default, bool):
-        action = argparse.BooleanOptionalAction
-        group.add_argument(flag_name(f.name), action=action, help=meta["help"], **common)
-        return
-    help_text = meta["help"].replace("%", "%%")
+    help_text = meta["help"]
     if shows_default and f.default not in (None, dataclasses.MISSING, (), ""):
-        help_text += f" (default {f.default})".replace("%", "%%")
+        help_text += f" (default {_shown(f.default)})"
+    help_text = help_text.replace("%", "%%")
+    if isinstance(f.default, bool):
+        group.add_argument(flag_name(f.name), action=argparse.BooleanOptionalAction,
+                           help=help_text, **common)
+        return
     group.add_argument(flag_name(f.name), type=flag_type(f), choices=meta["choices"],
                        nargs=meta["nargs"], required=meta["required"], help=help_text, **common)
+
+
+def _shown(default: object) -> object:
+    """A switch is on or off."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return default

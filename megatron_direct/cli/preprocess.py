@@ -86,7 +86,9 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     group.add_argument("--shard-size", type=float, metavar="MIB",
                        help="text that a worker tokenizes at a time, and loses when it is killed "
                             f"(default {default['shard_size']:g}: some seconds of work)")
-    group.add_argument("--seed", type=int, help=f"(default {default['seed']})")
+    group.add_argument("--seed", type=int,
+                       help="seed of the splits and of what is corrupted (default "
+                            f"{default['seed']})")
     group = parser.add_argument_group("trials")
     group.add_argument("--corrupt-fraction", type=float,
                        help="share of pool candidates whose tokens are shuffled, so that there is "

@@ -69,7 +69,8 @@ class SelectionConfig(Settings):
         at_most=1)
     draw_unstable: bool = flag(
         True, "--objective descent: what half of the evidence does not select again is drawn at "
-        "random within its cluster; not under quotas or --stiff-budget")
+        "random within its cluster; not under --quotas, --stiff-budget or --max-count above 1, nor "
+        "with fewer than 8 validation samples")
     quotas: tuple = flag(
         (), "smallest and largest number of samples from a pool, as NAME:LEAST:GREATEST; either "
         "may be empty; NAME is the last part of its prefix", nargs="+")

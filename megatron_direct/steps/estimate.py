@@ -138,7 +138,7 @@ def _estimate(site: Site, job: Job, asked: Asked, work: Workload) -> RunEstimate
             batch, job.optimizer.use_distributed_optimizer, micro_batch_tokens)
 
     stages = [cost.start_stage(site)]
-    if asked.pilot.pilot_iters:
+    if asked.pilot.has_pilot:
         stages.append(trained("pilot", asked.pilot.pilot_iters))
     share = asked.sketch.sketch_share
     sketched = dataclasses.replace(work, candidates=share * work.candidates,

@@ -34,8 +34,8 @@ class PilotConfig(Settings):
 
     at: str = flag(
         "pilot", "weights at which gradients are taken: the checkpoint's, the average of the last "
-        "states of its training (merged), or those at the end of a pilot annealing",
-        choices=("checkpoint", "merged", "pilot"))
+        "states of its training (merged), or those at the end of a pilot annealing (pilot; without "
+        "--pilot-iters the checkpoint's)", choices=("checkpoint", "merged", "pilot"))
     pilot_iters: int = flag(
         0, "iterations of a pilot annealing over the whole pool; 0: gradients at the checkpoint "
         "itself", at_least=0)

@@ -56,7 +56,8 @@ class SketchConfig(Settings):
         0, "most tokens per rank in one pass, padding included: long samples are then fewer than "
         "--micro-batch-size at a time; 0: no such limit", at_least=0)
     num_valid_samples: int = flag(
-        256, "largest number of validation samples for the curvature; 0: all", at_least=0)
+        256, "largest number of validation samples that are used, drawn at random, for everything: "
+        "target, clusters, worth, likeness of texts and curvature; 0: all", at_least=0)
     seed: int = flag(1234, "seed of hashes, of the validation samples drawn and of the solver",
                      at_least=0, at_most=2**32 - 1)
 

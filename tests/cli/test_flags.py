@@ -69,6 +69,16 @@ def test_no_default_is_claimed_for_what_a_checkpoint_supplies():
     assert "(default 128)" not in help_text and "(default 2048)" in help_text
 
 
+def test_a_switch_says_whether_it_is_on():
+    found = {name: {action.dest: action.help for action in parser._actions}
+             for name, parser in _parsers()}
+    assert found["select"]["contrast"].endswith(" (default on)")
+    assert found["select"]["weight_by_tokens"].endswith(" (default off)")
+    assert found["anneal"]["load_optim"].endswith(" (default on)")
+    assert found["pretrain"]["swiglu"].endswith(" (default on)")
+    assert "(default" not in found["select"]["swiglu"]  # as the checkpoint was trained
+
+
 GROUPS = sorted({group for command in COMMANDS.values()
                  for group in flags.groups(command.load()[0])}, key=lambda group: group.__name__)
 NUMBERS = [(group, f) for group in GROUPS for f in dataclasses.fields(group)

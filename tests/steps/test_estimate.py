@@ -70,6 +70,16 @@ def test_the_largest_term_limits_a_stage_and_the_longest_stage_a_run():
     assert found.seconds == 11 and found.slowest is slow and found.device_bytes == 9
 
 
+@pytest.mark.parametrize(("pilot", "runs"), [
+    (PilotConfig(pilot_iters=20), True), (PilotConfig(), False),
+    (PilotConfig(at="checkpoint", pilot_iters=20), False),
+    (PilotConfig(at="merged", pilot_iters=20), False)])
+def test_a_pilot_is_estimated_where_one_would_run(pilot, runs):
+    asked = dataclasses.replace(ASKED, pilot=pilot)
+    found = estimate.on_gpus(H100, 8, _job(), asked, WORK)
+    assert ("pilot" in [stage.name for stage in found.stages]) is runs
+
+
 def test_curvature_products_and_their_basis_are_counted():
     exact = dataclasses.replace(ASKED, curvature=CurvatureConfig(
         curvature="gauss-newton", num_eigenpairs=20, num_curvature_samples=64))
