@@ -42,7 +42,7 @@ from megatron_direct.mcore import checkpoint, grid, model, shards
 from megatron_direct.reports import comparison_page, markdown
 from megatron_direct.runtime import files, parallel
 from megatron_direct.runtime.manifest import Artefact, State
-from megatron_direct.runtime.run_directory import RunDirectory
+from megatron_direct.runtime.run_directory import RunDirectory, locked
 from megatron_direct.steps import solve as solve_step
 from megatron_direct.steps.onset import Onset, OnsetConfig, dataset_digests
 from megatron_direct.steps.pilot import states_to_merge
@@ -71,32 +71,45 @@ def compare(request: CompareRequest) -> None:
     setting = _setting(request)
     chosen = _arms(setting)
     run, artefact = RunDirectory(setting.folder), Artefact(setting.folder, "a comparison")
+    if setting.config.only_replicate is not None:  # others are at work beside this one
+        with run.entered("compare", request, waits=True):
+            before = _begin(setting, artefact)
+        _run_seeds(setting, chosen, before)
+        return
     with run.entered("compare", request):
-        _compare(setting, chosen, artefact)
+        before = _begin(setting, artefact)
+        _run_seeds(setting, chosen, before)
+        parallel.on_rank_zero(lambda: _report(setting, chosen))
+        parallel.on_rank_zero(lambda: artefact.finish(_key(setting), _paths(setting)))
 
 
-def _compare(setting: Setting, chosen: list[str], artefact: Artefact) -> None:
+def _begin(setting: Setting, artefact: Artefact) -> dict:
+    """What all seeds share; the losses of the checkpoint."""
     key = _key(setting)
     if parallel.on_rank_zero(lambda: artefact.state(key)) is State.NEW:
         parallel.on_rank_zero(lambda: artefact.begin(key, _paths(setting)))
-    before = _before(setting)
+    return _before(setting)
+
+
+def _run_seeds(setting: Setting, chosen: list[str], before: dict) -> None:
     for seed in setting.seeds_of_this_call:
-        missing = parallel.on_rank_zero(
-            lambda seed=seed: [name for name in chosen if not any(
-                (setting.arm_folder(name, seed) / file).is_file()
-                for file in ("result.json", "failed.json"))])
-        if missing:
-            case = measured_case(setting, seed, {need for name in missing
-                                                 for need in find_arm(name).needs})
-            if any(ceiling.NAME in find_arm(name).needs for name in missing):
-                case = with_ceiling(setting, case)
-            losses = {key: before[key] for key in ("valid", "test")}
-            for names in sharing_annealings(missing):
-                run_together([Replicate(setting, find_arm(name), seed, losses) for name in names],
-                             case)
-    if setting.config.only_replicate is None:  # else others may be at work beside this one
-        parallel.on_rank_zero(lambda: _report(setting, chosen))
-        parallel.on_rank_zero(lambda: artefact.finish(key, _paths(setting)))
+        with locked(setting.seed_folder(seed), "compare"):
+            _run_seed(setting, chosen, seed, before)
+
+
+def _run_seed(setting: Setting, chosen: list[str], seed: int, before: dict) -> None:
+    missing = parallel.on_rank_zero(lambda: [name for name in chosen if not any(
+        (setting.arm_folder(name, seed) / file).is_file()
+        for file in ("result.json", "failed.json"))])
+    if not missing:
+        return
+    case = measured_case(setting, seed, {need for name in missing
+                                         for need in find_arm(name).needs})
+    if any(ceiling.NAME in find_arm(name).needs for name in missing):
+        case = with_ceiling(setting, case)
+    losses = {key: before[key] for key in ("valid", "test")}
+    for names in sharing_annealings(missing):
+        run_together([Replicate(setting, find_arm(name), seed, losses) for name in names], case)
 
 
 def _setting(request: CompareRequest) -> Setting:

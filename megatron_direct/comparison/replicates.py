@@ -25,6 +25,7 @@ from megatron_direct.data.blend_plan import Blend
 from megatron_direct.mcore import blend, checkpoint, grid, model
 from megatron_direct.mcore.merging import Average
 from megatron_direct.runtime import arrays, files, parallel
+from megatron_direct.runtime.run_directory import locked
 from megatron_direct.steps import solve as solve_step
 from megatron_direct.steps.decay import Decay, Recipe, Segment, decay, set_losses
 from megatron_direct.steps.merged import make_average
@@ -124,7 +125,8 @@ def states_of_training(setting: Setting) -> Average:
 
 def _load_average(setting: Setting, chunks) -> None:
     folder = setting.folder / "merged"
-    make_average(states_of_training(setting), folder)
+    with locked(folder, "compare", waits=True):  # seeds may be run at once
+        make_average(states_of_training(setting), folder)
     checkpoint.load_model(parallel.on_rank_zero(lambda: checkpoint.latest(folder)), chunks)
 
 
@@ -171,7 +173,8 @@ def with_ceiling(setting: Setting, case: Case | None) -> Case | None:
                                 valid=onset.valid.prefixes)["valid"]
         return mean_test_loss(losses)
 
-    return ceiling_search(setting).completed(case, anneal)
+    with locked(setting.folder / "ceiling", "compare", waits=True):  # seeds may be run at once
+        return ceiling_search(setting).completed(case, anneal)
 
 
 def _blend(replicate: Replicate) -> Blend:

@@ -14,6 +14,7 @@ import datetime
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 import sys
@@ -32,20 +33,24 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 class Lock:
     """path: of the file that is locked; folder: what messages say is in use; command: what works in
-    it."""
+    it; waits: for another command to end, however long that takes."""
 
-    def __init__(self, path: Path, folder: Path, command: str):
+    def __init__(self, path: Path, folder: Path, command: str, *, waits: bool = False):
         self._path, self._folder, self._command = path, folder, command
+        self._waits = waits
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Raises UserError where another process holds it."""
+        """Raises UserError where another process holds it, unless this one waits."""
         patience = time.monotonic() + _PATIENCE_SECONDS
         while not self._try():
             if time.monotonic() > patience:
-                raise UserError(
-                    f"{self._folder} is in use: {self._holder()}. Wait for it to end, or end it, "
-                    "and run the command again.")
+                in_use = f"{self._folder} is in use: {self._holder()}."
+                if not self._waits:
+                    raise UserError(f"{in_use} Wait for it to end, or end it, and run the command "
+                                    "again.")
+                print(f"{in_use} This command waits for it.", flush=True)
+                patience = math.inf  # it is said once
             time.sleep(0.1)
 
     def release(self) -> None:

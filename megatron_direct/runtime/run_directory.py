@@ -56,16 +56,15 @@ class RunDirectory:
         return calls
 
     @contextlib.contextmanager
-    def entered(self, command: str, request=None) -> Iterator[None]:
+    def entered(self, command: str, request=None, *, waits: bool = False) -> Iterator[None]:
         """The directory locked, for a command that writes into it; all ranks call this.
 
         request: a dataclass of groups of settings, which is added to the record; None for a
         command that makes nothing which others build on. Raises UserError where another command
-        is at work in the directory.
+        is at work in the directory, unless this one waits for it.
         """
-        own = lock.Lock(self.path / lock.NAME, self.path, f"megatron-direct {command}")
         attendance.at(command)
-        with parallel.while_rank_zero_holds(own):
+        with locked(self.path, command, waits=waits):
             parallel.on_rank_zero(lambda: self._enter(command, request))
             yield
 
@@ -83,6 +82,17 @@ class RunDirectory:
         if not self.record():
             raise UserError(f"{self.path} holds no run. Run `megatron-direct select --run-dir "
                             f"{self.path}` first, or correct --run-dir.")
+
+
+@contextlib.contextmanager
+def locked(folder: Path, command: str, *, waits: bool = False) -> Iterator[None]:
+    """A folder locked, of a run directory or this itself; all ranks call this.
+
+    Raises UserError where another command is at work in it, unless this one waits for it.
+    """
+    own = lock.Lock(folder / lock.NAME, folder, f"megatron-direct {command}", waits=waits)
+    with parallel.while_rank_zero_holds(own):
+        yield
 
 
 def _is_of_a_user(path: Path) -> bool:

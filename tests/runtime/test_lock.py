@@ -82,6 +82,17 @@ def test_it_waits_for_one_that_is_dying(tmp_path, holder):
     own.release()
 
 
+def test_one_that_waits_says_so_once_and_goes_on(tmp_path, holder, monkeypatch, capsys):
+    process, _ = holder()
+    monkeypatch.setattr(lock, "_PATIENCE_SECONDS", 0.0)
+    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {process.pid}"])
+    own = lock.Lock(tmp_path / lock.NAME, tmp_path, "megatron-direct compare", waits=True)
+    own.acquire()
+    own.release()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].startswith(f"{tmp_path} is in use: megatron-direct anneal")
+
+
 def test_a_folder_that_is_removed_is_noticed(tmp_path):
     folder = tmp_path / "run"
     own = _lock(folder)
