@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_direct.errors import UserError
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.selection.evidence import Evidence, stiff_costs
+from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.how_many import (
     Gain,
     Values,
@@ -40,7 +40,8 @@ FEWEST_VALID = 8
 class HowMany:
     """Why so many. Worth is the cosine of a sample's gradient with the validation set's, cross-
     fitted and averaged over tokens; gains are of the value of what the annealing sees
-    (how_many.py). repeats_between, repeats_within: reliability of half of the evidence."""
+    (how_many.py), both of the num_select samples of greatest worth: which the objective selects is
+    another question. repeats_between, repeats_within: reliability of half of the evidence."""
 
     annealing_tokens: int
     pool_tokens: int
@@ -68,9 +69,10 @@ class HowMany:
                                "than the whole pool, which is therefore the selection")
         return "\n".join([
             *lines,
-            f"  a token of the selection is worth {self.worth_of_selection:.4f}; with repetition "
-            f"and variety counted, predicted gain over the whole pool {_in_words(self.over_pool)}, "
-            f"over as many samples at random {_in_words(self.over_random)} (99.9 % intervals)"])
+            f"  a token of the {self.num_select} samples of greatest worth is worth "
+            f"{self.worth_of_selection:.4f}; with repetition and variety counted, predicted gain "
+            f"over the whole pool {_in_words(self.over_pool)}, over as many samples at random "
+            f"{_in_words(self.over_random)} (99.9 % intervals)"])
 
 
 def _in_words(gain: Gain) -> str:
@@ -87,7 +89,8 @@ def worth_of(config: SelectionConfig, evidence: Evidence, seed: int) -> Worth:
             f"--num-select auto judges scores from one half of the validation set by the other: "
             f"{len(evidence.valid_rows)} samples are too few for that, it takes {FEWEST_VALID}. "
             "Give more validation data, or a number of samples to select.")
-    return _worth_by(config, evidence, measure_alignments(evidence, seed), seed)
+    return evidence.once(("worth", config.shrinkage_clusters, seed), lambda: _worth_by(
+        config, evidence, measure_alignments(evidence, seed), seed))
 
 
 def _worth_by(config: SelectionConfig, evidence: Evidence, alignments: Alignments, seed: int,
@@ -139,11 +142,13 @@ def select_auto(config: SelectionConfig, evidence: Evidence, worth: Worth, seed:
     allowed = worth.values > 0
     if config.is_in_contrast or count > allowed.sum():
         allowed = np.ones(len(allowed), dtype=bool)
+    if count == len(allowed):  # the whole pool is each sample once
+        config = dataclasses.replace(config, max_count=1)
     selection, _ = select_by_sketches(config, evidence.of(allowed), count, seed)
     selection = dataclasses.replace(selection,
                                     indices=np.flatnonzero(allowed)[selection.indices])
     costs = evidence.share().from_leader(lambda whole: CostRange.of(whole, count),
-                                         stiff_costs(evidence.rows, evidence.directions))
+                                         evidence.stiff_costs())
     return selection, costs, HowMany(
         annealing_tokens=annealing_tokens, pool_tokens=pool_tokens,
         num_candidates=len(allowed), num_harmful=int((worth.values < 0).sum()),

@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_direct.selection.auto import FEWEST_VALID, HowMany, select_auto, worth_of
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.selection.evidence import Evidence, stiff_costs
+from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.objectives import OBJECTIVES
 from megatron_direct.selection.problem import Selection
 from megatron_direct.selection.stability import Stability, halves, stability
@@ -44,7 +44,8 @@ class Choice:
 def choose(config: SelectionConfig, evidence: Evidence, seed: int, limits: Mapping) -> Choice:
     """By the flags; all ranks call this. limits: groups and quotas, as solve_selection has them."""
     num_samples = evidence.share().num_samples
-    may_draw = _may_draw(config, evidence, limits)
+    may_draw = _may_draw(config, evidence, limits) and (
+        config.is_auto or int(config.num_select) < num_samples)
     worth = worth_of(config, evidence, seed) if config.is_auto or may_draw else None
     how_many: HowMany | None
     if config.is_auto:
@@ -66,7 +67,7 @@ def choose(config: SelectionConfig, evidence: Evidence, seed: int, limits: Mappi
         solved = dataclasses.replace(solved, indices=indices,
                                      stiff_cost=evidence.share().from_leader(
                                          lambda whole: math.fsum(whole[indices].tolist()),
-                                         stiff_costs(evidence.rows, evidence.directions)))
+                                         evidence.stiff_costs()))
     return Choice(solved, costs, how_many, stability(first, second, worth.clusters))
 
 

@@ -83,6 +83,10 @@ class Evidence:
         return self.once(("clusters", count, seed), lambda: find_clusters(
             self.rows, self.pools(), count, self.share(), seed))
 
+    def stiff_costs(self) -> np.ndarray:
+        """[n] of this rank's candidates (:func:`stiff_costs`)."""
+        return self.once(("stiff costs",), lambda: stiff_costs(self.rows, self.directions))
+
     def once(self, what: tuple, find: Callable[[], T]) -> T:
         """What ``find`` makes of this evidence, made when it is first asked for."""
         if what not in self._found:

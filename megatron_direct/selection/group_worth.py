@@ -62,7 +62,8 @@ def group_worths(alignments: Alignments, weights: np.ndarray, groups: Sequence[n
     weights: [N] tokens; num_best: [G] how many samples the best part of each has; worth: of the
     candidates, None where the validation set is too small for it.
     """
-    wholes = [_mean(alignments.values[:, :, group].mean(0), weights[group]) for group in groups]
+    wholes = [np.mean([[_mean(of_block[group], weights[group]) for of_block in part]
+                       for part in alignments.values], axis=0) for group in groups]
     estimates = [WorthEstimate.of(by_block, alignments.sizes) for by_block in wholes]
     if worth is None:
         return [GroupWorth(whole, None) for whole in estimates]
@@ -70,16 +71,17 @@ def group_worths(alignments: Alignments, weights: np.ndarray, groups: Sequence[n
     def best_of_groups(fold) -> np.ndarray:
         best = [group[np.argsort(-fold.score[group], kind="stable")[:count]]
                 for group, count in zip(groups, num_best, strict=True)]
-        return np.stack([_mean(fold.judged[:, some], weights[some]) for some in best])
+        return np.array([[_mean(judged, weights[some]) for judged in fold.judge.by_block(some)]
+                         for some in best])
 
     bests = cross_fitted(worth, best_of_groups)
     return [GroupWorth(whole, WorthEstimate.of(best, alignments.sizes) if count else None)
             for whole, best, count in zip(estimates, bests, num_best, strict=True)]
 
 
-def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[B] the mean per token of values [B, m]; 0 of no sample."""
-    return values @ weights / weights.sum() if len(weights) else np.zeros(len(values))
+def _mean(values: np.ndarray, weights: np.ndarray) -> float:
+    """The mean per token of values [m]; 0 of no sample."""
+    return float(values @ weights / weights.sum()) if len(weights) else 0.0
 
 
 def typical_samples(evidence: Evidence, groups: Partition, count: int) -> list[np.ndarray]:

@@ -104,7 +104,7 @@ def nested_selections(worth: Worth, shares: np.ndarray) -> NestedSelections:
     total = float(weights.sum())
     spread = 0.0
     for fold in worth.folds:
-        judged = fold.sizes @ fold.judged / fold.sizes.sum()
+        judged = fold.judge.mean()
         mean = weights @ judged / total
         spread += float(weights @ (judged - mean) ** 2 / total) / len(worth.folds)
     order = _order(worth.values)
@@ -125,9 +125,9 @@ def _best_means(fold: Fold, weights: np.ndarray, shares: np.ndarray) -> np.ndarr
     """[C, B'] mean alignment, per token, of the samples of greatest worth with each block."""
     order = _order(fold.score)
     held = np.cumsum(weights[order])
-    sums = np.cumsum(fold.judged[:, order] * weights[order], axis=1)
     last = np.minimum(np.searchsorted(held, shares * held[-1] * (1 - 1e-12)), len(order) - 1)
-    return (sums[:, last] / held[last]).T
+    return np.stack([np.cumsum(judged * weights[order])[last] / held[last]
+                     for judged in fold.judge.by_block(order)], axis=1)
 
 
 @dataclass(frozen=True, eq=False)

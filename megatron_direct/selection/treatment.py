@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_direct.selection.budget import stiff_budget
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.selection.evidence import Evidence, stiff_costs
+from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.objectives import Terms, find_objective
 from megatron_direct.selection.objectives.quadratic import LowRank
 from megatron_direct.selection.problem import Selection
@@ -48,7 +48,7 @@ def select_by_sketches(
     Raises InfeasibleSelection, and InfeasibleQuotas for quotas that cannot be met.
     """
     objective = find_objective(config.objective)
-    costs = stiff_costs(evidence.rows, evidence.directions)
+    costs = evidence.stiff_costs()
     share = evidence.share()
     cost_range = share.from_leader(
         lambda whole: CostRange.of(np.tile(whole, config.max_count), num_select), costs)

@@ -30,7 +30,7 @@ Shapes: N samples, B blocks of the validation set, k coordinates; "weights" [N] 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,8 +49,8 @@ def source_blocks(evidence: Evidence) -> np.ndarray:
     """[M] a block for each validation sample: consecutive samples of one dataset, since documents
     of one source stand next to each other in an indexed dataset. Even blocks are one half.
 
-    About _BLOCKS in all, an even number of each dataset that has two samples, so that each dataset
-    is in both halves.
+    About _BLOCKS in all, at least two of each dataset that has two samples, so that each dataset is
+    in both halves.
     """
     datasets = evidence.datasets_of_valid
     blocks, first = np.zeros(len(datasets), dtype=np.int64), 0
@@ -65,26 +65,45 @@ def source_blocks(evidence: Evidence) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Alignments:
-    """values: [2, B, N] twice the inner product, over one half of the coordinates, of each sample's
-    unit sketch with the mean unit sketch of a block; sizes: [B] validation samples of each block.
-    """
+    """values: [2, B, N] float32, twice the inner product, over one half of the coordinates, of each
+    sample's unit sketch with the mean unit sketch of a block; sizes: [B] validation samples of each
+    block; less: [2, N] what is taken off them all, by half of the coordinates, if anything is."""
 
     values: np.ndarray
     sizes: np.ndarray
+    less: np.ndarray | None = None
 
-    @property
-    def in_first_half(self) -> np.ndarray:
-        """[B] whether a block is in half A: every other one."""
-        return np.arange(len(self.sizes)) % 2 == 0
-
-    def mean(self, part: int, blocks: np.ndarray) -> np.ndarray:
-        """[N] over some blocks [B] bool, in one half of the coordinates."""
-        sizes = self.sizes * blocks
-        return sizes @ self.values[part] / sizes.sum()
+    def side(self, part: int, first: int) -> Side:
+        """One half of the coordinates, and every other block from the first or from the second."""
+        return Side(self.values[part, first::2], self.sizes[first::2],
+                    None if self.less is None else self.less[part])
 
     def in_excess_of(self, others: np.ndarray) -> Alignments:
         """Less those with something else, [2, N] by half of the coordinates."""
-        return Alignments(self.values - others[:, None], self.sizes)
+        return Alignments(self.values, self.sizes, others)
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One of the four quarters of alignments, without a copy of them. values: [B', N]; sizes: [B'];
+    less: [N] what is taken off, if anything is."""
+
+    values: np.ndarray
+    sizes: np.ndarray
+    less: np.ndarray | None
+
+    def mean(self) -> np.ndarray:
+        """[N] over the blocks."""
+        found = np.zeros(self.values.shape[1])
+        for share, of_block in zip(self.sizes / self.sizes.sum(), self.values, strict=True):
+            found += share * of_block
+        return found if self.less is None else found - self.less
+
+    def by_block(self, chosen: np.ndarray) -> Iterator[np.ndarray]:
+        """Of each block [.] those of the chosen samples [.]."""
+        less = 0.0 if self.less is None else self.less[chosen]
+        for of_block in self.values:
+            yield of_block[chosen] - less
 
 
 def first_coordinates(size: int, seed: int) -> np.ndarray:
@@ -126,15 +145,21 @@ def alignments_with_pool(evidence: Evidence, seed: int) -> np.ndarray:
 
 
 def _aligned(evidence: Evidence, means: np.ndarray, seed: int) -> np.ndarray:
-    """[2, m, N] with each of means [m, k], by half of the coordinates, on every rank."""
-    rows = evidence.rows
+    """[2, m, N] float32 with each of means [m, k], by half of the coordinates, on every rank."""
+    rows, share = evidence.rows, evidence.share()
     in_first = first_coordinates(rows.shape[1], seed)
-    local = np.empty((2, len(means), len(rows)))
+    local = np.empty((2, len(means), len(rows)), dtype=np.float32)
     for block in row_blocks(len(rows)):
         unit = unit_rows(rows[block])
         for part, coordinates in enumerate((in_first, ~in_first)):
             local[part, :, block] = 2 * means[:, coordinates] @ unit[:, coordinates].T
-    return evidence.share().known_to_all(local)
+    if share.all_reduce_sum is None:
+        return local
+    whole = np.empty((2, len(means), share.num_samples), dtype=np.float32)
+    for part in range(2):
+        for number in range(len(means)):  # no more than one of them in float64
+            whole[part, number] = share.known_to_all(local[part, number])
+    return whole
 
 
 @dataclass(frozen=True)
@@ -151,13 +176,11 @@ class Reliability:
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """score: [N] by which samples are chosen, from one half of the evidence, shrunk; judged:
-    [B', N] alignments with each block of the other half; sizes: [B'] of these blocks; blocks: [B']
-    their numbers."""
+    """score: [N] by which samples are chosen, from one half of the evidence, shrunk; judge: the
+    alignments with each block of the other half; blocks: [B'] the numbers of these."""
 
     score: np.ndarray
-    judged: np.ndarray
-    sizes: np.ndarray
+    judge: Side
     blocks: np.ndarray
 
 
@@ -176,18 +199,18 @@ class Worth:
 
 def estimate_worth(alignments: Alignments, clusters: np.ndarray, weights: np.ndarray) -> Worth:
     """clusters: [N] numbers; weights: [N] tokens."""
-    half = alignments.in_first_half
-    # (half of the coordinates, blocks) that a score is found from; it is judged by the others.
-    seen = [(part, blocks) for part in (0, 1) for blocks in (half, ~half)]
-    scores = [alignments.mean(part, blocks) for part, blocks in seen]
-    others = [alignments.mean(1 - part, ~blocks) for part, blocks in seen]
-    found = [_reliability(x, y, clusters, weights) for x, y in zip(scores, others, strict=True)]
+    # (half of the coordinates, half of the blocks) that a score is found from; the others judge it.
+    seen = [(part, first) for part in (0, 1) for first in (0, 1)]
+    judges = [alignments.side(1 - part, 1 - first) for part, first in seen]
+    scores = [alignments.side(part, first).mean() for part, first in seen]
+    found = [_reliability(x, judge.mean(), clusters, weights)
+             for x, judge in zip(scores, judges, strict=True)]
     reliability = Reliability(float(np.mean([r.between for r in found])),
                               float(np.mean([r.within for r in found])))
+    blocks = np.arange(len(alignments.sizes))
     folds = tuple(
-        Fold(_shrunk(score, clusters, weights, reliability), alignments.values[1 - part][~blocks],
-             alignments.sizes[~blocks], np.flatnonzero(~blocks))
-        for score, (part, blocks) in zip(scores, seen, strict=True))
+        Fold(_shrunk(score, clusters, weights, reliability), judge, blocks[1 - first::2])
+        for score, judge, (_, first) in zip(scores, judges, seen, strict=True))
     values = _shrunk(np.mean(scores, axis=0), clusters, weights, reliability.of_both_halves())
     return Worth(values, folds, alignments.sizes, reliability, weights, clusters)
 

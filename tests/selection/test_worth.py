@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
 from selection.test_spread_selection import ThreadRanks, uneven_shares
+from written_texts import written
 
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.errors import UserError
@@ -101,6 +103,27 @@ def test_in_contrast_a_harmful_quarter_is_left_out_of_half(seed):
     assert harms[choose(config, evidence, seed, {}).selection.indices].mean() < 0.02
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_drawn_in_contrast_is_sound_by_the_excess(seed):
+    """A direction that all samples have in common, to differing degrees, which the curvature is of
+    and which says nothing of what a sample is worth beside the pool."""
+    rng = np.random.default_rng(seed)
+    common, useful = np.linalg.qr(rng.standard_normal((SIZE, 2)))[0].T
+    harms = rng.random(N) < 0.25
+    noise = rng.standard_normal((N + M, SIZE)) / np.sqrt(SIZE)
+    rows = np.outer(0.6 * (1 + 0.3 * rng.standard_normal(N)), common) + np.outer(
+        np.where(harms, -0.1, 0.1), useful) + noise[:N]
+    valid = 0.6 * common + 0.16 * useful + noise[N:]
+    values, vectors = np.linalg.eigh(valid.T @ valid / M)
+    evidence = Evidence(rows.astype(np.float32), np.full(N, TOKENS), np.zeros(N, np.int64), 1,
+                        np.arange(N), valid.astype(np.float32),
+                        Directions(values[::-1][:64].copy(), vectors.T[::-1][:64].copy(), 8))
+    config = SelectionConfig(num_select=N // 2)
+    drawn, solved = (harms[choose(config_, evidence, seed, {}).selection.indices].sum()
+                     for config_ in (config, dataclasses.replace(config, draw_unstable=False)))
+    assert solved < 15 and drawn <= solved + 5
+
+
 def test_alignments_with_the_pool_written_out():
     evidence, _ = made_up(3)
     with_pool = alignments_with_pool(evidence, seed=5)
@@ -122,6 +145,12 @@ def test_nothing_to_gain_is_said():
     selection, _, how_many = _auto(evidence, 0)
     np.testing.assert_array_equal(selection.indices, np.arange(N))
     assert how_many.is_whole_pool and "nothing to gain" in str(how_many)
+
+
+def test_nothing_to_gain_is_the_whole_pool_once_whatever_counts_are_allowed():
+    evidence, _ = made_up(0, "equal")
+    found = choose(dataclasses.replace(CONFIG, max_count=3), evidence, 0, {})
+    np.testing.assert_array_equal(found.selection.indices, np.arange(N))
 
 
 def test_a_number_that_is_given_is_the_number():
@@ -221,6 +250,37 @@ def test_a_selection_of_noise_does_not_repeat_and_one_of_substance_does():
     # Half of the pool at random shares half of it; 0.05: two standard errors of 300 draws.
     assert abs(shared["equal"].samples - shared["equal"].by_chance) < 0.08
     assert shared["harmful"].clusters > 0.9 and shared["harmful"].samples > 0.8
+
+
+def test_texts_that_say_nothing_repeat_no_more_than_chance():
+    """Each half has n-grams of its own: those of one sample are the same in both."""
+    evidence, _ = made_up(4, "no-target")
+    rng = np.random.default_rng(0)
+    usual = 1 / np.arange(1, 2001)
+    texts = written(*([rng.choice(2000, 60, p=usual / usual.sum()) for _ in range(count)]
+                      for count in (N, M)))
+    config = dataclasses.replace(CONFIG, text_weight=3.0)
+    found = stability(*halves(config, dataclasses.replace(evidence, texts=texts), N // 2, 4),
+                      cluster_numbers(config, evidence, 4))
+    # 0.08: two standard errors of 300 draws, and what the lengths of texts have in common.
+    assert abs(found.samples - found.by_chance) < 0.08
+
+
+def test_memory_beside_the_rows_is_a_hundred_numbers_a_candidate():
+    """64 alignments of each in float32, and what the solver needs."""
+    rng, count = np.random.default_rng(0), 8_000
+    rows = rng.standard_normal((count, 16)).astype(np.float32)
+    valid = (rng.standard_normal((M, 16)) + 2 * np.eye(16)[0]).astype(np.float32)
+    tracemalloc.start()
+    try:
+        for config in (CONFIG, SelectionConfig(num_select=count // 2)):
+            choose(config, Evidence(rows, np.full(count, TOKENS), np.zeros(count, np.int64), 1,
+                                    np.arange(count), valid,
+                                    Directions(np.ones(8), np.eye(8, 16), 4)), 0, {})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 110 * 8 * count
 
 
 @pytest.mark.parametrize(("flags", "words"), [
