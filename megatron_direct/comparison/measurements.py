@@ -219,7 +219,8 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
                 _domains(valid_samples, valid.samples), valid_samples.num_labels[valid.samples],
                 0, seed, config, solve_step.limits(config, samples, here), here,
                 functools.partial(token_features, *sources, seed))
-    case = dataclasses.replace(case, num_select=_num_select(case))
+    with solve_step.in_terms_of_flags():
+        case = dataclasses.replace(case, num_select=_num_select(case))
     with files.written_whole(setting.seed_folder(seed) / "samples.npz") as file:
         np.savez(file, candidates=here, num_select=case.num_select, loss=case.losses,
                  labels=evidence["onset"].labels,

@@ -26,7 +26,7 @@ from megatron_direct.mcore import blend, checkpoint, grid, model
 from megatron_direct.mcore.merging import Average
 from megatron_direct.runtime import arrays, files, parallel
 from megatron_direct.runtime.run_directory import locked
-from megatron_direct.steps import solve as solve_step
+from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
 from megatron_direct.steps.decay import Decay, Recipe, Segment, decay, set_losses
 from megatron_direct.steps.merged import make_average
 from megatron_direct.steps.pilot import states_to_merge
@@ -74,10 +74,13 @@ def sharing_annealings(names: Sequence[str]) -> list[list[str]]:
 def run_together(replicates: Sequence[Replicate], case: Case | None) -> None:
     """Arms that share an annealing, as sharing_annealings has them; all ranks call this.
 
-    case: on rank 0. An annealing that diverges is reported and recorded; it is not tried again.
+    case: on rank 0. Arms that can take nothing, and an annealing that diverges, are reported and
+    recorded; they are not tried again.
     """
     last = replicates[-1]
     taken = parallel.on_rank_zero(lambda: _take(replicates, case))
+    if taken is None:
+        return
     began = time.perf_counter()
 
     def measure(replicate: Replicate) -> None:
@@ -188,14 +191,19 @@ def _blend(replicate: Replicate) -> Blend:
     return Blend(pool.prefixes, (tokens / tokens.sum() / 2 + is_it / 2).tolist())
 
 
-def _take(replicates: Sequence[Replicate], case: Case | None) -> Taken:
-    """What the arms take, all of them the same (rank 0)."""
+def _take(replicates: Sequence[Replicate], case: Case | None) -> Taken | None:
+    """What the arms take, all of them the same; None, with their failures recorded, where nothing
+    keeps the budget and the quotas (rank 0)."""
     assert case is not None  # on rank 0
     for replicate in replicates:
         shutil.rmtree(replicate.folder, ignore_errors=True)  # of an annealing that was killed
     arm = replicates[0].arm
-    with solve_step.in_terms_of_flags():
+    try:
         positions, found = arm.take(case)
+    except (InfeasibleSelection, InfeasibleQuotas) as error:  # the other arms go on
+        for replicate in replicates:
+            _record_failure(replicate, str(error))
+        return None
     candidates, = arrays.read_named(
         replicates[0].setting.seed_folder(case.seed) / "samples.npz", ["candidates"],
         arrays.MAKE_AGAIN)

@@ -9,7 +9,7 @@ import pytest
 from written_texts import written
 
 from megatron_direct.comparison import rivals  # noqa: F401  (registers its arms)
-from megatron_direct.comparison.arms import REGISTRY, Case
+from megatron_direct.comparison.arms import REGISTRY, Arm, Case
 from megatron_direct.comparison.repeats import repeats_of
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.selection.config import SelectionConfig
@@ -67,3 +67,44 @@ def test_text_is_likened_to_half_of_the_validation_set():
     evidence = dataclasses.replace(case.evidence["onset"], texts=written(pool, valid))
     case = dataclasses.replace(case, evidence={"onset": evidence})
     assert repeats_of(REGISTRY["ngrams"], case, K).samples == 0.0
+
+
+def test_copies_count_as_often_as_they_are_taken():
+    """Both halves take the same ten samples twice; at random 10 x 10 / N samples would be in both,
+    each with two copies."""
+    twice = Arm("twice", "", lambda case: np.repeat(np.arange(10), 2), ("onset",))
+    found = repeats_of(twice, _case(1.0), 20)
+    assert found.samples == 1.0
+    assert found.by_chance == pytest.approx(2 * (10 * 10 / N) / 20)
+
+
+def test_where_half_of_the_evidence_keeps_no_budget_nothing_is_known():
+    """A budget a little above what the cheapest samples cost; by half of the coordinates, noise
+    along the stiff direction has twice the variance."""
+    case = _case(0.0)
+    costs = (case.evidence["select"].rows @ case.evidence["select"].directions.sketches[0]) ** 2
+    tight = dataclasses.replace(case, config=dataclasses.replace(
+        case.config, stiff_budget=1.01 * float(np.sort(costs)[:K].sum())))
+    assert len(REGISTRY["direct"].take(tight)[0]) == K
+    assert repeats_of(REGISTRY["direct"], tight, K) is None
+
+
+def test_half_of_the_evidence_is_made_of_what_the_arm_reads_one_half_at_a_time(monkeypatch):
+    case, events, half = _case(1.0), [], Evidence.half
+
+    def noted(evidence: Evidence, part) -> Evidence:
+        events.append(next(name for name, of in case.evidence.items() if of is evidence))
+        return half(evidence, part)
+
+    def choose(case: Case) -> np.ndarray:
+        events.append("chosen")
+        return np.arange(K)
+
+    case = dataclasses.replace(case, evidence={
+        name: dataclasses.replace(case.evidence["onset"]) for name in ("onset", "select", "pilot")})
+    monkeypatch.setattr(Evidence, "half", noted)
+    for needs, read in ((("pilot",), ["onset", "pilot"]), (("share",), ["onset", "select"]),
+                        (("text",), ["onset"])):
+        events.clear()
+        repeats_of(Arm("noted", "", choose, needs), case, K)
+        assert events == [*read, "chosen"] * 2
