@@ -222,8 +222,8 @@ def _select(run: _Run, number: int) -> dict:
     target = selected.selection_folder(folder, _NAME)
     artefact = Artefact(target, "a selection")
     if not parallel.on_rank_zero(lambda: artefact.matches(key)):
-        parallel.on_rank_zero(lambda: artefact.begin(key))
-        solve_step.solve_and_write(request.selection, measured, request.sketch.seed, target)
+        solve_step.solve_and_write(request.selection, measured, request.sketch.seed, target,
+                                   begin=lambda: artefact.begin(key))
         parallel.on_rank_zero(lambda: artefact.finish(key))
     summary = parallel.on_rank_zero(lambda: SelectionSummary.read(target))
     return selected.load_masks(target, onset.pool.prefixes, summary.mask_digests)

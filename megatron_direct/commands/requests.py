@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 from megatron_direct.config import Given, ModelConfig, OptimizerConfig, ParallelConfig, Precision
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Key
+from megatron_direct.selection.auto import require_valid
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.steps import solve as solve_step
 from megatron_direct.steps.curvature_config import CurvatureConfig
-from megatron_direct.steps.extend import require_can_share
+from megatron_direct.steps.extend import num_drawn_valid, require_can_share
 from megatron_direct.steps.measure import MeasureSettings
 from megatron_direct.steps.onset import Onset, OnsetConfig, open_onset
 from megatron_direct.steps.pilot import PilotConfig
@@ -50,6 +51,8 @@ class SelectionRequest:
         solve_step.check_number(self.selection, len(opened.pool.usable))
         solve_step.require_quotas(self.selection, opened.pool)
         require_can_share(self.selection, self.sketch, opened)
+        if self.selection.is_auto:
+            require_valid(num_drawn_valid(self.sketch, opened))
         return opened
 
     def for_annealing(self: _Request, tokens: int) -> _Request:

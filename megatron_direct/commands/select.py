@@ -83,14 +83,15 @@ def _select(request: SelectRequest, onset: Onset, run: RunDirectory,
     if parallel.on_rank_zero(lambda: _is_there(folder, key)):
         parallel.say(f"{folder} already holds this selection.")
         return
-    solve_step.solve_and_write(request.selection, measured, request.sketch.seed, folder, decode)
-    parallel.on_rank_zero(lambda: Artefact(folder, "a selection").finish(
-        key, dataclasses.asdict(_origin(onset))))
+    artefact = Artefact(folder, "a selection")
+    solve_step.solve_and_write(request.selection, measured, request.sketch.seed, folder,
+                               begin=lambda: artefact.begin(key), decode=decode)
+    parallel.on_rank_zero(lambda: artefact.finish(key, dataclasses.asdict(_origin(onset))))
 
 
 def _is_there(folder: Path, key: solve_step.SelectionKey) -> bool:
-    """Whether it is finished (rank 0). Another one of this name gives way, unless it was annealed.
-    """
+    """Whether it is finished (rank 0). Another one of this name will give way, unless it was
+    annealed."""
     artefact = Artefact(folder, "a selection")
     if artefact.matches(key):
         return True
@@ -98,8 +99,7 @@ def _is_there(folder: Path, key: solve_step.SelectionKey) -> bool:
         if is_annealed(folder):
             raise UserError(f"{folder} holds a selection with other flags, and was annealed. Give "
                             "this selection another name with --selection-name.")
-        parallel.say(f"the selection in {folder} was made with other flags, and is replaced.")
-    artefact.begin(key)
+        parallel.say(f"the selection in {folder} was made with other flags, and will be replaced.")
     return False
 
 

@@ -11,6 +11,7 @@ Shapes: n samples of the pool on this rank, M validation samples in V groups.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,9 @@ import numpy as np
 from megatron_direct.data.ngram_hashes import NUM_FEATURES, ngram_hashes
 from megatron_direct.data.token_features import TokenSource
 
-_AT_ONCE = 512  # samples that are hashed together
+# A token, of features that are kept.
+BYTES_OF_TEXT = 4
+_AT_ONCE = 1 << 18  # tokens, of whole samples, that are hashed together
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +43,14 @@ class Ngrams:
     def _parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(features of unigrams, of bigrams), [.] each, one sample's after the other's: a sample of
         n tokens has n, and n - 1."""
-        return [_features([self.source.samples.tokens(int(number)) for number in numbers])
-                for numbers in _blocks(self.source.numbers)]
+        return [_features([self.source.samples.tokens(int(number))
+                           for number in self.source.numbers[block]]) for block in self._blocks]
+
+    @functools.cached_property
+    def _blocks(self) -> list[slice]:
+        """Of samples that are hashed together."""
+        cuts = np.flatnonzero(np.diff((np.cumsum(self._lengths) - 1) // _AT_ONCE)) + 1
+        return [slice(*ends) for ends in itertools.pairwise([0, *cuts, len(self)])]
 
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
@@ -52,10 +61,10 @@ class Ngrams:
         """[V, features] how often each occurs in each group; groups: [samples] of 0 .. V - 1."""
         size = (int(groups.max(initial=0)) + 1, NUM_FEATURES)
         found = np.zeros(size)
-        for (single, double), of_sample, lengths in zip(
-                self._parts, _blocks(groups), _blocks(self._lengths), strict=True):
+        for (single, double), block in zip(self._parts, self._blocks, strict=True):
+            lengths = self._lengths[block]
             for features, count in ((single, lengths), (double, lengths - 1)):
-                found += np.bincount(np.repeat(of_sample, count) * NUM_FEATURES + features,
+                found += np.bincount(np.repeat(groups[block], count) * NUM_FEATURES + features,
                                      minlength=found.size).reshape(size)
         return found
 
@@ -67,7 +76,8 @@ class Ngrams:
     def means(self, values: np.ndarray) -> np.ndarray:
         """[V, samples] the mean of values [V, features] over the n-grams of each sample."""
         parts = [np.empty((len(values), 0))]
-        for (single, double), lengths in zip(self._parts, _blocks(self._lengths), strict=True):
+        for (single, double), block in zip(self._parts, self._blocks, strict=True):
+            lengths = self._lengths[block]
             sums = [np.stack([np.add.reduceat(value[features], _starts(count)) for value in values])
                     for features, count in ((single, lengths), (double, lengths - 1))]
             parts.append((sums[0] + sums[1]) / (2 * lengths - 1))
@@ -108,10 +118,6 @@ class Texts:
         shares = self.pool.means(self.counted[None].astype(np.float64))
         return np.divide(self.pool.means(ratios * self.counted), shares,
                          out=np.zeros((len(ratios), len(self.pool))), where=shares > 0)
-
-
-def _blocks(of_samples: np.ndarray) -> list[np.ndarray]:
-    return [of_samples[first: first + _AT_ONCE] for first in range(0, len(of_samples), _AT_ONCE)]
 
 
 def _features(texts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -79,16 +79,21 @@ def _in_words(gain: Gain) -> str:
     return f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
 
 
+def require_valid(num_samples: int) -> None:
+    """Raises UserError for a validation set of too few samples to be divided."""
+    if num_samples < FEWEST_VALID:
+        raise UserError(
+            f"--num-select auto judges scores from one half of the validation set by the other: "
+            f"{num_samples} samples are too few for that, it takes {FEWEST_VALID}. "
+            "Give more validation data, or a number of samples to select.")
+
+
 def worth_of(config: SelectionConfig, evidence: Evidence, seed: int) -> Worth:
     """Of all candidates, the same on every rank; all ranks call this.
 
     Raises UserError if the validation set is too small to be divided.
     """
-    if len(evidence.valid_rows) < FEWEST_VALID:
-        raise UserError(
-            f"--num-select auto judges scores from one half of the validation set by the other: "
-            f"{len(evidence.valid_rows)} samples are too few for that, it takes {FEWEST_VALID}. "
-            "Give more validation data, or a number of samples to select.")
+    require_valid(len(evidence.valid_rows))
     return evidence.once(("worth", config.shrinkage_clusters, seed), lambda: _worth_by(
         config, evidence, measure_alignments(evidence, seed), seed))
 

@@ -88,6 +88,11 @@ class SelectionConfig(Settings):
     def is_in_contrast(self) -> bool:
         return self.contrast and OBJECTIVES[self.objective].treats_sketches
 
+    @property
+    def counts_texts(self) -> bool:
+        """Where tokens are known."""
+        return self.is_in_contrast and self.text_weight > 0
+
     def check(self) -> None:
         if self.is_in_contrast and self.weight_by_tokens:
             raise UserError("--weight-by-tokens has no place beside --contrast: samples below the "

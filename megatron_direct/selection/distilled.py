@@ -20,6 +20,7 @@ and a prediction has not, so the loss is rather more than it is.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,7 @@ import scipy.special
 import scipy.stats
 
 from megatron_direct.selection.config import SelectionConfig
+from megatron_direct.selection.rows import row_blocks
 
 _STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _NUM_FOLDS = 5
@@ -94,12 +96,16 @@ class Sketched:
     def extended(self, num_select: int, seed: int) -> tuple[np.ndarray, Distilled]:
         """([N] bool, num_select of them or as many as there are; what shows how good it is)."""
         rng = np.random.default_rng(seed)
-        known = _standardised(self.features, self.has_sketch)
-        chances, held_out = _predict(known[self.has_sketch], self.selected, known[~self.has_sketch],
-                                     rng)
-        taken = np.zeros(len(known), dtype=bool)
+        known = self.features[self.has_sketch].astype(np.float64)
+        mean_feature, spread = known.mean(0), known.std(0)
+        spread[spread <= 1e-9] = 1.0
+        chances_of, held_out = _predict((known - mean_feature) / spread, self.selected, rng)
+        taken = np.zeros(len(self.features), dtype=bool)
         taken[np.flatnonzero(self.has_sketch)[self.selected]] = True
         rest = np.flatnonzero(~self.has_sketch)
+        chances = np.empty(len(rest))
+        for block in row_blocks(len(rest)):  # no copy of all features
+            chances[block] = chances_of((self.features[rest[block]] - mean_feature) / spread)
         wanted = np.clip(num_select - int(self.selected.sum()), 0, len(rest))
         taken[rest[_drawn(chances, wanted, rng)]] = True
         predicted = _drawn(held_out, int(self.selected.sum()), rng)
@@ -110,22 +116,19 @@ class Sketched:
         correlation = scipy.stats.spearmanr(held_out, self.worth).statistic \
             if np.ptp(held_out) and np.ptp(self.worth) else 0.0
         return taken, Distilled(
-            int(self.has_sketch.sum()), len(known), int(taken.sum()), float(correlation),
+            int(self.has_sketch.sum()), len(taken), int(taken.sum()), float(correlation),
             mean(slice(None)), mean(self.selected), mean(predicted))
 
 
-def _standardised(features: np.ndarray, has_sketch: np.ndarray) -> np.ndarray:
-    """Of mean 0 and deviation 1 among the candidates that have sketches."""
-    known = features[has_sketch].astype(np.float64)
-    spread = known.std(0)
-    return (features - known.mean(0)) / np.where(spread > 1e-9, spread, 1.0)
+# From standardised features [m, F] the chances [m].
+_Chances = Callable[[np.ndarray], np.ndarray]
 
 
-def _predict(known: np.ndarray, selected: np.ndarray, rest: np.ndarray, rng: np.random.Generator,
-             ) -> tuple[np.ndarray, np.ndarray]:
-    """(chances of the rest, of those that are known, each from folds without it)."""
+def _predict(known: np.ndarray, selected: np.ndarray, rng: np.random.Generator,
+             ) -> tuple[_Chances, np.ndarray]:
+    """(chances of others, of those that are known, each from folds without it)."""
     if selected.all():  # the whole pool: there is nothing to tell apart
-        return np.ones(len(rest)), np.ones(len(known))
+        return lambda of: np.ones(len(of)), np.ones(len(known))
     folds = rng.permutation(len(known)) % _NUM_FOLDS
     best, least, held_out = _STRENGTHS[0], np.inf, np.zeros(len(known))
     for strength in _STRENGTHS:
@@ -136,11 +139,11 @@ def _predict(known: np.ndarray, selected: np.ndarray, rest: np.ndarray, rng: np.
         loss = -np.log(np.where(selected, found, 1 - found)).mean()
         if loss < least:
             best, least, held_out = strength, loss, found
-    return _fit(known, selected, best)(rest), held_out
+    return _fit(known, selected, best), held_out
 
 
-def _fit(features: np.ndarray, selected: np.ndarray, strength: float):
-    """The fitted chances as a function of features; strength is per standardised feature."""
+def _fit(features: np.ndarray, selected: np.ndarray, strength: float) -> _Chances:
+    """strength: per standardised feature."""
     signs = np.where(selected, 1.0, -1.0)
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:

@@ -53,7 +53,7 @@ class Bargain:
 
 def has_texts(config: SelectionConfig, evidence: Evidence) -> bool:
     """Whether texts count."""
-    return config.is_in_contrast and config.text_weight > 0 and evidence.texts is not None
+    return config.counts_texts and evidence.texts is not None
 
 
 def bargain(config: SelectionConfig, evidence: Evidence, num_select: int, seed: int) -> Bargain:

@@ -29,13 +29,18 @@ from megatron_direct.steps.sketch import SketchConfig
 FEWEST_SKETCHED = 50
 
 
+def num_drawn_valid(sketch: SketchConfig, onset: Onset) -> int:
+    """Samples of the validation set that are drawn, before any gradient is known to be finite."""
+    return min(len(onset.valid.usable), sketch.num_valid_samples or sys.maxsize)
+
+
 def require_can_share(config: SelectionConfig, sketch: SketchConfig, onset: Onset) -> None:
     """Raises UserError where ``--sketch-share`` cannot keep what other flags ask for."""
     share, pool = sketch.sketch_share, onset.pool
     if share == 1:
         return
     count = len(draw_share(pool.usable, share, sketch.seed))
-    num_valid = min(len(onset.valid.usable), sketch.num_valid_samples or sys.maxsize)
+    num_valid = num_drawn_valid(sketch, onset)
     if count < FEWEST_SKETCHED:
         raise UserError(f"--sketch-share {share:g} takes gradients of {count} of the pools' "
                         f"{len(pool.usable)} samples: expected at least {FEWEST_SKETCHED}. Give "

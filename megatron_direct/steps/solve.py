@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import psutil
 
 from megatron_direct.data import indexed
-from megatron_direct.data.ngram_likeness import Texts
+from megatron_direct.data.ngram_likeness import BYTES_OF_TEXT, Texts
 from megatron_direct.data.samples import Samples
 from megatron_direct.data.token_features import TokenSource
 from megatron_direct.errors import UserError
@@ -149,27 +150,36 @@ def in_terms_of_flags() -> Iterator[None]:
         raise UserError(f"--quotas: {error}") from error
 
 
-def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, folder: Path,
+def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, folder: Path, *,
+                    begin: Callable[[], object],
                     decode: Callable[[np.ndarray], str] | None = None) -> None:
     """Writes ``selection.json``, ``masks/`` and ``blend/`` into ``folder``; all ranks call this.
 
-    decode: of tokens into text, on rank 0, if there is a tokenizer.
+    begin: on rank 0, once there is a selection to write: until then an earlier one in ``folder`` is
+    left alone. decode: of tokens into text, on rank 0, if there is a tokenizer.
 
     Raises UserError, on all ranks, if no K samples keep the budget and the quotas.
     """
     attendance.at("selection problem")
     problem = problem_of_share(config, measured)
+
+    def write(solved: _Solved) -> None:
+        begin()
+        for name in ("masks", "blend"):  # of an earlier selection: of more pools or clusters
+            shutil.rmtree(folder / name, ignore_errors=True)
+        _write(folder, _Run(config, measured, seed, decode), solved)
+
     if parallel.on_rank_zero(lambda: _is_spread(config, measured)):
         rank, size = parallel.rank_and_size()
         share = _Part(measured, sketch_step.read_sketches(
             measured.store, measured.pool, rank, size), parallel.sum_over_world, rank, size)
         solved = _solve(problem, share, seed)
-        parallel.on_rank_zero(lambda: _write(folder, _Run(config, measured, seed, decode), solved))
+        parallel.on_rank_zero(lambda: write(solved))
         return
 
     def alone() -> None:
         share = _Part(measured, sketch_step.read_sketches(measured.store, measured.pool))
-        _write(folder, _Run(config, measured, seed, decode), _solve(problem, share, seed))
+        write(_solve(problem, share, seed))
 
     parallel.on_rank_zero(alone)
 
@@ -177,9 +187,12 @@ def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, fold
 def _is_spread(config: SelectionConfig, measured: Measured) -> bool:
     if config.sketch_rows != "auto":
         return config.sketch_rows == "spread"
-    # The rows, those that are finite, and two copies for the solver's and the clusters' sake.
-    needed = measured.store.num_bytes(len(measured.pool.numbers))
-    return needed > psutil.virtual_memory().available // 4
+    # The rows, those that are finite, two copies for the solver's and the clusters' sake; texts.
+    pool = measured.pool
+    texts = BYTES_OF_TEXT * int(pool.samples.num_labels[pool.numbers].sum(dtype=np.int64)) \
+        if config.counts_texts else 0
+    needed = 4 * measured.store.num_bytes(len(pool.numbers)) + texts
+    return needed > psutil.virtual_memory().available
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import flat_requests
 import numpy as np
 import pytest
 from page_reader import Page
-from ranks import Layout, run_on_ranks
+from ranks import Layout, RankError, run_on_ranks
 
 from megatron_direct.commands.anneal import anneal
 from megatron_direct.commands.arm import AnnealRequest
@@ -18,6 +19,7 @@ from megatron_direct.commands.select import SelectRequest, select
 from megatron_direct.data import blend_files, indexed
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.mask_files import find_mask_files
+from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.steps import selected
 from megatron_direct.steps.domains import Domains
 
@@ -62,6 +64,21 @@ def test_weights_are_shares_of_the_selected_tokens(run, learnt_folder):
         np.testing.assert_allclose(blend.weights, tokens / tokens.sum(), rtol=1e-5)
     splits = json.loads((run / "blend" / "domains.json").read_text())
     assert splits["valid"] == [str(learnt_folder / "valid")] and splits["test"] is None
+
+
+def test_a_selection_gives_way_whole_and_to_one_that_is_found(run, learnt_folder):
+    """One that cannot be solved leaves the earlier one; one without clusters leaves none of its."""
+    shutil.copytree(run.parents[1], learnt_folder / "replaced")
+    there = selected.selection_folder(learnt_folder / "replaced", "direct")
+    before = {path.relative_to(there): path.stat().st_mtime_ns for path in there.rglob("*")}
+    assert any("clusters" in str(path) for path in before)
+    with pytest.raises(RankError, match="no 40 samples fit a stiff budget of 0"):
+        run_on_ranks(1, _select, learnt_folder, Layout(), "replaced", {"stiff_budget": 0.0})
+    assert {path.relative_to(there): path.stat().st_mtime_ns for path in there.rglob("*")} == before
+    assert Artefact(there, "a selection").is_finished()
+    run_on_ranks(1, _select, learnt_folder, Layout(), "replaced", {"shrinkage_clusters": 0})
+    names = {path.name for path in (there / "blend").rglob("*")}
+    assert names == {"worth.json", "domains.txt", "domains.json"}
 
 
 def test_clusters_part_the_pools_without_a_copy(run, learnt_folder):
