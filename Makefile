@@ -166,7 +166,8 @@ compare: $(READY)
 		$(COMPARE_FLAGS) $(FLAGS)
 
 study: $(READY)
-	$(BIN)/python benchmarks/study.py --results docs/toy-study.md $(FLAGS)
+	mkdir -p $(BUILD)
+	$(BIN)/python benchmarks/study.py --results $(BUILD)/results-study.md $(FLAGS)
 
 # Text of Python packages, which are downloaded, and the comparison on it. STUDY_TEXT names a folder
 # in which tools/pypi_text.py has been, where there is no network.
@@ -243,7 +244,8 @@ test-gpu: $(PACKAGES)/.done
 bench-gpu: $(PACKAGES)/.done
 	$(WITH_PACKAGES) $(GPU_PYTHON) benchmarks/gpu.py --output $(BUILD)/gpu.json $(FLAGS)
 
-# On one GPU; it begins no setting after eight minutes, and the same command carries on.
+# On one GPU; it begins no further seed of a setting after eight minutes, and the same command
+# carries on.
 study-gpu: $(PACKAGES)/.done
 	$(WITH_PACKAGES) $(GPU_PYTHON) benchmarks/package_study.py --scale gpu --text $(STUDY_TEXT) \
 		--seconds 480 --at-once 4 --results $(BUILD)/results-gpu.md $(FLAGS)
