@@ -42,8 +42,8 @@ FOREIGN_FLAGS = {
     "--ckpt-format",
     # Slurm, Docker and the NeMo-Run recipe.
     "--account", "--container-image", "--flags", "--ntasks", "--partition",
-    "--array", "--build-arg", "--dependency", "--gpus-per-node", "--nodes", "--ntasks-per-node",
-    "--parsable", "--signal",
+    "--array", "--build-arg", "--dependency", "--gpus-per-node", "--ipc", "--nodes",
+    "--ntasks-per-node", "--parsable", "--signal", "--ulimit",
     # Scripts in benchmarks/.
     "--device", "--megatron-path", "--results",
 }
