@@ -35,7 +35,8 @@ class Case:
     evidence: by measurement (see :class:`Arm`). domains: [N] the domain of each candidate, by name;
     losses: [N] mean token losses; corrupted: [N] what a trial shuffled on purpose, for the oracle
     alone; valid_domains, valid_labels: [M]; token_features: yields [N, F]; ceiling: the best
-    mixture found. config: the flags of the selection problem; numbers: [N] of the samples.
+    mixture found. config: the flags of the selection problem; numbers: [N] of the samples;
+    uncut_labels: [N] of their whole documents.
     """
 
     evidence: Mapping[str, Evidence]
@@ -51,6 +52,7 @@ class Case:
     numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     token_features: Callable[[], np.ndarray] | None = None
     ceiling: GroupMixture | None = None
+    uncut_labels: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @functools.cached_property
     def rng(self) -> np.random.Generator:

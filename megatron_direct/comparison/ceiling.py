@@ -45,8 +45,8 @@ Anneal = Callable[[int, np.ndarray], float]
 
 def _choose(case: Case) -> np.ndarray:
     assert case.ceiling is not None
-    return draw_by_shares(case.ceiling.mixture, case.ceiling.groups, case.evidence["onset"].labels,
-                case.ceiling.num_tokens, case.rng)
+    return draw_by_shares(case.ceiling.mixture, case.ceiling.groups, case.uncut_labels,
+                          case.ceiling.num_tokens, case.rng)
 
 
 REGISTRY[NAME] = Arm(NAME, "clusters in the shares that a direct search over annealings finds best "
@@ -100,13 +100,13 @@ class CeilingSearch:
             evidence = case.evidence["select"]
             groups = cluster_numbers(case.config, evidence, case.seed)
             groups = np.unique(groups, return_inverse=True)[1]
-            labels = evidence.labels.astype(np.float64)
+            labels = case.uncut_labels.astype(np.float64)
             chosen = case.select(evidence).indices
             totals = [np.bincount(groups, labels), np.bincount(
                 groups[chosen], labels[chosen], groups.max() + 1)]
             self.folder.mkdir(parents=True, exist_ok=True)
             with files.written_whole(path) as file:
-                np.savez(file, numbers=case.numbers, groups=groups, labels=evidence.labels,
+                np.savez(file, numbers=case.numbers, groups=groups, labels=case.uncut_labels,
                          starts=np.stack([total / total.sum() for total in totals]),
                          seed=case.seed + _SEED_OFFSET)
         groups, labels, starts, seed = arrays.read_named(

@@ -218,16 +218,24 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
     case = Case(evidence, pool.losses[chosen], _domains(samples, here), samples.corrupted[here],
                 _domains(valid_samples, valid.samples), valid_samples.num_labels[valid.samples],
                 0, seed, config, solve_step.limits(config, samples, here), here,
-                functools.partial(token_features, *sources, seed))
+                functools.partial(token_features, *sources, seed),
+                uncut_labels=uncut_labels(samples)[here])
     with solve_step.in_terms_of_flags():
         case = dataclasses.replace(case, num_select=_num_select(case))
     with files.written_whole(setting.seed_folder(seed) / "samples.npz") as file:
         np.savez(file, candidates=here, num_select=case.num_select, loss=case.losses,
-                 labels=evidence["onset"].labels,
+                 labels=evidence["onset"].labels, uncut_labels=case.uncut_labels,
                  domain=samples.dataset_of(here), corrupted=case.corrupted,
                  stiff_cost=stiff_costs(evidence["onset"].rows,
                                                   measured["onset"].directions))
     return case
+
+
+def uncut_labels(samples: Samples) -> np.ndarray:
+    """[samples] labels of each document as an annealing sees it: it packs whole documents into its
+    sequences, where ``num_labels`` ends at the sequence length."""
+    lengths = [indexed.document_lengths(dataset) for dataset in samples.datasets]
+    return np.maximum(np.concatenate(lengths) - 1, 0)
 
 
 def _num_select(case: Case) -> int:

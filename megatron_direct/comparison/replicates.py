@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_direct.comparison.arms import Arm, Case, find_arm
 from megatron_direct.comparison.ceiling import CeilingSearch
-from megatron_direct.comparison.measurements import Setting
+from megatron_direct.comparison.measurements import Setting, uncut_labels
 from megatron_direct.comparison.repeats import Repeats, repeats_of
 from megatron_direct.comparison.run_results import mean_test_loss
 from megatron_direct.data import indexed
@@ -185,8 +185,9 @@ def _blend(replicate: Replicate) -> Blend:
     pool, dataset = replicate.setting.onset.pool, replicate.arm.dataset
     if not dataset:
         return Blend(pool.prefixes)
-    tokens = np.array([pool.num_labels[first:end].sum() for first, end in itertools.pairwise(
-        pool.first)], dtype=float)
+    labels = uncut_labels(pool)
+    tokens = np.array([labels[first:end].sum() for first, end in itertools.pairwise(pool.first)],
+                      dtype=float)
     is_it = np.array(list(indexed.prefix_names(pool.prefixes).values())) == dataset
     return Blend(pool.prefixes, (tokens / tokens.sum() / 2 + is_it / 2).tolist())
 

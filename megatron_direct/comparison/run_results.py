@@ -28,6 +28,7 @@ class Candidates:
     domain: np.ndarray
     corrupted: np.ndarray
     stiff_cost: np.ndarray
+    uncut_labels: np.ndarray  # of whole documents
 
     def positions(self, numbers: np.ndarray) -> np.ndarray:
         order = np.argsort(self.numbers)
@@ -119,8 +120,11 @@ def _identity(folder: Path) -> dict[str, Any]:
 
 
 def _candidates(path: Path) -> Candidates:
+    there = arrays.read_npz(path, arrays.MAKE_AGAIN)
+    uncut = "uncut_labels" if "uncut_labels" in there else "labels"  # of an older version
     return Candidates(*arrays.read_named(path, (
-        "candidates", "loss", "labels", "domain", "corrupted", "stiff_cost"), arrays.MAKE_AGAIN))
+        "candidates", "loss", "labels", "domain", "corrupted", "stiff_cost", uncut),
+        arrays.MAKE_AGAIN))
 
 
 def _results(folder: Path, candidates: dict[int, Candidates]) -> dict[int, Result]:

@@ -134,7 +134,8 @@ def _statistics(selections: Sequence[tuple[Candidates, np.ndarray]]) -> SampleSt
         corrupted=mean_over_seeds(lambda c, chosen: c.corrupted[chosen].mean()),
         loss_mean=mean_over_seeds(lambda c, chosen: c.loss[chosen].mean()),
         loss=quantiles([c.loss[chosen] for c, chosen in selections]),
-        labels=quantiles([c.labels[chosen] for c, chosen in selections]))
+        labels=quantiles([c.labels[chosen] for c, chosen in selections]),
+        uncut_tokens=mean_over_seeds(lambda c, chosen: c.uncut_labels[chosen].sum()))
 
 
 def _composition(results: ResultsBySeed) -> dict[str, Composition]:

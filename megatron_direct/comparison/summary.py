@@ -76,7 +76,8 @@ class SampleStatistics:
     """Of the samples that were selected (or of the whole pool); means over seeds.
 
     loss, labels: quantiles at 5, 25, 50, 75 and 95 % of the samples' losses before annealing and of
-    their lengths in tokens.
+    their lengths in tokens. uncut_tokens: of their whole documents, which the annealing sees; None
+    in a summary of an older version.
     """
 
     samples: float
@@ -85,6 +86,7 @@ class SampleStatistics:
     loss_mean: float
     loss: tuple[float, ...]
     labels: tuple[float, ...]
+    uncut_tokens: float | None = None
 
 
 @dataclass(frozen=True)

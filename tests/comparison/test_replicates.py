@@ -8,9 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from indexed_files import write_dataset
 
-from megatron_direct.comparison.arms import Arm
+from megatron_direct.comparison import replicates
+from megatron_direct.comparison.arms import Arm, find_arm
 from megatron_direct.comparison.replicates import Replicate, run_together
+from megatron_direct.data.samples import Samples
 from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
 
 
@@ -36,3 +39,12 @@ def test_arms_that_can_take_nothing_fail_alone(tmp_path, error, capsys):
         failed = json.loads((tmp_path / name / "1" / "failed.json").read_text())
         assert failed == {"error": str(error)}
         assert f"{name}, seed 1: {error}" in said
+
+
+def test_a_dataset_is_weighed_by_whole_documents_as_the_whole_pool_is(tmp_path):
+    """Two documents each: of 41 tokens, of which samples have 9 labels at most, and of 11."""
+    prefixes = [write_dataset(tmp_path / name, [[list(range(length))]] * 2)
+                for name, length in (("long", 41), ("short", 11))]
+    setting = SimpleNamespace(onset=SimpleNamespace(pool=Samples(prefixes, seq_length=9)))
+    found = replicates._blend(Replicate(setting, find_arm("dataset:short"), 1, {}))
+    assert found.weights == pytest.approx([0.8 / 2, 0.2 / 2 + 0.5])

@@ -117,6 +117,14 @@ def test_how_often_samples_are_seen():
         "The annealing sees the selected samples 1.5 times (direct) to 3 times (random).")
 
 
+def test_how_often_documents_are_seen_that_the_sequence_length_cuts():
+    summary = _summary({"random": RANDOM, "direct": BETTER})
+    arms = tuple(dataclasses.replace(arm, selected=dataclasses.replace(
+        arm.selected, uncut_tokens=6000.0 / (1 + place))) for place, arm in enumerate(summary.arms))
+    assert wording.repetition_sentence(dataclasses.replace(summary, arms=arms)) == (
+        "The annealing sees the selected samples 0.5 times (random) to 1 times (direct).")
+
+
 def test_the_setting_in_a_sentence():
     assert wording.setting_sentence(_summary({"random": RANDOM, "direct": BETTER})) == (
         "450 of 1,800 samples are selected; the model has 0.238 M parameters; each annealing runs "
