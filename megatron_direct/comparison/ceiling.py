@@ -13,6 +13,7 @@ other clusters, may be better.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from megatron_direct.comparison.mixtures import (
 )
 from megatron_direct.comparison.summary import CEILING
 from megatron_direct.runtime import arrays, files, parallel
+from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
 from megatron_direct.selection.worth import cluster_numbers
 
 NAME = CEILING
@@ -39,12 +41,18 @@ NUM_ROUNDS = 2
 # Seed of the search's batches and draws, after that of the first replicate: none of the arms' own.
 _SEED_OFFSET = 10_000
 
-# From a seed and the positions of samples, the validation loss after an annealing.
+# From a seed and the positions of samples, the validation loss after an annealing; infinite if it
+# diverges.
 Anneal = Callable[[int, np.ndarray], float]
 
 
+class NoCeiling(Exception):
+    """The search has found no mixture."""
+
+
 def _choose(case: Case) -> np.ndarray:
-    assert case.ceiling is not None
+    if case.ceiling is None:
+        raise NoCeiling("the annealings that the search begins with diverge")
     return draw_by_shares(case.ceiling.mixture, case.ceiling.groups, case.uncut_labels,
                           case.ceiling.num_tokens, case.rng)
 
@@ -61,7 +69,8 @@ class CeilingSearch:
     num_tokens: int
 
     def completed(self, case: Case | None, anneal: Anneal) -> Case | None:
-        """The case, with what the search found, which carries on where it was; all ranks call this.
+        """The case, with what the search found, if anything; it carries on where it was. All ranks
+        call this.
 
         case: on rank 0, None elsewhere; anneal: called on all ranks.
         """
@@ -76,14 +85,14 @@ class CeilingSearch:
                                     np.random.default_rng(seed))
             loss = anneal(seed, chosen)
             parallel.on_rank_zero(lambda: self._write(
-                known, Trial(mixture, loss), num_annealings(len(mixture), 2, NUM_ROUNDS)))
+                known, Trial(mixture, loss), num_annealings(len(mixture), len(starts), NUM_ROUNDS)))
             known.append(Trial(mixture, loss))
             return loss
 
         known, numbers = parallel.on_rank_zero(self.trials), iter(range(10**9))
         found = best(search(loss_of, starts, NUM_ROUNDS))
         parallel.on_rank_zero(lambda: shutil.rmtree(self.folder / "annealing", ignore_errors=True))
-        return None if case is None else dataclasses.replace(
+        return case if case is None or np.isinf(found.loss) else dataclasses.replace(
             case, ceiling=GroupMixture(found.mixture, self._groups_of(case), self.num_tokens))
 
     def trials(self) -> list[Trial]:
@@ -101,9 +110,10 @@ class CeilingSearch:
             groups = cluster_numbers(case.config, evidence, case.seed)
             groups = np.unique(groups, return_inverse=True)[1]
             labels = case.uncut_labels.astype(np.float64)
-            chosen = case.select(evidence).indices
-            totals = [np.bincount(groups, labels), np.bincount(
-                groups[chosen], labels[chosen], groups.max() + 1)]
+            totals = [np.bincount(groups, labels)]
+            with contextlib.suppress(InfeasibleSelection, InfeasibleQuotas):
+                chosen = case.select(evidence).indices
+                totals.append(np.bincount(groups[chosen], labels[chosen], groups.max() + 1))
             self.folder.mkdir(parents=True, exist_ok=True)
             with files.written_whole(path) as file:
                 np.savez(file, numbers=case.numbers, groups=groups, labels=case.uncut_labels,

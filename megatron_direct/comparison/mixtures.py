@@ -49,7 +49,10 @@ class GroupMixture:
 
 def search(loss_of: Callable[[np.ndarray], float], starts: Sequence[np.ndarray], num_rounds: int,
            ) -> list[Trial]:
-    """All trials, in order; the least loss is the result. starts: mixtures [C] to begin with."""
+    """All trials, in order; the least loss is the result. starts: mixtures [C] to begin with.
+
+    A loss may be infinite. Where all are that it begins with, it does not begin.
+    """
     trials: list[Trial] = []
 
     def tried(mixtures: Iterator[np.ndarray]) -> list[Trial]:
@@ -59,13 +62,16 @@ def search(loss_of: Callable[[np.ndarray], float], starts: Sequence[np.ndarray],
         return trials[begun:]
 
     tried(map(_mixture, starts))
+    if np.isinf(best(trials).loss):
+        return trials
     for number in range(num_rounds):
         centre, length = best(trials), np.log(_FACTOR) / 2**number
         probes = tried(_mixture(centre.mixture * np.exp(length * unit))
                        for unit in np.eye(len(centre.mixture)))
         slopes = np.array([probe.loss - centre.loss for probe in probes]) / length
-        # The slope of scaling all shares alike is none; a group of no share has none either.
-        slopes = np.where(centre.mixture > 0, slopes, 0.0)
+        # The slope of scaling all shares alike is none; a group of no share has none either, and
+        # an infinite one says nothing of how steep it is nearby.
+        slopes = np.where((centre.mixture > 0) & np.isfinite(slopes), slopes, 0.0)
         slopes -= centre.mixture * slopes.sum()
         steepest = np.abs(slopes).max()
         step = -slopes / steepest if steepest > 0 else slopes

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_direct.comparison.arms import Arm, Case, find_arm
-from megatron_direct.comparison.ceiling import CeilingSearch
+from megatron_direct.comparison.ceiling import CeilingSearch, NoCeiling
 from megatron_direct.comparison.measurements import Setting, uncut_labels
 from megatron_direct.comparison.repeats import Repeats, repeats_of
 from megatron_direct.comparison.run_results import mean_test_loss
@@ -91,6 +91,8 @@ def run_together(replicates: Sequence[Replicate], case: Case | None) -> None:
         parallel.on_rank_zero(lambda: _write(replicate, taken, after, seconds))
 
     def measure_others() -> None:
+        # First of all: an arm that has its result is never annealed again.
+        parallel.on_rank_zero(lambda: _share_metrics(replicates))
         for replicate in replicates[:-1]:
             measure(replicate)
 
@@ -104,7 +106,6 @@ def run_together(replicates: Sequence[Replicate], case: Case | None) -> None:
                 _Annealing(last.setting, taken.chosen, last.seed, last.folder, _blend(last),
                            f"{last.arm.name} {last.seed}", last.arm.recipe).run(
                                chunks, before_averaging=measure_others)
-                parallel.on_rank_zero(lambda: _share_metrics(replicates))
             measure(last)
     except FloatingPointError as error:  # the other arms and seeds go on
         why = str(error)
@@ -168,13 +169,16 @@ def with_ceiling(setting: Setting, case: Case | None) -> Case | None:
     def anneal(seed: int, chosen: np.ndarray) -> float:
         folder = setting.folder / "ceiling" / "annealing"
         parallel.on_rank_zero(lambda: shutil.rmtree(folder, ignore_errors=True))
-        with grid.model_parallel(onset.job.layout, onset.job.num_model_chunks):
-            chunks = model.build(onset.job)
-            _Annealing(setting, chosen, seed, folder, Blend(onset.pool.prefixes), "ceiling"
-                       ).run(chunks)
-            losses = set_losses(chunks, onset.job.model, onset.job.batch,
-                                valid=onset.valid.prefixes)["valid"]
-        return mean_test_loss(losses)
+        try:
+            with grid.model_parallel(onset.job.layout, onset.job.num_model_chunks):
+                chunks = model.build(onset.job)
+                _Annealing(setting, chosen, seed, folder, Blend(onset.pool.prefixes), "ceiling"
+                           ).run(chunks)
+                loss = mean_test_loss(set_losses(chunks, onset.job.model, onset.job.batch,
+                                                 valid=onset.valid.prefixes)["valid"])
+        except FloatingPointError:
+            return np.inf
+        return loss if np.isfinite(loss) else np.inf
 
     with locked(setting.folder / "ceiling", "compare", waits=True):  # seeds may be run at once
         return ceiling_search(setting).completed(case, anneal)
@@ -193,15 +197,15 @@ def _blend(replicate: Replicate) -> Blend:
 
 
 def _take(replicates: Sequence[Replicate], case: Case | None) -> Taken | None:
-    """What the arms take, all of them the same; None, with their failures recorded, where nothing
-    keeps the budget and the quotas (rank 0)."""
+    """What the arms take, all of them the same; None, with their failures recorded, where there is
+    nothing to take: no samples keep budget and quotas, say (rank 0)."""
     assert case is not None  # on rank 0
     for replicate in replicates:
         shutil.rmtree(replicate.folder, ignore_errors=True)  # of an annealing that was killed
     arm = replicates[0].arm
     try:
         positions, found = arm.take(case)
-    except (InfeasibleSelection, InfeasibleQuotas) as error:  # the other arms go on
+    except (InfeasibleSelection, InfeasibleQuotas, NoCeiling) as error:  # the other arms go on
         for replicate in replicates:
             _record_failure(replicate, str(error))
         return None

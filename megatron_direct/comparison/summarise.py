@@ -213,6 +213,8 @@ def _overlap_between_seeds(results: ResultsBySeed, candidates: dict[int, Candida
 
 
 def _curve(losses: Sequence[np.ndarray]) -> LossCurve | None:
+    """Of the seeds whose training losses are there."""
+    losses = [of_seed for of_seed in losses if len(of_seed)]
     length = min((len(of_seed) for of_seed in losses), default=0)
     if length == 0:
         return None

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_direct.comparison.arms import REGISTRY, Case
-from megatron_direct.comparison.ceiling import CeilingSearch
-from megatron_direct.comparison.mixtures import GroupMixture
+from megatron_direct.comparison.ceiling import NUM_ROUNDS, CeilingSearch, NoCeiling
+from megatron_direct.comparison.mixtures import GroupMixture, num_annealings
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
@@ -42,3 +42,25 @@ def test_shares_are_of_the_tokens_of_whole_documents(case, tmp_path):
     chosen = REGISTRY["ceiling"].take(even)[0]
     tokens = np.bincount(1 - IS_LONG[chosen], case.uncut_labels[chosen])
     assert tokens == pytest.approx([NUM_TOKENS / 2] * 2, abs=50)  # half of a document
+
+
+def test_a_search_whose_first_annealings_diverge_finds_nothing_and_is_not_repeated(case, tmp_path):
+    annealed: list[int] = []
+
+    def anneal(seed: int, chosen: np.ndarray) -> float:
+        annealed.append(seed)
+        return np.inf
+
+    for _ in range(2):
+        found = CeilingSearch(tmp_path, NUM_TOKENS).completed(case, anneal)
+        assert len(annealed) == 2  # the pool, and what the default selects
+        with pytest.raises(NoCeiling, match="the annealings that the search begins with diverge"):
+            REGISTRY["ceiling"].take(found)
+
+
+def test_where_the_default_selects_nothing_the_search_begins_with_the_pool(case, tmp_path):
+    tight = dataclasses.replace(case, config=dataclasses.replace(case.config, stiff_budget=1e-9))
+    found = CeilingSearch(tmp_path, NUM_TOKENS).completed(tight, lambda seed, chosen: 1.0)
+    assert found.ceiling is not None
+    trials = CeilingSearch(tmp_path, NUM_TOKENS).trials()
+    assert len(trials) == num_annealings(2, 1, NUM_ROUNDS)

@@ -63,6 +63,20 @@ def test_it_begins_with_the_best_of_what_is_known():
     assert best(known).loss <= loss(least) and known[1].loss == pytest.approx(loss(least))
 
 
+def test_what_diverges_is_left_behind():
+    """Nothing is known of a share above 0.4, as every first probe has, but that it diverges."""
+    loss, _ = _losses(0)
+    trials = search(lambda w: loss(w) if w.max() < 0.4 else np.inf, [EVEN], 2)
+    assert len(trials) == num_annealings(NUM_GROUPS, 1, 2)
+    assert all(np.isinf(trial.loss) for trial in trials[1: 1 + NUM_GROUPS])
+    assert all(np.isfinite(trial.mixture).all() for trial in trials)
+    assert best(trials).loss < loss(EVEN)
+
+
+def test_where_all_that_it_begins_with_diverges_the_search_ends():
+    assert len(search(lambda w: np.inf, [EVEN, EVEN], 2)) == 2
+
+
 @pytest.mark.parametrize("num_tokens", [500, 20_000])
 def test_shares_of_tokens_are_kept(num_tokens):
     rng = np.random.default_rng(0)

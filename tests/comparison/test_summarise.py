@@ -162,6 +162,15 @@ def test_long_curves_are_means_over_stretches(tmp_path):
     np.testing.assert_allclose(curve.mean, np.reshape(losses, (40, 2)).mean(1))
 
 
+def test_a_seed_without_training_losses_is_left_out_of_the_curve(run_dir, summary, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    (copy / "arms" / "descent" / "2" / "metrics.jsonl").unlink()
+    curve = summarise(copy).arm("descent").curve
+    losses = [_training_losses(run_dir, "descent", seed) for seed in (1, 5)]
+    np.testing.assert_allclose(curve.mean, np.mean(losses, axis=0))
+
+
 def test_a_run_that_has_hardly_begun(run_dir, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run_dir, copy)

@@ -1,0 +1,24 @@
+"""What arms may know, out of what was measured."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from megatron_direct.comparison import measurements
+from megatron_direct.errors import UserError
+from megatron_direct.selection.config import SelectionConfig
+
+
+def test_more_samples_than_have_a_finite_gradient_are_refused(tmp_path, monkeypatch):
+    sketches = SimpleNamespace(samples=np.arange(8), finite=np.arange(8) != 3)
+    monkeypatch.setattr(measurements, "read_sketches", lambda *_: sketches)
+    setting = SimpleNamespace(
+        selection=SelectionConfig(num_select=8), onset=SimpleNamespace(pool=None, valid=None),
+        seed_folder=lambda seed: tmp_path)
+    measured = {"onset": SimpleNamespace(store=None, pool=None, valid=None)}
+    with pytest.raises(UserError, match="--num-select 8 is more than the 7 samples whose gradients "
+                                        "are finite. Give a smaller number, or check"):
+        measurements._case(setting, 1, measured)
