@@ -11,7 +11,8 @@ through all that ``select`` and ``anneal`` do with them but for the passes over 
 what a rank allocates (anonymous) above what it had at the start, at its peak, and what the ranks of
 a node share; pages of mapped index files, which the system can drop, are not counted.
 
-solve: the default selection problem on random sketches, their rows spread over the ranks.
+solve: all that the default does of as many samples as are asked for, on random sketches and
+without texts, the rows spread over the ranks.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from megatron_direct.mcore import blend, grid
 from megatron_direct.mcore.without_gpu import megatron_runtime
 from megatron_direct.runtime import digests as digests_of
 from megatron_direct.runtime import parallel, sharing
+from megatron_direct.selection.choice import choose
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.treatment import select_by_sketches
 from megatron_direct.steps import pass_plan, selected, sketch
 from megatron_direct.steps.onset import dataset_digests
 
@@ -181,7 +182,7 @@ def solve(flags: argparse.Namespace) -> None:
     watch = Watch()
     parallel.say(f"rows of a rank: {rows.nbytes / 1e9:.2f} GB")
     with watch.step(f"{count} x {size} on {ranks} ranks, beyond the rows"):
-        found, _ = select_by_sketches(SelectionConfig(), evidence, count // 4, 0)
+        found = choose(SelectionConfig(num_select=count // 4), evidence, 0, {}).selection
     parallel.say(f"{found.status}, objective {found.objective:.9g}, indices "
                  f"{digests_of.digest(found.indices.tobytes())}")
 

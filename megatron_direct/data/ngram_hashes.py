@@ -6,6 +6,8 @@ import numpy as np
 
 # Of a text's n-grams, by which texts are compared: as many as DSIR has (ngram_likeness.py).
 NUM_FEATURES = 10_000
+# A token, of those that are kept.
+BYTES_OF_TEXT = 4
 # Odd constants of splitmix64 and of Knuth: they spread small integers over 64 bits.
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _SECOND = np.uint64(0xBF58476D1CE4E5B9)

@@ -20,8 +20,6 @@ import numpy as np
 from megatron_direct.data.ngram_hashes import NUM_FEATURES, ngram_hashes
 from megatron_direct.data.token_features import TokenSource
 
-# A token, of features that are kept.
-BYTES_OF_TEXT = 4
 _AT_ONCE = 1 << 18  # tokens, of whole samples, that are hashed together
 
 

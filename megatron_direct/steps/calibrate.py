@@ -33,9 +33,9 @@ from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import grid, model, passes
 from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.runtime import digests, files, host, memory, parallel
+from megatron_direct.selection.choice import choose
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.treatment import select_by_sketches
 from megatron_direct.steps.machines import H100, Machine, PassCost, PassSetup
 from megatron_direct.steps.model_size import size_of, with_last_layers
 
@@ -212,6 +212,6 @@ def _solver_rate(sketch_size: int) -> float:
                             np.arange(count), rows[:64] + 1,
                             Directions(np.geomspace(10, 1, 8), directions, 4))
         begun = _clock()
-        select_by_sketches(SelectionConfig(), evidence, count // 4, 0)
+        choose(SelectionConfig(num_select=count // 4), evidence, 0, {})
         taken.append(_clock() - begun)
     return (_ROWS[1] - _ROWS[0]) * sketch_size / max(taken[1] - taken[0], 1e-3)

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_direct.config import BatchConfig, ParallelConfig
+from megatron_direct.data.ngram_hashes import BYTES_OF_TEXT
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.steps.curvature_config import SKETCHED_FISHER, CurvatureConfig
 from megatron_direct.steps.machines import Machine, PassCost
@@ -28,9 +29,10 @@ _PRODUCTS_PER_PAIR, _PRODUCTS_BESIDES = 2.0, 10
 # Copies of the rows that a rank holds while it solves: as read, those that may be selected, and
 # either of length one, while clusters are found, or treated.
 _COPIES_OF_ROWS = 3
-# Vectors of float64 over all candidates that the rank which leads the solve holds at its peak:
-# 17 were measured of 10^5 candidates on one rank, by tracemalloc.
-_LEADER_VECTORS = 18
+# Vectors of float64 over all candidates that the rank which leads the solve holds at its peak: 96
+# were measured on one rank, by tracemalloc (tests/selection/test_worth.py). Each of the others
+# knows what all candidates are worth: the 64 alignments in float32, and what is made of them.
+_LEADER_VECTORS, _OTHER_VECTORS = 96, 48
 # The term of a stage in which a rank does nothing.
 WAITING = "other ranks"
 # Bytes a parameter in training: weight, gradient, and main parameter and moments of Adam.
@@ -233,11 +235,12 @@ def solve_stage(site: Site, config: SelectionConfig, sketch: SketchConfig, work:
           ) -> StageCost:
     """The selection problem, on rank 0 or with the rows spread over all ranks."""
     machine, rows = site.machine, work.candidates * sketch.sketch_size
+    texts = BYTES_OF_TEXT * work.tokens if config.counts_texts else 0.0
     is_spread = config.sketch_rows == "spread" or (
-        config.sketch_rows == "auto" and 4 * rows > machine.host_memory / 4)
+        config.sketch_rows == "auto" and 16 * rows + texts > machine.host_memory)
     ranks = site.ranks if is_spread else 1
     of_node = site.ranks_of_node if is_spread else 1
-    vectors = 8.0 * work.candidates * _LEADER_VECTORS
+    vectors = 8.0 * work.candidates * (_LEADER_VECTORS + _OTHER_VECTORS * (of_node - 1))
     sent = 8.0 * work.candidates * 60 if is_spread else 0.0
     return StageCost("solve", (
         Term("solver", rows / ranks / machine.solver),
@@ -245,7 +248,7 @@ def solve_stage(site: Site, config: SelectionConfig, sketch: SketchConfig, work:
         Term("messages", sent / machine.fabric),
         Term("storage", 4 * rows / machine.storage)),
         0.0, machine.base * site.ranks_of_node + 4 * rows / ranks * of_node * _COPIES_OF_ROWS
-        + vectors, sent)
+        + vectors + texts / ranks * of_node, sent)
 
 
 def mask_stage(site: Site, work: Workload) -> StageCost:

@@ -70,7 +70,7 @@ class Machine:
 H100 = Machine(
     name="h100", flops=750e12, elements=8.95e9, launches=237.0, gathers=1.2e12, frames=3.8e14,
     memory=80e9, host_memory=2e12, ranks_per_node=8, fabric=50e9, node_links=450e9, storage=20e9,
-    solver=5.8e6, leader=1.05e5, planner=5e6, start=30.0, base=0.6e9)
+    solver=2.0e6, leader=3.3e4, planner=5e6, start=30.0, base=0.6e9)
 
 
 @dataclass(frozen=True)

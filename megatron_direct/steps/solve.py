@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 
 from megatron_direct.data import indexed
-from megatron_direct.data.ngram_likeness import BYTES_OF_TEXT, Texts
+from megatron_direct.data.ngram_hashes import BYTES_OF_TEXT
+from megatron_direct.data.ngram_likeness import Texts
 from megatron_direct.data.samples import Samples
 from megatron_direct.data.token_features import TokenSource
 from megatron_direct.errors import UserError
