@@ -19,6 +19,11 @@ from pathlib import Path
 from megatron_direct.commands.requests import LossesKey, SelectionRequest
 from megatron_direct.comparison import ceiling, record
 from megatron_direct.comparison.arms import BY_DOMAIN, DATASET, REGISTRY, find_arm
+from megatron_direct.comparison.earlier_calls import (
+    given_paths,
+    require_same_names,
+    require_same_proxy,
+)
 from megatron_direct.comparison.measurements import (
     CompareConfig,
     Setting,
@@ -43,10 +48,11 @@ from megatron_direct.reports import comparison_page, markdown
 from megatron_direct.runtime import files, parallel
 from megatron_direct.runtime.manifest import Artefact, State
 from megatron_direct.runtime.run_directory import RunDirectory, locked
+from megatron_direct.selection.auto import FEWEST_VALID
 from megatron_direct.steps import solve as solve_step
 from megatron_direct.steps.onset import Onset, OnsetConfig, dataset_digests
 from megatron_direct.steps.pilot import states_to_merge
-from megatron_direct.steps.sketch import SketchConfig
+from megatron_direct.steps.sketch import SketchConfig, draw
 
 REFERENCE = "random"
 
@@ -73,21 +79,28 @@ def compare(request: CompareRequest) -> None:
     run, artefact = RunDirectory(setting.folder), Artefact(setting.folder, "a comparison")
     if setting.config.only_replicate is not None:  # others are at work beside this one
         with run.entered("compare", request, waits=True):
-            before = _begin(setting, artefact)
+            before = _begin(setting, chosen, artefact)
         _run_seeds(setting, chosen, before)
         return
     with run.entered("compare", request):
-        before = _begin(setting, artefact)
+        before = _begin(setting, chosen, artefact)
         _run_seeds(setting, chosen, before)
         parallel.on_rank_zero(lambda: _report(setting, chosen))
-        parallel.on_rank_zero(lambda: artefact.finish(_key(setting), _paths(setting)))
+        parallel.on_rank_zero(lambda: artefact.finish(_key(setting), given_paths(setting)))
 
 
-def _begin(setting: Setting, artefact: Artefact) -> dict:
+def _begin(setting: Setting, chosen: list[str], artefact: Artefact) -> dict:
     """What all seeds share; the losses of the checkpoint."""
     key = _key(setting)
-    if parallel.on_rank_zero(lambda: artefact.state(key)) is State.NEW:
-        parallel.on_rank_zero(lambda: artefact.begin(key, _paths(setting)))
+
+    def begin() -> None:
+        if artefact.state(key) is State.NEW:
+            artefact.begin(key, given_paths(setting))
+        require_same_names(setting, artefact)
+        if setting.proxy is not None and any("proxy" in find_arm(name).needs for name in chosen):
+            require_same_proxy(setting.folder / "proxy.json", setting.proxy)
+
+    parallel.on_rank_zero(begin)
     return _before(setting)
 
 
@@ -143,7 +156,7 @@ def _proxy(request: CompareRequest) -> Onset | None:
 
 def _arms(setting: Setting) -> list[str]:
     """Those asked for and the reference, or all that can be had here."""
-    asked = list(setting.config.arms)
+    asked = list(dict.fromkeys(setting.config.arms))
     chosen = asked or [name for name in REGISTRY if name != ceiling.NAME]
     pools, valid = (set(domain_names(samples))
                     for samples in (setting.onset.pool, setting.onset.valid))
@@ -160,6 +173,12 @@ def _arms(setting: Setting) -> list[str]:
         obstacles.append(([name for name in chosen if "proxy" in find_arm(name).needs],
                           "no smaller model is there to select for this one",
                           "Give its checkpoint with --proxy-load, or leave these arms out."))
+    num_valid = len(draw(setting.onset.valid.usable, setting.measure.sketch.num_valid_samples, 0))
+    if num_valid < FEWEST_VALID:
+        obstacles.append(([name for name in chosen if "share" in find_arm(name).needs],
+                          f"they are judged by one half of the validation set and the other, for "
+                          f"which its {num_valid} samples are too few: it takes {FEWEST_VALID}",
+                          "Give more validation data, or leave these arms out."))
     if not setting.onset.checkpoint.has_optimizer:
         obstacles.append((
             [name for name in chosen if "adam-sketches" in find_arm(name).needs],
@@ -200,16 +219,6 @@ def _key(setting: Setting) -> ComparisonKey:
             sketch, seed=SketchConfig().seed)),
         setting.selection, tuple(setting.test_digests.values()),
         lr_wsd_decay_iters=setting.config.lr_wsd_decay_iters, first_seed=sketch.seed)
-
-
-def _paths(setting: Setting) -> dict:
-    """As they were given: what repeats the comparison needs them."""
-    proxy = setting.proxy
-    return {"load": str(setting.onset.checkpoint.path),
-            **({} if proxy is None else {"proxy_load": str(proxy.checkpoint.path)}),
-            "data_path": list(setting.onset.pool.prefixes),
-            "valid_data_path": list(setting.onset.valid.prefixes),
-            "test_data_path": list(setting.config.test_data_path)}
 
 
 def _before(setting: Setting) -> dict:
