@@ -20,6 +20,7 @@ from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.objectives import Terms, find_objective
 from megatron_direct.selection.objectives.quadratic import LowRank
 from megatron_direct.selection.problem import Selection
+from megatron_direct.selection.quotas import StatedQuotas, state_quotas
 from megatron_direct.selection.solver import solve_selection
 from megatron_direct.selection.treated_rows import summed_rows
 from megatron_direct.selection.valid_weights import bargain, has_texts
@@ -57,7 +58,7 @@ def select_by_sketches(
         budget = share.from_leader(
             lambda whole: stiff_budget(np.tile(whole, config.max_count), num_select,
                                        config.stiff_budget_fraction), costs)
-    rows, terms = _posed(config, evidence, num_select, seed)
+    rows, terms = _posed(config, evidence, num_select, seed, state_quotas(groups, quotas, share))
     selection = solve_selection(
         rows.T, costs, num_select, stiff_budget=budget,
         objective=config.objective, seed=seed, target=terms.target, curvature=terms.curvature,
@@ -68,12 +69,12 @@ def select_by_sketches(
 
 
 def _posed(config: SelectionConfig, evidence: Evidence, num_select: int, seed: int,
-           ) -> tuple[np.ndarray, Terms]:
+           quotas: StatedQuotas | None) -> tuple[np.ndarray, Terms]:
     """The rows that the objective sums up, and its terms; where texts count too, both have a
     coordinate more."""
     size = evidence.rows.shape[1]
     rows = summed_rows(config, evidence, seed, spare=1 if has_texts(config, evidence) else 0)
-    found = bargain(config, evidence, num_select, seed)
+    found = bargain(config, evidence, num_select, seed, quotas)
     terms = find_objective(config.objective).terms(config, evidence, found.weights)
     if found.likeness is None:
         return rows, terms

@@ -13,7 +13,8 @@ w also maximises sum_v omega_v a_v(w), omega_v = p_v / a_v: the problem without 
 target is the mean of the e_v with weights omega_v. A group that gains little weighs more, whatever
 its slopes; where all gain alike, the weights are the shares.
 
-Found by the method of Frank and Wolfe, each step of which sorts the samples once. Below a small
+Found by the method of Frank and Wolfe, each step of which sorts the samples once; w keeps quotas,
+and no budget. Below a small
 part of what a group could gain at most, the logarithm goes on as its tangent, for groups that no
 selection helps at once.
 
@@ -27,12 +28,17 @@ Shapes: N candidates, n of them on this rank, M validation samples, V groups, k 
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, excess_gradient
+from megatron_direct.selection.feasible import FeasibleSet
+from megatron_direct.selection.quotas import Quotas, StatedQuotas
 from megatron_direct.selection.share import Share
 from megatron_direct.selection.shrinkage import Partition, find_clusters
 from megatron_direct.selection.treated_rows import treated_scores
@@ -56,10 +62,13 @@ def has_texts(config: SelectionConfig, evidence: Evidence) -> bool:
     return config.counts_texts and evidence.texts is not None
 
 
-def bargain(config: SelectionConfig, evidence: Evidence, num_select: int, seed: int) -> Bargain:
+def bargain(config: SelectionConfig, evidence: Evidence, num_select: int, seed: int,
+            quotas: StatedQuotas | None = None) -> Bargain:
     """All ranks call this."""
+    if quotas is not None:
+        return _bargain(config, evidence, num_select, seed, quotas)
     return evidence.once(("bargain", config, num_select, seed), lambda: _bargain(
-        config, evidence, num_select, seed))
+        config, evidence, num_select, seed, None))
 
 
 def excess_scores(config: SelectionConfig, evidence: Evidence, num_select: int, seed: int,
@@ -71,7 +80,8 @@ def excess_scores(config: SelectionConfig, evidence: Evidence, num_select: int, 
     return evidence.share().known_to_all(treated_scores(config, evidence, target[None], seed)[0])
 
 
-def _bargain(config: SelectionConfig, evidence: Evidence, num_select: int, seed: int) -> Bargain:
+def _bargain(config: SelectionConfig, evidence: Evidence, num_select: int, seed: int,
+             quotas: StatedQuotas | None) -> Bargain:
     count, with_texts = len(evidence.valid_rows), has_texts(config, evidence)
     in_groups = config.is_in_contrast and config.valid_clusters > 0
     if not (in_groups or with_texts):
@@ -84,9 +94,15 @@ def _bargain(config: SelectionConfig, evidence: Evidence, num_select: int, seed:
         for group, size in enumerate(sizes)])
     scores = treated_scores(config, evidence, targets, seed)
     likeness = _likeness(config, evidence, numbers, scores) if with_texts else None
-    found = evidence.share().from_leader(lambda whole: group_weights(
-        whole, sizes / count, num_select, config.max_count),
-        scores if likeness is None else scores + likeness)
+
+    def settled(whole: np.ndarray) -> np.ndarray:
+        best = functools.partial(best_mean, num_select=num_select, max_count=config.max_count)
+        within = best if quotas is None else functools.partial(
+            _best_within, num_select=num_select, max_count=config.max_count,
+            quotas=quotas.of_selections(num_select, config.max_count))
+        return group_weights(whole, sizes / count, best, within)
+
+    found = evidence.share().from_leader(settled, scores if likeness is None else scores + likeness)
     return Bargain((found / sizes)[numbers], None if likeness is None else found @ likeness)
 
 
@@ -116,34 +132,47 @@ def valid_groups(evidence: Evidence, count: int, seed: int) -> np.ndarray:
     return np.unique(found.numbers, return_inverse=True)[1]
 
 
-def group_weights(scores: np.ndarray, shares: np.ndarray, num_select: int, max_count: int,
-                  ) -> np.ndarray:
-    """[V] weights omega that sum to 1. scores: [V, N] of each sample in each group; shares: [V] p.
-    """
+# From values [N] to w / K [N] of the selection of the greatest sum.
+Best = Callable[[np.ndarray], np.ndarray]
+
+
+def group_weights(scores: np.ndarray, shares: np.ndarray, best: Best, within: Best) -> np.ndarray:
+    """[V] weights omega that sum to 1. scores: [V, N] of each sample in each group; shares: [V] p;
+    best: of all selections; within: of those that keep the quotas."""
     means = scores.mean(1)
-    if len(shares) == 1 or num_select == max_count * scores.shape[1]:
+    if len(shares) == 1:
         return shares
-    most = np.array([of_group @ _best(of_group, num_select, max_count) for of_group in scores])
-    most -= means
-    if not (most > 0).all():  # a group in which all samples are alike gains nothing
+    most = np.array([of_group @ best(of_group) for of_group in scores]) - means
+    # A group in which all samples are alike gains nothing, nor does any from the whole pool.
+    if not (most > 1e-12 * np.abs(scores).max()).all():
         return shares
 
     def omega(gains: np.ndarray) -> np.ndarray:
         return shares / np.maximum(gains, _LEAST * most)
 
-    selected = _best(omega(most) @ scores, num_select, max_count)
+    selected = within(omega(most) @ scores)
     for step in range(_STEPS):
-        towards = _best(omega(scores @ selected - means) @ scores, num_select, max_count)
+        towards = within(omega(scores @ selected - means) @ scores)
         selected += 2 / (step + 3) * (towards - selected)
     found = omega(scores @ selected - means)
     return found / found.sum()
 
 
-def _best(of_sample: np.ndarray, num_select: int, max_count: int) -> np.ndarray:
+def best_mean(of_sample: np.ndarray, num_select: int, max_count: int) -> np.ndarray:
     """[N] w / K of the K samples of the greatest value [N], each up to max_count times."""
+    if num_select == max_count * len(of_sample):
+        return np.full(len(of_sample), 1 / len(of_sample))
     whole, rest = divmod(num_select, max_count)
     order = np.argpartition(-of_sample, whole)  # the last of the K is in its place
     found = np.zeros(len(of_sample))
     found[order[:whole]] = max_count
     found[order[whole]] = rest
     return found / num_select
+
+
+def _best_within(of_sample: np.ndarray, num_select: int, max_count: int, quotas: Quotas,
+                 ) -> np.ndarray:
+    """As :func:`best_mean`, of selections that keep the quotas."""
+    copies = np.tile(of_sample, max_count)
+    feasible = FeasibleSet(np.zeros(len(copies)), num_select, math.inf, quotas)
+    return feasible.best(copies).reshape(max_count, -1).sum(0) / num_select

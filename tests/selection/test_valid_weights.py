@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -12,10 +13,14 @@ from written_texts import written
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, excess_gradient
+from megatron_direct.selection.feasible import FeasibleSet
+from megatron_direct.selection.quotas import state_quotas
+from megatron_direct.selection.share import Share
 from megatron_direct.selection.treated_rows import summed_rows
 from megatron_direct.selection.treatment import select_by_sketches
 from megatron_direct.selection.valid_weights import (
     bargain,
+    best_mean,
     excess_scores,
     group_weights,
     valid_groups,
@@ -32,6 +37,11 @@ def _scores(seed: int, groups: int, count: int) -> np.ndarray:
     scores[kind, np.arange(count)] += np.where(kind == 0, 6.0, 2.0)
     scores[1:, kind == 0] -= 1.0
     return scores
+
+
+def _weights(scores, shares, num_select, max_count=1):
+    best = functools.partial(best_mean, num_select=num_select, max_count=max_count)
+    return group_weights(scores, shares, best, best)
 
 
 def _gains(weights: np.ndarray, scores: np.ndarray, num_select: int) -> np.ndarray:
@@ -54,7 +64,7 @@ def test_the_weights_are_those_of_the_dual_problem(seed, max_count):
         total = max_count * best[:whole].sum() + rest * best[whole]
         return np.log(total / num_select) - shares @ np.log(weights / shares)
 
-    found = group_weights(scores, shares, num_select, max_count)
+    found = _weights(scores, shares, num_select, max_count)
     least = minimize(dual, np.zeros(2), method="Nelder-Mead",
                      options={"xatol": 1e-6, "fatol": 1e-10}).fun
     # 100 steps of Frank and Wolfe are within 1e-4 of the maximum here; the shares are not.
@@ -65,7 +75,7 @@ def test_the_weights_are_those_of_the_dual_problem(seed, max_count):
 def test_no_group_loses_and_one_would_have():
     scores, shares = _scores(5, 4, 3000), np.array([0.7, 0.1, 0.1, 0.1])
     assert _gains(shares, scores, 1000).min() < -0.1
-    weights = group_weights(scores, shares, 1000, 1)
+    weights = _weights(scores, shares, 1000)
     gains = _gains(weights, scores, 1000)
     assert gains.min() > 0.1
     # What each gains, times its weight, is its share.
@@ -76,18 +86,18 @@ def test_where_all_gain_alike_the_weights_are_the_shares():
     rng = np.random.default_rng(0)
     common = rng.standard_normal(500)
     shares = np.array([0.5, 0.3, 0.2])
-    np.testing.assert_allclose(group_weights(np.tile(common, (3, 1)), shares, 100, 1), shares)
+    np.testing.assert_allclose(_weights(np.tile(common, (3, 1)), shares, 100), shares)
     # However steep a group's slope: gains are measured in its own units.
     scores = common + 0.1 * rng.standard_normal((3, 500))
-    steep = group_weights(scores * np.array([[10.0], [1.0], [1.0]]), shares, 100, 1)
-    even = group_weights(scores, shares, 100, 1)
+    steep = _weights(scores * np.array([[10.0], [1.0], [1.0]]), shares, 100)
+    even = _weights(scores, shares, 100)
     np.testing.assert_allclose(steep * [10, 1, 1] / (steep @ [10, 1, 1]), even, rtol=1e-6)
 
 
 def test_where_nothing_can_be_gained_the_weights_are_the_shares():
     shares = np.array([0.5, 0.3, 0.2])
-    np.testing.assert_array_equal(group_weights(_scores(0, 3, 500), shares, 500, 1), shares)
-    np.testing.assert_array_equal(group_weights(np.ones((3, 500)), shares, 100, 1), shares)
+    np.testing.assert_array_equal(_weights(_scores(0, 3, 500), shares, 500), shares)
+    np.testing.assert_array_equal(_weights(np.ones((3, 500)), shares, 100), shares)
 
 
 def made_up(seed: int) -> Evidence:
@@ -127,6 +137,39 @@ def test_a_domain_that_the_mean_leaves_out_stays(seed):
     unnamed = dataclasses.replace(evidence, valid_datasets=None)
     found = select_by_sketches(CONFIG, unnamed, 400, seed)[0].indices
     assert (evidence.datasets[found] == 1).sum() > 60
+
+
+@pytest.mark.parametrize("max_count", [1, 2])
+def test_the_bargain_is_within_the_quotas(max_count):
+    """A group whose best samples are limited weighs more, and so gains more of what is left."""
+    scores = _scores(5, 2, 1000)
+    kind = (scores[0] > 2).astype(int)  # 1: good for the first group
+    scores -= scores.mean(1, keepdims=True)
+    evidence = Evidence(
+        scores.T.astype(np.float32), np.full(1000, 9), kind, 2, np.arange(1000),
+        np.repeat(np.eye(2, dtype=np.float32), 4, axis=0),
+        Directions(np.full(1, 1e-9), np.eye(1, 2), 1), valid_datasets=np.repeat([0, 1], 4))
+    config = SelectionConfig(num_select=400, normalize_gradients=False, shrinkage_clusters=0,
+                             valid_clusters=2, max_count=max_count, step_size=1e-9)
+    limits = {"groups": kind, "quotas": {0: (0, 120)}}
+
+    def gains(**given) -> np.ndarray:
+        found = select_by_sketches(config, evidence, 400, 0, **given)[0].indices
+        assert not given or (kind[found] == 0).sum() <= 120
+        return scores[:, found].mean(1) - scores.mean(1)
+
+    def weight(quotas) -> float:
+        return bargain(config, evidence, 400, 0, quotas).weights[4:].sum()
+
+    stated = state_quotas(kind, limits["quotas"], Share.of_rank(1000))
+    assert (gains() > 0).all() and (gains(**limits) > 0).all()
+    assert weight(stated) > weight(None) + 0.04
+    # Where it cannot gain at all, its weight is the greatest there is, and its loss the least.
+    tight = {"groups": kind, "quotas": {0: (0, 60 // max_count)}}
+    least = FeasibleSet(np.zeros(1000 * max_count), 400, np.inf, state_quotas(
+        **tight, share=Share.of_rank(1000)).of_selections(400, max_count)).best(
+            np.tile(scores[1], max_count)).reshape(max_count, -1).sum(0) @ scores[1] / 400
+    assert gains(**tight)[1] > least - 0.2
 
 
 def test_weights_are_of_groups_and_sum_to_one():
