@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import enum
 import functools
 import itertools
 import os
@@ -264,12 +265,16 @@ def main() -> None:
         Stage(tuple(flags.arms), tuple(flags.settings)),)
     work = Work(study, tuple(others), began + flags.seconds, flags.results, tuple(flags.settings),
                 flags.at_once)
-    failed = work.done(order(stages, scale.num_seeds, flags.settings))
-    # Once more: such as one that met the last breath of a study that was killed before.
-    failed = work.done(failed)
+    failed = work.failing(order(stages, scale.num_seeds, flags.settings))
     if failed:
         raise SystemExit("\n".join(f"failed: {name}, {num_seeds} seeds of {', '.join(stage.arms)}"
                                    for stage, num_seeds, name in failed))
+
+
+class Outcome(enum.Enum):
+    DONE = "it has its results"
+    FAILED = "it ended with an error"
+    NOT_BEGUN = "the time was over"
 
 
 @dataclass(frozen=True)
@@ -284,30 +289,41 @@ class Work:
     settings: tuple[str, ...]
     at_once: int = 1
 
-    def done(self, pieces: Iterable[Piece]) -> list[Piece]:
-        """Those that failed; the others go on."""
-        failed = []
+    def failing(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """Those that failed, and were not done by a second try."""
+        outcomes = self.run(pieces)
+        # Once more: such as one that met the last breath of a study that was killed before.
+        again = self.run([piece for piece, outcome in outcomes.items()
+                          if outcome is Outcome.FAILED])
+        return [piece for piece, outcome in again.items() if outcome is not Outcome.DONE]
+
+    def run(self, pieces: Iterable[Piece]) -> dict[Piece, Outcome]:
+        """Where one fails, the others go on."""
+        outcomes = {}
         for _, of_all_settings in itertools.groupby(pieces, key=lambda piece: piece[:2]):
             with ThreadPoolExecutor(self.at_once) as pool:
-                begun = {pool.submit(self._is_done, piece): piece for piece in of_all_settings}
-                for future in as_completed(begun):
-                    if not future.result():
-                        failed.append(begun[future])
-                    if self.results is not None:
-                        write_results(self.study.folder, self.settings, self.results)
-        return failed
+                try:
+                    begun = {pool.submit(self._run, piece): piece for piece in of_all_settings}
+                    for future in as_completed(begun):
+                        outcomes[begun[future]] = future.result()
+                        if self.results is not None:
+                            write_results(self.study.folder, self.settings, self.results)
+                except BaseException:  # Ctrl-C, which ends the piece that runs: no other begins
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+        return outcomes
 
-    def _is_done(self, piece: Piece) -> bool:
+    def _run(self, piece: Piece) -> Outcome:
         stage, num_seeds, name = piece
         if time.monotonic() > self.ends:
             print(f"{name}, {num_seeds} seeds: not begun, the time is over", flush=True)
-            return True
+            return Outcome.NOT_BEGUN
         try:
             self.study.compare(name, num_seeds, ["--arms", *stage.arms, *self.flags])
         except subprocess.CalledProcessError as error:
             print(f"{name}, {num_seeds} seeds: {error}", flush=True)
-            return False
-        return True
+            return Outcome.FAILED
+        return Outcome.DONE
 
 
 def order(stages: Sequence[Stage], num_seeds: int, settings: Sequence[str]) -> Iterator[Piece]:

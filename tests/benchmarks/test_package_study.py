@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,8 +62,10 @@ def test_settings_are_run_at_once_and_seeds_one_after_the_other(at_once, tmp_pat
     recorded = _Recorded(tmp_path, at_once)
     stage = study.Stage(("random",), study.MOST_IMPORTANT)
     work = study.Work(recorded, (), float("inf"), None, study.MOST_IMPORTANT, at_once)
-    failed = work.done(study.order([stage], 3, study.MOST_IMPORTANT))
-    assert failed == [(stage, 2, "clean")]
+    outcomes = work.run(study.order([stage], 3, study.MOST_IMPORTANT))
+    assert [piece for piece, outcome in outcomes.items() if outcome is study.Outcome.FAILED] == [
+        (stage, 2, "clean")]
+    assert len(outcomes) == 12
     assert [seeds for seeds, _ in recorded.calls] == [1] * 4 + [2] * 4 + [3] * 4
     assert len(set(recorded.calls)) == 12
 
@@ -67,5 +73,38 @@ def test_settings_are_run_at_once_and_seeds_one_after_the_other(at_once, tmp_pat
 def test_nothing_begins_when_the_time_is_over(tmp_path):
     recorded = _Recorded(tmp_path, 1)
     work = study.Work(recorded, (), 0.0, None, study.MOST_IMPORTANT)
-    assert not work.done(study.order(study.STAGES[:1], 3, study.MOST_IMPORTANT))
+    assert not work.failing(study.order(study.STAGES[:1], 3, study.MOST_IMPORTANT))
     assert not recorded.calls
+
+
+class _Calls:
+    """In the place of a study whose comparisons fail after something was done."""
+
+    def __init__(self, folder: Path, do: Callable[[], None]):
+        self.folder, self.calls, self._do = folder, [], do
+
+    def compare(self, name: str, num_seeds: int, _flags) -> None:
+        self.calls.append((num_seeds, name))
+        self._do()
+        raise subprocess.CalledProcessError(1, "compare")
+
+
+def test_what_failed_has_failed_where_no_time_is_left_to_try_again(tmp_path, monkeypatch):
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr(study.time, "monotonic", lambda: next(clock))
+    failing = _Calls(tmp_path, lambda: None)
+    piece = (study.Stage(("random",), ("clean",)), 1, "clean")
+    work = study.Work(failing, (), ends=1.0, results=None, settings=("clean",))
+    assert work.failing([piece]) == [piece] and failing.calls == [(1, "clean")]
+
+
+def test_after_ctrl_c_nothing_else_is_begun(tmp_path):
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # the piece that runs takes a while to end
+
+    interrupted = _Calls(tmp_path, interrupt)
+    work = study.Work(interrupted, (), float("inf"), None, study.MOST_IMPORTANT)
+    with pytest.raises(KeyboardInterrupt):
+        work.failing(study.order(study.STAGES[:1], 3, study.MOST_IMPORTANT))
+    assert len(interrupted.calls) == 1
