@@ -116,7 +116,9 @@ def _train(config: PretrainConfig, job: Job, asked: Blend, tokenizer_digest: str
         log.write(step)
         is_last = step.iteration == config.train_iters
         stops = not is_last and parallel.stop_is_agreed()
-        if step.iteration % config.save_interval == 0 or is_last or stops:
+        is_due = is_last or step.iteration % config.save_interval == 0
+        if is_due or stops:
+            checkpoint.note_due(config.save, step.iteration, is_due=is_due)
             checkpoint.save(config.save, step.iteration, chunks, trainer.optimizer,
                             trainer.scheduler, arguments)
         if stops:

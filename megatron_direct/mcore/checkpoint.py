@@ -35,6 +35,7 @@ from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
 from megatron_direct.runtime import attendance, digests, files, parallel, stopping
 from megatron_direct.settings import Settings, flag_name
 
+_STOPS = "stops.json"  # beside a training's checkpoints
 _PREDICTION_HEADS = "mtp."
 # Flags, with their values, that ask for less than the model of a checkpoint.
 _LEAVES_OUT = {("mtp_num_layers", 0)}
@@ -64,7 +65,8 @@ def saved_states(folder: str | os.PathLike, last: int = 0, upto: int | None = No
     """The newest whole checkpoints of a training's folder, oldest first.
 
     ``last`` of them; for 0 those of the last quarter of its iterations. upto: the iteration that
-    counts as the newest. A folder that is itself a checkpoint stands for itself.
+    counts as the newest. A state that is there only because the training stopped is none of them,
+    unless it is the newest. A folder that is itself a checkpoint stands for itself.
     """
     folder = Path(folder)
     newest = latest(folder)
@@ -73,9 +75,32 @@ def saved_states(folder: str | os.PathLike, last: int = 0, upto: int | None = No
     end = int(newest.name.removeprefix("iter_")) if upto is None else upto
     there = {int(path.parent.name.removeprefix("iter_")): path.parent
              for path in folder.glob(f"iter_*/{FORMAT_FILE}")}
-    iterations = sorted(iteration for iteration in there if iteration <= end)
+    stops = set(_stops(folder)) - {end}
+    iterations = sorted(iteration for iteration in there.keys() - stops if iteration <= end)
     taken = iterations[-last:] if last else [n for n in iterations if 4 * n > 3 * end]
     return [there[iteration] for iteration in taken]
+
+
+def note_due(folder: str | os.PathLike, iteration: int, *, is_due: bool) -> None:
+    """That the state of an iteration is saved because it is due, or only because the training
+    stops there: without a stop there would be none. All ranks call this before they save it."""
+    def note() -> None:
+        stops = _stops(Path(folder))
+        if is_due == (iteration in stops):
+            files.write_json(Path(folder) / _STOPS, sorted({*stops} ^ {iteration}))
+
+    with stopping.postponed():
+        parallel.on_rank_zero(note)
+
+
+def _stops(folder: Path) -> list[int]:
+    """Iterations whose states are there only because the training stopped."""
+    path = folder / _STOPS
+    found = files.read_json(path) if path.is_file() else []
+    if not isinstance(found, list) or not all(type(number) is int for number in found):
+        raise UserError(f"{path} is damaged: it holds no list of iterations. Write [] into it, or "
+                        "the iterations at which the training was stopped.")
+    return found
 
 
 Group = TypeVar("Group", bound=Settings)

@@ -109,7 +109,9 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
             average.add()
         is_last = step.iteration == plan.last
         stops = not is_last and parallel.stop_is_agreed()
-        if plan.save_interval and (step.iteration % plan.save_interval == 0 or is_last or stops):
+        is_due = is_last or step.iteration % (plan.save_interval or 1) == 0
+        if plan.save_interval and (is_due or stops):
+            checkpoint.note_due(folder, step.iteration, is_due=is_due)
             checkpoint.save(folder, step.iteration, chunks, trainer.optimizer, trainer.scheduler,
                             arguments)
         if stops:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import signal
 
 import flat_requests
 import numpy as np
@@ -23,15 +26,17 @@ from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.store import SketchStore
+from megatron_direct.mcore.checkpoint import saved_states
+from megatron_direct.runtime import parallel, stopping
 from megatron_direct.steps import selected
 from megatron_direct.steps.sketch import Drawn, read_sketches
 
 SHARDED = Layout(tp=2, pp=2)
 
 
-def _pretrain(folder):
+def _pretrain(folder, name="states"):
     pretrain(PretrainRequest(
-        PretrainConfig(data_path=(str(folder / "a"),), save=str(folder / "states"), train_iters=8,
+        PretrainConfig(data_path=(str(folder / "a"),), save=str(folder / name), train_iters=8,
                        save_interval=2),
         LEARNT.model, Layout().config(), LEARNT.optimizer, LEARNT.batch))
 
@@ -97,6 +102,39 @@ def test_other_states_are_another_point(folder):
                      {"at": "merged", "merge_last": 3})
 
 
+def _stopped(command, *arguments):
+    """With SIGTERM in the fifth iteration; then again, without."""
+    iterations, stop_is_agreed = itertools.count(1), parallel.stop_is_agreed
+
+    def signalled() -> bool:
+        if next(iterations) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stop_is_agreed()
+
+    with pytest.MonkeyPatch.context() as patch, stopping.signals_noted():
+        patch.setattr(parallel, "stop_is_agreed", signalled)
+        with pytest.raises(stopping.Stopped):
+            command(*arguments)
+    command(*arguments)
+
+
+def _iterations(states):
+    return [int(path.name.removeprefix("iter_")) for path in states]
+
+
+def test_a_stop_changes_no_average(folder):
+    """It leaves a state of its own, which an unbroken training does not have."""
+    run_on_ranks(1, _stopped, _pretrain, folder, "stopped")
+    there = sorted((folder / "stopped").glob("iter_*"))
+    assert _iterations(there) == [2, 4, 5, 6, 8]
+    for last, upto in ((3, None), (0, None), (2, 6)):
+        taken = [_iterations(saved_states(folder / name, last, upto))
+                 for name in ("stopped", "states")]
+        assert taken[0] == taken[1]
+    # The newest counts, whyever it is there.
+    assert _iterations(saved_states(folder / "stopped", 2, 5)) == [4, 5]
+
+
 def test_what_cannot_be_averaged_is_refused(folder):
     with pytest.raises(RankError, match=r"at least two states, and .*states has 1 to take in the "
                                         r"last quarter .* --merge-last"):
@@ -114,7 +152,7 @@ def _merge_with(folder, name, settings):
 
 def test_the_last_states_of_an_annealing_are_averaged(folder, capsys):
     run_on_ranks(1, _select, folder, Layout(), "run", "states", {"pilot_iters": 0})
-    run_on_ranks(1, _anneal, folder, Layout(), "run", {"save_interval": 2})
+    run_on_ranks(1, _stopped, _anneal, folder, Layout(), "run", {"save_interval": 2})
     arm = selected.arm_folder(folder / "run", "direct")
     metrics = (arm / "metrics.jsonl").read_bytes()
     settings = {"save_interval": 2, "average_last": 3}
@@ -124,9 +162,11 @@ def test_the_last_states_of_an_annealing_are_averaged(folder, capsys):
     average = json.loads((arm / "averages" / "3" / "result.json").read_text())
     assert average["arm"] == "direct, last 3 averaged"
     assert average["before"] == plain["before"] and average["after"] != plain["after"]
-    # Against the losses of the same average, made and measured by other ways.
-    run_on_ranks(1, _merge_with, folder, "mean-of-arm",
-                 {"merge_load": (str(arm / "checkpoints"),)})
+    # Against the losses of the same average, made and measured by other ways, of the states that
+    # an annealing has which is not stopped.
+    assert _iterations(sorted((arm / "checkpoints").glob("iter_*"))) == [2, 4, 5, 6]
+    run_on_ranks(1, _merge_with, folder, "mean-of-arm", {"merge_load": tuple(
+        str(arm / "checkpoints" / f"iter_000000{number}") for number in (2, 4, 6))})
     losses = run_on_ranks(1, _test_losses, folder, "mean-of-arm")[0]
     assert average["after"]["test"] == pytest.approx(losses, rel=1e-5)
     report(ReportRequest(ReportConfig(run_dir=str(folder / "run"))))

@@ -17,17 +17,20 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_direct.comparison.earlier_calls import SmallerModel
 from megatron_direct.data import blend_files, indexed
 from megatron_direct.data.cards import Card, corrupted_documents, read_card
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
 from megatron_direct.evaluation import questions
 from megatron_direct.gradients.store import SketchStore
+from megatron_direct.mcore import checkpoint
 from megatron_direct.preprocessing import documents, reading, shard_folder, tokenizer, windows
 from megatron_direct.preprocessing.documents import Fields
 from megatron_direct.runtime import arrays
 from megatron_direct.runtime.manifest import Artefact, Key
 from megatron_direct.runtime.run_directory import RunDirectory
+from megatron_direct.runtime.typed_json import read_record
 from megatron_direct.steps.annealed import ArmResult
 
 VOCAB_SIZE = 60
@@ -77,6 +80,10 @@ def all_readers() -> list[Reader]:
             "format": 2, "commands": [{"command": "select", "flags": {}, "provenance": {
                 "versions": {"megatron-direct": "0.2.0"}}}]}).encode(),),
             lambda folder: RunDirectory(folder).record()),
+        Reader("stops of a training", "stops.json", (b"[\n  50,\n  73\n]\n",), checkpoint._stops),
+        Reader("smaller model", "proxy.json", (
+            b'{"load": "small", "checkpoint_digest": "d"}',), lambda folder: read_record(
+                SmallerModel, folder / "proxy.json")),
         Reader("result of an arm", "result.json", (_result(),), ArmResult.read),
         Reader("rows", "rows-0.f32", (_store()[0],), _read_store, _store()[2] | {
             "entries-0.bin": _store()[1]}),
