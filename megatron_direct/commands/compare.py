@@ -77,22 +77,21 @@ def compare(request: CompareRequest) -> None:
     setting = _setting(request)
     chosen = _arms(setting)
     run, artefact = RunDirectory(setting.folder), Artefact(setting.folder, "a comparison")
+    key = _key(setting)
     if setting.config.only_replicate is not None:  # others are at work beside this one
         with run.entered("compare", request, waits=True):
-            before = _begin(setting, chosen, artefact)
+            before = _begin(setting, chosen, artefact, key)
         _run_seeds(setting, chosen, before)
         return
     with run.entered("compare", request):
-        before = _begin(setting, chosen, artefact)
+        before = _begin(setting, chosen, artefact, key)
         _run_seeds(setting, chosen, before)
         parallel.on_rank_zero(lambda: _report(setting, chosen))
-        parallel.on_rank_zero(lambda: artefact.finish(_key(setting), given_paths(setting)))
+        parallel.on_rank_zero(lambda: artefact.finish(key, given_paths(setting)))
 
 
-def _begin(setting: Setting, chosen: list[str], artefact: Artefact) -> dict:
+def _begin(setting: Setting, chosen: list[str], artefact: Artefact, key: ComparisonKey) -> dict:
     """What all seeds share; the losses of the checkpoint."""
-    key = _key(setting)
-
     def begin() -> None:
         if artefact.state(key) is State.NEW:
             artefact.begin(key, given_paths(setting))

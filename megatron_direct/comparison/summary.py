@@ -88,6 +88,11 @@ class SampleStatistics:
     labels: tuple[float, ...]
     uncut_tokens: float | None = None
 
+    @property
+    def tokens_of_an_epoch(self) -> float:
+        """What the annealing sees of them before it sees one again."""
+        return self.uncut_tokens or self.tokens
+
 
 @dataclass(frozen=True)
 class Composition:

@@ -205,7 +205,7 @@ def _selected(summary: ComparisonSummary) -> Shown:
             repeats: Repeats | None = None) -> list[str | Cell]:
         total = sum(counts.values())
         return [name, f"{found.samples:.0f}", f"{found.tokens:.0f}",
-                f"{summary.setting.tokens / found.tokens:.2f}",
+                f"{summary.setting.tokens / found.tokens_of_an_epoch:.2f}",
                 *(wording.percent(counts.get(pool, 0) / total if total else None)
                   for pool in short),
                 wording.percent(found.corrupted), f"{found.loss_mean:.3f}",

@@ -178,7 +178,7 @@ def seeds_in_words(seeds: Sequence[int]) -> str:
 
 def repetition_sentence(summary: ComparisonSummary) -> str:
     """How often the annealing sees the selected samples, from the most tokens to the fewest."""
-    tokens = sorted((-(arm.selected.uncut_tokens or arm.selected.tokens), arm.name)
+    tokens = sorted((-arm.selected.tokens_of_an_epoch, arm.name)
                     for arm in summary.arms if arm.selected)
     if not tokens:
         return ""

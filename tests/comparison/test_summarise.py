@@ -94,6 +94,18 @@ def test_selected_samples_and_problem(run_dir, summary):
     assert summary.pool.candidates.samples == 60
 
 
+def test_the_annealing_sees_whole_documents(run_dir, summary, tmp_path):
+    """Of which runs of an older version know no more than the samples."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    for path in copy.glob("seeds/*/samples.npz"):
+        samples = dict(np.load(path))
+        np.savez(path, **samples, uncut_labels=3 * samples["labels"])
+    found, older = summarise(copy).arm("descent").selected, summary.arm("descent").selected
+    assert found.tokens == older.tokens == older.tokens_of_an_epoch
+    assert found.tokens_of_an_epoch == 3 * found.tokens
+
+
 def test_domains_of_the_pool_and_of_a_selection(run_dir, summary):
     seeds = [np.load(run_dir / "seeds" / str(seed) / "samples.npz") for seed in SEEDS]
     of_arm = [_result(run_dir, "descent", seed)["composition"] for seed in SEEDS]
