@@ -221,7 +221,7 @@ def _unfinish(artefact: Path) -> None:
 
 
 def _select_and_anneal(folder, layout, name, theta):
-    _select(folder, layout, name, theta)
+    _select(folder, layout, name, theta, curvature="sketched-fisher")
     _anneal(folder, layout, name)
 
 
@@ -497,12 +497,12 @@ def test_a_pool_that_changed_since_is_refused(folder, run):
                  marks=pytest.mark.slow)], ids=str)
 def test_rows_spread_over_the_ranks_give_the_gathered_selection(folder, settings):
     """The rows were written by two data-parallel ranks; four solve, each with a quarter of them."""
-    names = [f"{where}-{settings}" for where in ("gathered", "spread")]
-    for where, name in zip(("gathered", "spread"), names, strict=True):
-        run_on_ranks(4, _select_with, folder, Layout(tp=2, dp=2), name,
-                     {**settings, "sketch_rows": where})
-    np.testing.assert_array_equal(_kept(folder / names[0]), _kept(folder / names[1]))
-    summaries = [_selection(folder / name) for name in names]
+    run = folder / f"spread-{settings}"
+    for where in ("gathered", "spread"):
+        run_on_ranks(4, _select_with, folder, Layout(tp=2, dp=2), run.name,
+                     {**settings, "sketch_rows": where, "selection_name": where})
+    np.testing.assert_array_equal(_kept(run, "gathered"), _kept(run, "spread"))
+    summaries = [_selection(run, where) for where in ("gathered", "spread")]
     assert summaries[0]["mask_digests"] == summaries[1]["mask_digests"]
     assert summaries[0]["stiff_cost"] == pytest.approx(summaries[1]["stiff_cost"], rel=1e-9)
 
