@@ -68,8 +68,8 @@ def shrink(
 def find_clusters(
     rows: np.ndarray, datasets: Partition, num_clusters: int, share: Share, seed: int
 ) -> Partition:
-    """About ``num_clusters`` clusters of the rows [n, k], each within one dataset, which has as
-    many as its size makes fair, and at least one.
+    """About ``num_clusters`` clusters of the rows [n, k], none of them empty, each within one
+    dataset, which has as many as its size makes fair, and at least one.
 
     The same whatever ranks hold the rows.
     """
@@ -83,7 +83,9 @@ def find_clusters(
         rng = np.random.default_rng([seed, number])
         numbers[here] = first + _kmeans(rows[here], count, share.of(here), rng).numbers
         first += count
-    return Partition(numbers, first)
+    # Where fewer rows differ than clusters are asked for, some have none.
+    held = share.summed(Partition(numbers, first).totals(np.ones(len(rows)))) > 0
+    return Partition((np.cumsum(held) - 1)[numbers], int(held.sum()))
 
 
 def _kmeans(unit: np.ndarray, count: int, share: Share, rng: np.random.Generator) -> Partition:

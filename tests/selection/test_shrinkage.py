@@ -40,8 +40,10 @@ def test_equal_rows_and_zero_rows_make_no_trouble():
     found = find_clusters(rows, one_dataset, 4, share, seed=1).numbers
     assert len(set(found[10:])) == 1
     rows[15:, : SIZE // 2] = -1.0  # two directions, and rows of zeros
-    found = find_clusters(rows, one_dataset, 4, share, seed=1).numbers
+    clusters = find_clusters(rows, one_dataset, 4, share, seed=1)
+    found = clusters.numbers
     assert len(set(found[10:15])) == len(set(found[15:])) == 1 and found[10] != found[15]
+    assert set(found) == set(range(clusters.count)) and clusters.count < 4  # none is empty
 
 
 @pytest.mark.parametrize("count", [0, 7, 1300])  # blocks are of 512 rows
