@@ -79,7 +79,8 @@ class ByEntries(Kernel):
             left = piece.output_grads.float() * hashes.rows.signs
             right = piece.inputs.float() * hashes.columns.signs
             gradients = _Gradients.of(left, right, piece)
-            _scatter(sums, lambda rows: _scaled(gradients.rows(rows), scale, rows), hashes)
+            scatter(sums, lambda rows: _scaled(gradients.rows(rows), scale, rows),
+                    hashes.rows.buckets, hashes.columns.buckets)
             return
         gradients = _Gradients.of(piece.output_grads.float(), piece.inputs.float(), piece)
         for samples, gradient in gradients.whole():
@@ -95,8 +96,9 @@ def sketch_of_matrix(matrix: torch.Tensor, hashes: Hashes) -> torch.Tensor:
     if matrix.is_cuda:
         return sketches(matrix[None].float(), hashes)[0]
     sums = matrix.new_zeros(1, 2 * hashes.size, dtype=torch.float32)
-    _scatter(sums, lambda rows: (matrix[rows].float() * hashes.rows.signs[rows, None]
-                                 * hashes.columns.signs)[None], hashes)
+    scatter(sums, lambda rows: (matrix[rows].float() * hashes.rows.signs[rows, None]
+                                * hashes.columns.signs)[None],
+            hashes.rows.buckets, hashes.columns.buckets)
     return sums.view(2, -1).sum(0)
 
 
@@ -105,17 +107,18 @@ def sketches(matrices: torch.Tensor, hashes: Hashes) -> torch.Tensor:
     return folded(hashes.rows.count_sketch_of_rows(hashes.columns.count_sketch(matrices)))
 
 
-def _scatter(sums: torch.Tensor, signed_rows: Callable[[slice], torch.Tensor], hashes: Hashes,
-             ) -> None:
-    """Adds entries of n matrices at their coordinates, in sums [n, 2 k].
+def scatter(sums: torch.Tensor, signed_rows: Callable[[slice], torch.Tensor],
+            of_rows: torch.Tensor, of_columns: torch.Tensor) -> None:
+    """Adds entries of n matrices [o, i] at coordinates of_rows [o] + of_columns [i] of sums
+    [n, 2 k], on a CPU.
 
     signed_rows(rows): [n, rows, i] entries of a few rows, times their signs. With a few at a time,
     they and their coordinates stay in the cache.
     """
-    at_once = parts_of(sums, len(sums) * hashes.columns.width)
-    for first in range(0, hashes.rows.width, at_once):
+    at_once = parts_of(sums, len(sums) * len(of_columns))
+    for first in range(0, len(of_rows), at_once):
         rows = slice(first, first + at_once)
-        coordinates = hashes.rows.buckets[rows, None] + hashes.columns.buckets
+        coordinates = of_rows[rows, None] + of_columns
         entries = signed_rows(rows).flatten(1)
         sums.scatter_add_(1, coordinates.flatten().expand_as(entries), entries)
 

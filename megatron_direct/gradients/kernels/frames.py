@@ -14,7 +14,8 @@ Three things keep the memory traffic down, which is what else it costs:
 - An axis that is much narrower than k can stay as it is, if no two of its indices share a bucket:
   the product is then of the axis's own width, and its rows are added to those rows of the frame
   that are their buckets. Every layer has buckets of its own, so such a product is its layer's alone
-  and is not buffered.
+  and is not buffered. On a CPU its entries are added at their coordinates, row + column, and no
+  frame is made: to fill one with zeros and to sum it takes longer than a narrow layer's product.
 
 Shapes: t tokens of a sample, n samples, k the size of the sketch.
 """
@@ -27,6 +28,7 @@ from megatron_direct.gradients.hashes import AxisHash, Hashes, folded
 from megatron_direct.gradients.kernels import costs as cost_tables
 from megatron_direct.gradients.kernels.buffer import FactorBuffer, product
 from megatron_direct.gradients.kernels.costs import Coefficients
+from megatron_direct.gradients.kernels.entries import scatter
 from megatron_direct.gradients.kernels.factors import count_sketched
 from megatron_direct.gradients.kernels.kernel import Kernel, Work, factor_dtype
 from megatron_direct.gradients.kernels.segments import Blocks, Segments
@@ -45,6 +47,9 @@ class ByFrames(Kernel):
     def __init__(self, num_samples: int, size: int, device: torch.device):
         self._size = size
         self._sums = torch.zeros(num_samples, size, device=device)
+        self._scatters = device.type == "cpu"
+        # At coordinates before the mod k.
+        self._scattered = torch.zeros(num_samples if self._scatters else 0, 2 * size, device=device)
         self._costs = cost_tables.of(device.type)
         self._buffer = FactorBuffer(BUFFERED_TOKENS[device.type])
         self._first = 0  # the sample of the first frame
@@ -63,19 +68,31 @@ class ByFrames(Kernel):
             scale: torch.Tensor | None = None) -> None:
         assert scale is None, "factors cannot be scaled entry by entry"
         assert not isinstance(piece, Entries), "refused by takes()"
-        frames = self._frames_of(first, piece.num_samples)
         dtype = factor_dtype(piece)
+        if isinstance(piece, OuterProducts) and self._keeps_an_axis(piece, hashes):
+            self._add_at_own_width(first, piece, hashes, dtype)
+            return
+        frames = self._frames_of(first, piece.num_samples)
         if isinstance(piece, RoutedOuterProducts):
             _add_routed(frames, piece, hashes, dtype)
-        elif isinstance(piece, OuterProducts) and self._keeps_an_axis(piece, hashes):
-            _add_at_own_width(frames, piece, hashes, dtype)
         else:
             left, right = self._buffer.reserve(frames, len(piece.output_grads), dtype)
             count_sketched(piece, hashes, left.transpose(0, 1), right.transpose(0, 1))
 
+    def _add_at_own_width(self, first: int, piece: OuterProducts, hashes: Hashes,
+                          dtype: torch.dtype) -> None:
+        kept, products = _at_own_width(piece, hashes, dtype)
+        if self._scatters:
+            scatter(self._scattered[first: first + piece.num_samples],
+                    lambda rows: products[:, rows], kept.buckets, torch.arange(self._size))
+        else:
+            self._frames_of(first, piece.num_samples).index_add_(1, kept.buckets, products)
+
     def total(self) -> torch.Tensor:
         self._sum_frames()
-        return self._sums
+        if not self._scatters:
+            return self._sums
+        return self._sums + self._scattered[:, :self._size] + self._scattered[:, self._size:]
 
     def _frames_of(self, first: int, count: int) -> torch.Tensor:
         """[count, k, k] frames of these samples; those of an earlier micro-batch are summed up."""
@@ -107,9 +124,9 @@ def _add_routed(frames: torch.Tensor, piece: RoutedOuterProducts, hashes: Hashes
     blocks.add_products(frames, blocks.take(left), blocks.take(right), product)
 
 
-def _add_at_own_width(frames: torch.Tensor, piece: OuterProducts, hashes: Hashes,
-                      dtype: torch.dtype) -> None:
-    """The product has the narrower axis for its rows: in a frame, the two may change places."""
+def _at_own_width(piece: OuterProducts, hashes: Hashes, dtype: torch.dtype,
+                  ) -> tuple[AxisHash, torch.Tensor]:
+    """(narrower axis, products [n, its width, k]): rows and columns may change places."""
     kept, other = hashes.rows, hashes.columns
     kept_values, other_values = piece.output_grads.to(dtype), piece.inputs.to(dtype)
     if kept is not narrower_axis(hashes):
@@ -118,7 +135,7 @@ def _add_at_own_width(frames: torch.Tensor, piece: OuterProducts, hashes: Hashes
     left = (kept_values * kept.signs.to(dtype)).transpose(0, 1)
     right = left.new_empty(*left.shape[:2], other.size)
     other.write_count_sketch(other_values, right.transpose(0, 1))
-    frames.index_add_(1, kept.buckets, product(left, right))
+    return kept, product(left, right)
 
 
 def narrower_axis(hashes: Hashes) -> AxisHash:
@@ -144,10 +161,11 @@ def _cost_of_whole_frames(work: Work, costs: Coefficients) -> float:
 def _cost_of_own_width(work: Work, costs: Coefficients) -> float:
     width = min(work.outputs, work.inputs)
     gathered = work.gathered - work.size + width
-    # The product is written, read, and added to rows of the frame: twice the traffic of a frame.
+    # On a GPU the product is written, read, and added to rows of the frame: twice its traffic.
+    added = costs.scattered_entry if work.device_type == "cpu" else 2 * costs.frame
     return (_CALLS + 2) * costs.call + work.samples * (
         work.tokens * gathered * costs.gathered
-        + width * work.size * (work.tokens * _multiply_add(work, costs) + 2 * costs.frame))
+        + width * work.size * (work.tokens * _multiply_add(work, costs) + added))
 
 
 def _multiply_add(work: Work, costs: Coefficients) -> float:
