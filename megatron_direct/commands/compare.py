@@ -50,9 +50,10 @@ from megatron_direct.runtime.manifest import Artefact, State
 from megatron_direct.runtime.run_directory import RunDirectory, locked
 from megatron_direct.selection.auto import FEWEST_VALID
 from megatron_direct.steps import solve as solve_step
+from megatron_direct.steps.extend import num_drawn_valid
 from megatron_direct.steps.onset import Onset, OnsetConfig, dataset_digests
 from megatron_direct.steps.pilot import states_to_merge
-from megatron_direct.steps.sketch import SketchConfig, draw
+from megatron_direct.steps.sketch import SketchConfig
 
 REFERENCE = "random"
 
@@ -172,7 +173,7 @@ def _arms(setting: Setting) -> list[str]:
         obstacles.append(([name for name in chosen if "proxy" in find_arm(name).needs],
                           "no smaller model is there to select for this one",
                           "Give its checkpoint with --proxy-load, or leave these arms out."))
-    num_valid = len(draw(setting.onset.valid.usable, setting.measure.sketch.num_valid_samples, 0))
+    num_valid = num_drawn_valid(setting.measure.sketch, setting.onset)
     if num_valid < FEWEST_VALID:
         obstacles.append(([name for name in chosen if "share" in find_arm(name).needs],
                           f"they are judged by one half of the validation set and the other, for "

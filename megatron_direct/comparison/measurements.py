@@ -207,10 +207,8 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
     if config.is_auto and config.anneal_tokens is None:
         config = dataclasses.replace(config, anneal_tokens=setting.num_tokens)
     here, samples, valid_samples = pool.samples[chosen], setting.onset.pool, setting.onset.valid
-    if not config.is_auto and int(config.num_select) > len(here):
-        raise UserError(f"--num-select {config.num_select} is more than the {len(here)} samples "
-                        "whose gradients are finite. Give a smaller number, or check the "
-                        "checkpoint.")
+    # Most arms select no sample twice.
+    solve_step.check_finite(dataclasses.replace(config, max_count=1), len(here))
     sources = TokenSource(samples, here), TokenSource(valid_samples, valid.samples)
     texts = Texts.read_from(*sources)
     evidence = {name: Evidence(rows.rows[chosen], samples.num_labels[here],

@@ -83,6 +83,10 @@ class Evidence:
         return self.once(("clusters", count, seed), lambda: find_clusters(
             self.rows, self.pools(), count, self.share(), seed))
 
+    def lengths(self) -> np.ndarray:
+        """[n] of this rank's rows."""
+        return self.once(("lengths",), lambda: row_lengths(self.rows))
+
     def stiff_costs(self) -> np.ndarray:
         """[n] of this rank's candidates (:func:`stiff_costs`)."""
         return self.once(("stiff costs",), lambda: stiff_costs(self.rows, self.directions))
@@ -131,7 +135,7 @@ def mean_row(evidence: Evidence, *, unit: bool) -> np.ndarray:
 def _mean_row(evidence: Evidence, unit: bool) -> np.ndarray:
     weights = np.ones(len(evidence.rows))
     if unit:
-        lengths = row_lengths(evidence.rows)
+        lengths = evidence.lengths()
         weights = np.divide(weights, lengths, out=np.zeros_like(lengths), where=lengths > 0)
     everyone, share = Partition(np.zeros(len(weights), dtype=np.int64), 1), evidence.share()
     return share.summed(everyone.sums(evidence.rows, weights))[0] / share.num_samples
@@ -140,7 +144,7 @@ def _mean_row(evidence: Evidence, unit: bool) -> np.ndarray:
 def mean_length(evidence: Evidence) -> float:
     """Of the candidates' rows of all ranks; all ranks call this."""
     share = evidence.share()
-    return float(share.summed(np.array([row_lengths(evidence.rows).sum()]))[0]) / share.num_samples
+    return float(share.summed(np.array([evidence.lengths().sum()]))[0]) / share.num_samples
 
 
 def mean_gradient(valid_rows: np.ndarray, weights: np.ndarray, *, unit: bool) -> np.ndarray:

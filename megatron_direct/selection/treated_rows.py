@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.selection.evidence import Evidence, flat_rows
+from megatron_direct.selection.evidence import Evidence, flat_rows, mean_length
 from megatron_direct.selection.objectives import find_objective
-from megatron_direct.selection.rows import row_blocks, row_lengths
+from megatron_direct.selection.rows import row_blocks
 from megatron_direct.selection.shrinkage import Partition, shrink
 
 
@@ -66,17 +66,16 @@ class _Treatment:
 
     @classmethod
     def of(cls, config: SelectionConfig, evidence: Evidence, seed: int) -> _Treatment:
-        share = evidence.share()
         # Before any row is copied, since a search of clusters needs a copy of its own.
         clusters = evidence.clusters(config.shrinkage_clusters, seed) \
             if config.shrinkage_clusters else None
         factors = weights = np.ones(len(evidence.rows))
         if config.normalize_gradients:  # a row of zeros stays one
-            lengths = row_lengths(evidence.rows)
-            mean = share.summed(np.array([lengths.sum()]))[0] / share.num_samples
-            factors = np.divide(mean, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+            lengths = evidence.lengths()
+            factors = np.divide(mean_length(evidence), lengths, out=np.zeros_like(lengths),
+                                where=lengths > 0)
         if config.weight_by_tokens:
-            labels = evidence.labels.astype(np.float64)
+            labels, share = evidence.labels.astype(np.float64), evidence.share()
             weights = labels * share.num_samples / share.summed(np.array([labels.sum()]))[0]
         return cls(factors, clusters, weights)
 

@@ -14,9 +14,8 @@ target is the mean of the e_v with weights omega_v. A group that gains little we
 its slopes; where all gain alike, the weights are the shares.
 
 Found by the method of Frank and Wolfe, each step of which sorts the samples once; w keeps quotas,
-and no budget. Below a small
-part of what a group could gain at most, the logarithm goes on as its tangent, for groups that no
-selection helps at once.
+and no budget. Below a small part of what a group could gain at most, the logarithm goes on as its
+tangent, for groups that no selection helps at once.
 
 Gradients are not all that is known: how like a group's texts a sample's is, by its n-grams
 (ngram_likeness.py), is told without a model, and errs otherwise than a gradient does. A group's

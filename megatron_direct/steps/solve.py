@@ -72,6 +72,14 @@ def check_number(config: SelectionConfig, num_usable: int) -> None:
                         "--data-path, or a greater --max-count.")
 
 
+def check_finite(config: SelectionConfig, num_finite: int) -> None:
+    """Raises UserError if K is given and is more than samples with finite gradients can give."""
+    if not config.is_auto and int(config.num_select) > num_finite * config.max_count:
+        raise UserError(f"--num-select {config.num_select} is more than the {num_finite} samples "
+                        "whose gradients are finite. Give a smaller number, or check the "
+                        "checkpoint.")
+
+
 def selection_key(config: SelectionConfig, curvature: CurvatureConfig, measured: Measured,
                   sketch: SketchConfig) -> SelectionKey:
     defaults = SelectionConfig()
@@ -254,10 +262,7 @@ def _solve(config: SelectionConfig, here: _Part, seed: int) -> _Solved:
     num_rows = here.total(len(part.samples))
     check_number(config, num_rows)
     num_finite = num_rows - len(not_finite)
-    if not config.is_auto and int(config.num_select) > num_finite * config.max_count:
-        raise UserError(f"--num-select {config.num_select} is more than the {num_finite} samples "
-                        "whose gradients are finite. Give a smaller number, or check the "
-                        "checkpoint.")
+    check_finite(config, num_finite)
     numbers = part.samples[finite]
     evidence = _evidence(here, numbers)
     with in_terms_of_flags():
