@@ -158,8 +158,7 @@ def _ours(shape: Shape, runs: Runs, ends: float, profile: Path) -> list[Timing]:
     layout = ParallelConfig()
     with megatron_runtime(), parallel.process_group(), grid.model_parallel(layout):
         try:
-            chunks = model.build(Job(architecture, layout, precision=Precision(bf16=True)),
-                                 spec="fused")
+            chunks = model.build(Job(architecture, layout, precision=Precision(bf16=True)))
             return list(_parts(chunks, shape, runs, ends, profile))
         except Exception as error:
             return [Timing("ours", error=_in_words(error))]

@@ -13,7 +13,7 @@ from megatron_direct.settings import Settings, flag, flag_name
 
 @dataclass(frozen=True)
 class ParallelConfig(Settings):
-    """Parallelism. Ranks that the sizes leave over are data parallel."""
+    """Parallelism, and by whose layers. Ranks that the sizes leave over are data parallel."""
 
     tensor_model_parallel_size: int = flag(1, "ranks that share each layer", at_least=1)
     pipeline_model_parallel_size: int = flag(1, "pipeline stages", at_least=1)
@@ -31,6 +31,10 @@ class ParallelConfig(Settings):
         choices=("allgather", "alltoall"))
     context_parallel_size: int = flag(
         1, "ranks that share each sequence; only 1 is supported", at_least=1)
+    transformer_impl: str = flag(
+        "local", "whose layers: Megatron's own (local), or Transformer Engine's, where it is "
+        "installed; exact curvature products always take Megatron's own",
+        choices=("local", "transformer_engine"))
 
     def data_parallel_size(self, world_size: int) -> int:
         return world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
@@ -63,6 +67,8 @@ class ParallelConfig(Settings):
             raise UserError(
                 f"--sequence-parallel splits --seq-length {model.seq_length} over "
                 f"--tensor-model-parallel-size {tp}: the size must be at least 2 and divide it.")
+        if self.transformer_impl == "transformer_engine":
+            _require_layers_of_transformer_engine(model)
         chunk = self.num_layers_per_virtual_pipeline_stage
         if chunk is not None and pp == 1:
             raise UserError(
@@ -135,6 +141,13 @@ class BatchConfig(Settings):
                 f"--micro-batch-size {self.micro_batch_size} times {data_parallel_size} "
                 "data-parallel ranks. Change either.")
         return self.global_batch_size // at_once
+
+
+def _require_layers_of_transformer_engine(model: ModelConfig) -> None:
+    for name in ("multi_latent_attention", "hybrid_layer_pattern"):
+        if getattr(model, name):
+            raise UserError(f"--transformer-impl transformer_engine does not support "
+                            f"{flag_name(name)}. Use --transformer-impl local.")
 
 
 def _divided_by_tensor_ranks(model: ModelConfig) -> Iterator[tuple[str, int]]:

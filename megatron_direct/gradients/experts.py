@@ -42,6 +42,9 @@ def watched(moe: Any) -> Iterator[tuple[torch.nn.Module, Callable]]:
     for number, expert in enumerate(getattr(moe.experts, "local_experts", ())):
         for linear in (expert.linear_fc1, expert.linear_fc2):
             yield linear, functools.partial(routing.watch_linear, number)
+    if hasattr(moe.experts, "linear_fc1"):  # Transformer Engine's, all experts in one
+        for linear in (moe.experts.linear_fc1, moe.experts.linear_fc2):
+            yield linear, routing.watch_grouped_linear
     if moe.shared_experts is not None:
         yield moe.shared_experts, _shared_experts_gate
 
@@ -95,6 +98,21 @@ class _Routing:
 
         def pieces(output_grads):
             yield layer.weight, RoutedOuterProducts(inputs, output_grads, samples, num_samples)
+
+        return pieces
+
+
+    def watch_grouped_linear(self, layer, arguments, keywords, _output):
+        """All experts' tokens [n, i] in and [n, o] out, and how many each expert has."""
+        inputs = arguments[0].detach()
+        counts = arguments[1] if len(arguments) > 1 else keywords["m_splits"]
+        all_samples, num_samples = self._samples, self._num_samples
+
+        def pieces(output_grads):
+            parts = zip(inputs.split(counts), output_grads.split(counts), all_samples, strict=True)
+            for number, (some, grads, samples) in enumerate(parts):
+                yield (getattr(layer, f"weight{number}"),
+                       RoutedOuterProducts(some, grads, samples, num_samples))
 
         return pieces
 

@@ -23,7 +23,7 @@ def column_parallel(layer, arguments, keywords, _output):
     def pieces(output_grads):
         whole = grid.gather_over_tensor_ranks(inputs, 0) if layer.sequence_parallel else inputs
         yield weight, OuterProducts(whole, output_grads)
-        if layer.bias is not None:
+        if has_bias(layer):
             yield layer.bias, Entries(summed(output_grads, 0))
 
     return pieces
@@ -34,7 +34,7 @@ def row_parallel(layer, arguments, _keywords, _output):
     inputs = arguments[0].detach()
 
     def pieces(output_grads):
-        if layer.bias is not None:
+        if has_bias(layer):
             # Added after the sum over ranks: spread by position it is a partial sum, and marked so.
             yield layer.bias, Entries(summed(output_grads, 0))
         if layer.sequence_parallel:
@@ -42,6 +42,11 @@ def row_parallel(layer, arguments, _keywords, _output):
         yield layer.weight, OuterProducts(inputs, output_grads)
 
     return pieces
+
+
+def has_bias(layer) -> bool:
+    """Transformer Engine has an empty one in the place of none."""
+    return layer.bias is not None and layer.bias.numel() > 0
 
 
 def vocab_parallel_embedding(layer, arguments, _keywords, _output):

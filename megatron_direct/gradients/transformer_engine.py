@@ -27,7 +27,7 @@ def norm_and_column_parallel(layer, arguments, _keywords, _output):
         z = x_hat * (layer.layer_norm_weight + (1 if layer.zero_centered_gamma else 0))
         z = z + layer.layer_norm_bias if centred else z
         yield layer.weight, OuterProducts(z.to(inputs.dtype), output_grads)
-        if layer.bias is not None:
+        if layers.has_bias(layer):
             yield layer.bias, Entries(layers.summed(output_grads, 0))
         z_grads = output_grads @ layer.weight
         if not layer.sequence_parallel:

@@ -11,17 +11,18 @@ import torch
 from megatron_direct import architecture, hybrid_pattern
 from megatron_direct.config import Job, ModelConfig
 from megatron_direct.mcore import compat
-from megatron_direct.mcore.specs import SPECS, LayerSpec
+from megatron_direct.mcore.specs import SPEC_OF_IMPLEMENTATION, SPECS, LayerSpec
 from megatron_direct.mcore.specs.local import prediction_heads
 from megatron_direct.runtime import host
 
 
-def build(job: Job, *, seed: int = 1234, spec: str = "fused",
+def build(job: Job, *, seed: int = 1234, spec: str | None = None,
           dtype: torch.dtype | None = None) -> list[torch.nn.Module]:
     """This rank's model chunks, with newly initialised weights. Needs grid.model_parallel().
 
-    spec: a name in :data:`megatron_direct.mcore.specs.SPECS`; exact curvature products need
-    "local". dtype: of weights and activations; left out: as the job says.
+    spec: a name in :data:`megatron_direct.mcore.specs.SPECS`, left out: by the job's
+    --transformer-impl; exact curvature products need "local". dtype: of weights and activations;
+    left out: as the job says.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -31,7 +32,8 @@ def build(job: Job, *, seed: int = 1234, spec: str = "fused",
     model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
     model, num_chunks = job.model, job.num_model_chunks
     dtype = dtype or (torch.bfloat16 if job.precision.bf16 else torch.float32)
-    transformer_config, layers = _transformer_config(job, dtype), SPECS[spec]
+    layers = SPECS[spec or SPEC_OF_IMPLEMENTATION[job.layout.transformer_impl]]
+    transformer_config = _transformer_config(job, dtype)
     make = _gpt if model.hybrid_layer_pattern is None else _hybrid
     chunks = []
     for number in range(num_chunks):

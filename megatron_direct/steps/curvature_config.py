@@ -52,9 +52,9 @@ class CurvatureConfig(Settings):
                             "with a standard error.")
 
 
-def layer_spec(config: CurvatureConfig) -> str:
-    """Of the layers that its products can be taken of."""
-    return "local" if config.curvature in EXACT else "fused"
+def layer_spec(config: CurvatureConfig) -> str | None:
+    """Of the layers that its products can be taken of; None: any that the job has."""
+    return "local" if config.curvature in EXACT else None
 
 
 def require_precision(config: CurvatureConfig, precision: Precision) -> None:

@@ -127,7 +127,7 @@ def draw(usable: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def gradient_model(config: SketchConfig, job: Job, point: GradientPoint, spec: str,
+def gradient_model(config: SketchConfig, job: Job, point: GradientPoint, spec: str | None,
                    ) -> Iterator[GradientModel]:
     """The model at a point, on its ranks for as long as the context lasts; all ranks call this.
 

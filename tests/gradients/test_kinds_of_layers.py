@@ -69,47 +69,6 @@ def test_a_fused_norm_and_linear_layer(normalization, zero_centered):
         assert abs(found - truth).max() < 1e-12, name
 
 
-def _in_transformer_engine(model, layout):
-    """Largest relative difference of inner products: TE's layers against the local ones'."""
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-    local, = models.build(Job(model, layout), spec="local")
-    fused = GPTModel(
-        config=local.config, vocab_size=model.padded_vocab_size,
-        transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(
-            qk_layernorm=model.qk_layernorm),
-        max_sequence_length=model.seq_length, position_embedding_type="rope",
-        share_embeddings_and_output_weights=True).cuda()
-    weights = {shard.name: shard.parameter for shard in parameter_shards([local])}
-    shards = parameter_shards([fused])
-    with torch.no_grad():
-        for shard in shards:
-            shard.parameter.copy_(weights[shard.name])
-    tokens = torch.randint(0, model.vocab_size, (2, model.seq_length), device="cuda")
-    positions = torch.arange(model.seq_length, device="cuda").expand(2, -1)
-    products = []
-    for chunk in (local, fused):
-        sums = torch.zeros(2, device="cuda")
-
-        def add(_batch, shard, piece, sums=sums):
-            sums.add_(piece.inner_products(torch.ones_like(shard.parameter)))
-
-        with PieceHooks([chunk], parameter_shards([chunk]), add):
-            chunk(tokens, positions, None, labels=tokens).sum().backward()
-        products.append(sums)
-    return float(((products[0] - products[1]) / products[0]).abs().max())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["llama-tied", "qwen3"])
-def test_transformer_engine_models(name):
-    pytest.importorskip("transformer_engine", reason="needs Transformer Engine and a GPU")
-    # Its kernels sum in another order than the local layers, in single precision.
-    difference, = on_layout(Layout(), _in_transformer_engine, MODELS[name])
-    assert difference < 1e-4
-
-
 def _refusals(model, layout):
     chunks = models.build(Job(model, layout))
     shards = parameter_shards(chunks)

@@ -40,7 +40,12 @@ SPECS = {
                        local.add_up_position_gradients, exact_products=True),
     "fused": LayerSpec(fused.block_spec, fused.stack_spec, compat.models_can_be_built,
                        fused.finish),
+    "transformer_engine": LayerSpec(
+        transformer_engine.block_spec, transformer_engine.stack_spec, compat.models_can_be_built,
+        transformer_engine.finish),
 }
+# By --transformer-impl: what passes without exact products are made with.
+SPEC_OF_IMPLEMENTATION = {"local": "fused", "transformer_engine": "transformer_engine"}
 
 
 def built_from(chunk: torch.nn.Module) -> LayerSpec | None:

@@ -36,14 +36,21 @@ def stack_spec(transformer_config):
 
 
 def finish(chunk: torch.nn.Module) -> None:
-    """What is fused outside of core attention."""
+    """What is fused outside of core attention, and the turning of queries and keys in it."""
     from megatron.core.transformer.attention import SelfAttention
-    from megatron.core.transformer.mlp import MLP
 
     local.add_up_position_gradients(chunk)
     for module in chunk.modules():
         if isinstance(module, SelfAttention):
             module.register_forward_pre_hook(_hand_angles_on, with_kwargs=True)
+    fuse_around_attention(chunk)
+
+
+def fuse_around_attention(chunk: torch.nn.Module) -> None:
+    """Activations of MLPs, and the loss."""
+    from megatron.core.transformer.mlp import MLP
+
+    for module in chunk.modules():
         if (isinstance(module, MLP) and module.config.gated_linear_unit
                 and module.config.activation_func is silu):
             _fuse_activation(module)

@@ -126,7 +126,7 @@ def _layer(spec, config, core_attention: type | None):
             attention.update(q_layernorm=_torch_norm(config), k_layernorm=_torch_norm(config))
     mlp, has_experts = parts.mlp, compat.is_mixture_of_experts(parts.mlp)
     if has_experts:
-        mlp = compat.with_submodules(mlp, router=_router())
+        mlp = compat.with_submodules(mlp, router=router_class())
     return dataclasses.replace(spec, submodules=dataclasses.replace(
         parts,
         mlp=mlp,
@@ -134,11 +134,11 @@ def _layer(spec, config, core_attention: type | None):
         pre_mlp_layernorm=norm_class(config),
         self_attention=dataclasses.replace(
             compat.with_submodules(parts.self_attention, **attention), module=attention_class),
-        sharded_state_dict_keys_map=_checkpoint_names(
+        sharded_state_dict_keys_map=checkpoint_names(
             config.multi_latent_attention, has_experts)))
 
 
-def _checkpoint_names(latent_attention: bool, has_experts: bool) -> dict[str, str]:
+def checkpoint_names(latent_attention: bool, has_experts: bool) -> dict[str, str]:
     """{beginning of a norm's name: what Transformer Engine's spec has in its place}."""
     names = {}
     if latent_attention:
@@ -210,7 +210,8 @@ def latent_attention() -> Any:
     return LatentAttention
 
 
-def _router() -> type:
+def router_class() -> type:
+    """Megatron's, which multiplies without Transformer Engine."""
     from megatron.core.transformer.moe.router import TopKRouter
 
     class Router(TopKRouter):
