@@ -14,20 +14,20 @@ from spec_parity import PARITY, build_filled, errors
 from tiny_models import MODELS, VOCAB_SIZE
 
 from megatron_direct.config import ParallelConfig
+from megatron_direct.data.mask import SampleMask
 from megatron_direct.errors import UserError
 
 TESTS = Path(__file__).parents[1]
+VARIABLES = launching.environment(PYTHONPATH=f"{launching.ROOT}:{TESTS}")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict[str, dict[str, float]]]:
     """By rank, what transformer_engine_run.py found."""
     folder = tmp_path_factory.mktemp("transformer-engine")
-    variables = launching.environment()
-    variables["PYTHONPATH"] += f":{TESTS}"
     launched = launching.run(
         [sys.executable, "-W", "ignore", *launching.torchrun(2)[1:],
-         str(TESTS / "transformer_engine_run.py"), str(folder)], variables)
+         str(TESTS / "transformer_engine_run.py"), str(folder)], VARIABLES)
     assert launched.returncode == 0, launched.stderr
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
@@ -54,6 +54,30 @@ def test_checkpoints_serve_both(found):
                    if "in checkpoints" in case]
     assert len(differences) == 4
     assert all(set(both.values()) == {0.0} for both in differences)
+
+
+def _selected_and_annealed(folder: Path, run: Path, implementation: str
+                           ) -> tuple[list[int], list[float]]:
+    """Which documents are selected, and the losses of an annealing on them."""
+    program = [sys.executable, "-W", "ignore", str(TESTS / "with_transformer_engine.py")]
+    flags = ["--transformer-impl", implementation]
+    for command in (launching.select_flags(folder, run, "--pilot-iters", "3", *flags),
+                    ["anneal", "--run-dir", str(run), *flags, "--lr-wsd-decay-iters", "3",
+                     "--test-data-path", str(folder / "test")]):
+        launched = launching.run([*program, *command], VARIABLES)
+        assert launched.returncode == 0, launched.stderr
+    mask = SampleMask.load(run / "selections" / "direct" / "masks" / "pool.mask.npz")
+    lines = (run / "anneal" / "direct" / "metrics.jsonl").read_text().splitlines()
+    return mask.keep.tolist(), [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.slow
+def test_a_pilot_a_selection_and_an_annealing(small_folder, tmp_path):
+    write_dataset(small_folder / "test", random_documents(8, 60, seed=2, longest=16))
+    local, theirs = (_selected_and_annealed(small_folder, tmp_path / name, name)
+                     for name in ("local", "transformer_engine"))
+    assert sum(local[0]) and local[0] == theirs[0]
+    assert len(local[1]) == 3 and local[1] == pytest.approx(theirs[1], rel=1e-5)
 
 
 def test_models_that_are_not_built_of_them_are_refused():
