@@ -247,6 +247,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--arms", nargs="+", help="these alone, in one stage; default: in the "
                         "stages of the scale")
+    parser.add_argument("--num-seeds", type=int, help="of each setting; default: the scale's")
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks")
     parser.add_argument("--at-once", type=int, default=1, help="settings that are run at once, "
                         "where one of them leaves the machine idle in between")
@@ -265,7 +266,7 @@ def main() -> None:
         Stage(tuple(flags.arms), tuple(flags.settings)),)
     work = Work(study, tuple(others), began + flags.seconds, flags.results, tuple(flags.settings),
                 flags.at_once)
-    failed = work.failing(order(stages, scale.num_seeds, flags.settings))
+    failed = work.failing(order(stages, flags.num_seeds or scale.num_seeds, flags.settings))
     if failed:
         raise SystemExit("\n".join(f"failed: {name}, {num_seeds} seeds of {', '.join(stage.arms)}"
                                    for stage, num_seeds, name in failed))
