@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 
 from megatron_direct.comparison.arms import REGISTRY, Arm, Case, arm
+from megatron_direct.data.ngram_likeness import likeness_of_dsir
 from megatron_direct.selection.auto import worth_of
 from megatron_direct.selection.distilled import Sketched, draw_share, for_share
 from megatron_direct.selection.evidence import Evidence
@@ -33,7 +34,7 @@ MODERATE_AVERAGED = Recipe(final=0.3, average=0.5)
 def _ngrams(case: Case) -> np.ndarray:
     texts = case.evidence["onset"].texts
     assert texts is not None
-    return case.largest(texts.likeness(np.zeros(len(case.valid_labels), np.int64))[0])
+    return case.largest(likeness_of_dsir(texts))
 
 
 @arm("redundancy-draw", "drawn by cosine less likeness to what was drawn before, as OPUS does",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-# Of a text's n-grams, by which texts are compared: as many as DSIR has (ngram_likeness.py).
-NUM_FEATURES = 10_000
+# Of a text's n-grams, by which texts are compared: so many that a bigram which is in no text is in
+# most cases seen to be.
+NUM_FEATURES = 1 << 18
 # A token, of those that are kept.
-BYTES_OF_TEXT = 4
+BYTES_OF_TEXT = 8
 # Odd constants of splitmix64 and of Knuth: they spread small integers over 64 bits.
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _SECOND = np.uint64(0xBF58476D1CE4E5B9)

@@ -1,9 +1,15 @@
 """How like the validation set's a sample's text is, by its tokens alone: no model is asked.
 
 Data selection with importance resampling (DSIR, Xie et al. 2023, arXiv 2302.03169): unigrams and
-bigrams are hashed to 10,000 features, and a sample's score is the log ratio of their frequencies in
-the validation set and in the pool. Here it is averaged over the sample's n-grams, since samples
-differ in length.
+bigrams are hashed, and a sample's score is the log ratio of their frequencies in the validation set
+and in the pool. Here it is averaged over the sample's n-grams, since samples differ in length, and
+the validation set's frequencies are smoothed towards the pool's, by Dirichlet's prior (Zhai and
+Lafferty, TOIS 2004): with counts c of n and a prior that counts as a n-grams
+
+    (c + a p_pool) / (n + a).
+
+DSIR counts each of 10,000 features once more than it occurs. A bigram that is new to both then
+counts for a sample, since the pool is larger, and so shuffled text is likely.
 
 Shapes: n samples of the pool on this rank, M validation samples in V groups.
 """
@@ -21,28 +27,32 @@ from megatron_direct.data.ngram_hashes import NUM_FEATURES, ngram_hashes
 from megatron_direct.data.token_features import TokenSource
 
 _AT_ONCE = 1 << 18  # tokens, of whole samples, that are hashed together
+_PRIOR = 1e4  # n-grams of the pool, as which it counts
+_DSIR_FEATURES = 10_000
 
 
 @dataclass(frozen=True, eq=False)
 class Ngrams:
-    """Features of the n-grams of some samples, read when they are first asked for, and kept: 4
+    """Features of the n-grams of some samples, read when they are first asked for, and kept: 8
     bytes a token."""
 
     source: TokenSource
+    num_features: int = NUM_FEATURES
 
     def __len__(self) -> int:
         return len(self.source.numbers)
 
     def of(self, here: np.ndarray) -> Ngrams:
         """Of some of the samples, by a mask or positions."""
-        return Ngrams(self.source.of(here))
+        return Ngrams(self.source.of(here), self.num_features)
 
     @functools.cached_property
     def _parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(features of unigrams, of bigrams), [.] each, one sample's after the other's: a sample of
         n tokens has n, and n - 1."""
         return [_features([self.source.samples.tokens(int(number))
-                           for number in self.source.numbers[block]]) for block in self._blocks]
+                           for number in self.source.numbers[block]], self.num_features)
+                for block in self._blocks]
 
     @functools.cached_property
     def _blocks(self) -> list[slice]:
@@ -57,13 +67,14 @@ class Ngrams:
 
     def counts(self, groups: np.ndarray) -> np.ndarray:
         """[V, features] how often each occurs in each group; groups: [samples] of 0 .. V - 1."""
-        size = (int(groups.max(initial=0)) + 1, NUM_FEATURES)
+        size = (int(groups.max(initial=0)) + 1, self.num_features)
         found = np.zeros(size)
         for (single, double), block in zip(self._parts, self._blocks, strict=True):
             lengths = self._lengths[block]
             for features, count in ((single, lengths), (double, lengths - 1)):
-                found += np.bincount(np.repeat(groups[block], count) * NUM_FEATURES + features,
-                                     minlength=found.size).reshape(size)
+                found += np.bincount(
+                    np.repeat(groups[block], count) * self.num_features + features,
+                    minlength=found.size).reshape(size)
         return found
 
     @functools.cached_property
@@ -109,8 +120,7 @@ class Texts:
                  ) -> np.ndarray:
         """[V, n] mean log ratio over the n-grams of each sample of the pool that count, 0 of none,
         for each of the groups (numbers 0 .. V - 1 [M]); all ranks that share the pool call this."""
-        in_pool = all_reduce_sum(self.pool.counts_of_all)
-        ratios = _log_shares(self.valid.counts(groups)) - _log_shares(in_pool)
+        ratios = _log_ratios(self.valid.counts(groups), all_reduce_sum(self.pool.counts_of_all))
         if self.counted is None:
             return self.pool.means(ratios)
         shares = self.pool.means(self.counted[None].astype(np.float64))
@@ -118,16 +128,31 @@ class Texts:
                          out=np.zeros((len(ratios), len(self.pool))), where=shares > 0)
 
 
-def _features(texts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def likeness_of_dsir(texts: Texts) -> np.ndarray:
+    """[n] of the pool's samples, all of them on this rank, to the whole validation set, with the
+    features and the smoothing that DSIR has."""
+    pool, valid = (Ngrams(some.source, _DSIR_FEATURES) for some in (texts.pool, texts.valid))
+    ratios = _log_shares(valid.counts_of_all) - _log_shares(pool.counts_of_all)
+    return pool.means(ratios)[0]
+
+
+def _features(texts: list[np.ndarray], num_features: int) -> tuple[np.ndarray, np.ndarray]:
     """Hashed as one text, without the bigrams that join two of them."""
     lengths = np.array([len(text) for text in texts])
-    hashes = (ngram_hashes(np.concatenate(texts)) % np.uint64(NUM_FEATURES)).astype(np.uint16)
+    hashes = (ngram_hashes(np.concatenate(texts)) % np.uint64(num_features)).astype(np.uint32)
     single, double = np.split(hashes, [int(lengths.sum())])
     return single, np.delete(double, np.cumsum(lengths)[:-1] - 1)
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)[:-1]])
+
+
+def _log_ratios(counts: np.ndarray, in_pool: np.ndarray) -> np.ndarray:
+    """[V, features] of counts [V, features] and [1, features]: log of smoothed frequency in each
+    group over that in the pool. What the pool does not have is in none of its samples."""
+    shares, size = np.maximum(in_pool, 0.5) / in_pool.sum(), counts.sum(1, keepdims=True)
+    return np.log((counts / shares + _PRIOR) / (size + _PRIOR))
 
 
 def _log_shares(counts: np.ndarray) -> np.ndarray:

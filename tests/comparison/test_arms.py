@@ -11,6 +11,7 @@ from written_texts import random_texts
 from megatron_direct.comparison.arms import REGISTRY, Arm, Case, matched
 from megatron_direct.comparison.measurements import MEASUREMENTS
 from megatron_direct.curvature.spectrum import Directions
+from megatron_direct.data.ngram_likeness import likeness_of_dsir
 from megatron_direct.selection.treatment import Evidence, SelectionConfig
 
 N, M, SIZE, K = 60, 12, 16, 15
@@ -78,7 +79,7 @@ def _under_the_inverse(evidence):
     ("pilot-dot", lambda case: _dots(case, "select")),
     ("stiff-alignment", lambda case: (_rows(case) @ STIFF.T)
      @ (STIFF @ case.evidence["onset"].valid_rows.mean(0))),
-    ("ngrams", lambda case: case.evidence["onset"].texts.likeness(np.zeros(M, int))[0]),
+    ("ngrams", lambda case: likeness_of_dsir(case.evidence["onset"].texts)),
     ("influence", lambda case: _under_the_inverse(case.evidence["onset"])),
     ("influence-select", lambda case: _under_the_inverse(case.evidence["select"])),
 ])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 from indexed_files import write_dataset
+from written_texts import written
 
-from megatron_direct.data.ngram_hashes import ngram_hashes
-from megatron_direct.data.ngram_likeness import Texts
+from megatron_direct.data.ngram_hashes import NUM_FEATURES, ngram_hashes
+from megatron_direct.data.ngram_likeness import Texts, likeness_of_dsir
 from megatron_direct.data.samples import Samples
 from megatron_direct.data.token_features import TokenSource
 
@@ -32,26 +34,27 @@ def texts(tmp_path_factory, documents) -> Texts:
     return Texts.read_from(**sources)
 
 
-def _features(text: np.ndarray) -> list[int]:
+def _features(text: np.ndarray, num_features: int = NUM_FEATURES) -> list[int]:
     """Of the tokens that a model of sequence length 20 sees."""
-    return [int(number) % 10_000 for number in ngram_hashes(text[:21])]
+    return [int(number) % num_features for number in ngram_hashes(text[:21])]
 
 
-def _log_shares(some: list[np.ndarray]) -> dict[int, float]:
-    counts = dict.fromkeys(range(10_000), 1)
-    for text in some:
-        for feature in _features(text):
-            counts[feature] += 1
-    total = sum(counts.values())
-    return {feature: math.log(count / total) for feature, count in counts.items()}
+def _counts(some: list[np.ndarray], num_features: int = NUM_FEATURES) -> Counter[int]:
+    return Counter(feature for text in some for feature in _features(text, num_features))
 
 
-def _expected(documents, groups, counted=np.ones(10_000, dtype=bool)) -> np.ndarray:  # noqa: B008
-    in_pool, found = _log_shares(documents["pool"]), []
+def _expected(documents, groups, counted=None) -> np.ndarray:
+    in_pool, found = _counts(documents["pool"]), []
     for group in np.unique(groups):
-        in_group = _log_shares([text for text, number in zip(documents["valid"], groups,
-                                                             strict=True) if number == group])
-        found.append([np.mean([in_group[f] - in_pool[f] for f in _features(text) if counted[f]])
+        of_group = _counts([text for text, number in zip(documents["valid"], groups, strict=True)
+                            if number == group])
+
+        def log_ratio(feature: int, of_group=of_group) -> float:
+            share = in_pool[feature] / in_pool.total()
+            return math.log((of_group[feature] + 1e4 * share) / (of_group.total() + 1e4) / share)
+
+        found.append([np.mean([log_ratio(f) for f in _features(text)
+                               if counted is None or counted[f]])
                       for text in documents["pool"]])
     return np.array(found)
 
@@ -63,6 +66,37 @@ def test_likeness_written_out(documents, texts, groups):
     if len(found) == 2:  # and it is of what it should be: tokens below 20, and from 30 on
         low = [np.mean(text[:21] < 20) - np.mean(text[:21] >= 30) for text in documents["pool"]]
         assert np.corrcoef(found[0] - found[1], low)[0, 1] > 0.9
+
+
+def test_the_likeness_of_dsir_written_out(documents, texts):
+    log_shares = []
+    for some in (documents["valid"], documents["pool"]):
+        counts = _counts(some, 10_000)
+        log_shares.append({feature: math.log((counts[feature] + 1) / (counts.total() + 10_000))
+                           for feature in range(10_000)})
+    expected = [np.mean([log_shares[0][feature] - log_shares[1][feature]
+                         for feature in _features(text, 10_000)]) for text in documents["pool"]]
+    np.testing.assert_allclose(likeness_of_dsir(texts), expected, rtol=1e-12)
+
+
+def test_shuffled_text_is_unlike_what_it_was():
+    """The bigrams of shuffled text are new to pool and validation set, which is smaller. Where each
+    feature counts once more than it occurs, that is likeness."""
+    rng = np.random.default_rng(0)
+    successors = rng.permutation(1000)  # and the number after it
+
+    def text() -> np.ndarray:
+        tokens = [int(rng.integers(1000))]
+        while len(tokens) < 200:
+            tokens.append((int(successors[tokens[-1]]) + int(rng.integers(2))) % 1000)
+        return np.array(tokens)
+
+    whole, valid = [text() for _ in range(60)], [text() for _ in range(10)]
+    texts = written([*whole, *(rng.permutation(some) for some in whole[:20])], valid)
+    ours, dsirs = (np.mean(np.subtract.outer(found[:60], found[60:]) > 0) for found in (
+        texts.likeness(np.zeros(10, np.int64))[0], likeness_of_dsir(texts)))
+    assert ours > 0.99  # of all pairs, whole text is the more likely one
+    assert dsirs < 0.1
 
 
 def test_of_some_samples_on_each_of_two_ranks(documents, texts):
@@ -78,8 +112,8 @@ def test_of_some_samples_on_each_of_two_ranks(documents, texts):
 
 def test_by_half_of_the_validation_set_and_of_the_ngrams(documents, texts):
     """In each half a mean over the n-grams of that half, of shares among them."""
-    half, features = GROUPS == 1, np.arange(10_000) % 3 == 0
-    everything = np.ones(10_000, dtype=bool)
+    half, features = GROUPS == 1, np.arange(NUM_FEATURES) % 3 == 0
+    everything = np.ones(NUM_FEATURES, dtype=bool)
     fewer = {**documents, "valid": [documents["valid"][number] for number in (1, 2)]}
     one = np.zeros(2, np.int64)
     np.testing.assert_allclose(texts.half(half, everything).likeness(one), _expected(fewer, one),
@@ -87,7 +121,7 @@ def test_by_half_of_the_validation_set_and_of_the_ngrams(documents, texts):
     for counted in (features, ~features):
         np.testing.assert_allclose(texts.half(half, counted).likeness(one),
                                    _expected(fewer, one, counted), rtol=1e-12)
-    of_none = texts.half(half, np.zeros(10_000, dtype=bool))
+    of_none = texts.half(half, np.zeros(NUM_FEATURES, dtype=bool))
     np.testing.assert_array_equal(of_none.likeness(one), 0)
 
 
