@@ -24,10 +24,7 @@ DEFAULT_ARM = "direct"  # what `select` selects
 def write_record(setting: Setting, reference: str, arms: Sequence[str]) -> None:
     """arms: those with results, in the registry's order."""
     seconds = {seed: _seconds(setting, seed) for seed in setting.seeds}
-    annealing = float(np.median([
-        files.read_json(path)["seconds"]
-        for path in sorted(setting.folder.glob("arms/*/*/result.json"))
-        if find_arm(path.parents[1].name).recipe is not None]))
+    annealing = _annealing_seconds(setting)
     names = {key: list(indexed.prefix_names(list(prefixes)).values()) for key, prefixes in (
         ("pools", setting.onset.pool.prefixes), ("valid", setting.onset.valid.prefixes),
         ("test", setting.config.test_data_path))}
@@ -43,11 +40,19 @@ def write_record(setting: Setting, reference: str, arms: Sequence[str]) -> None:
         "shared_seconds": seconds, "annealing_seconds": annealing,
         "passes_of_selection": {
             name: _passes(setting, find_arm(name).needs, seconds, annealing / tokens)
-            for name in arms},
+            for name in arms} if annealing else dict.fromkeys(arms),
         "not_annealed": [name for name in arms if find_arm(name).recipe is None],
     })
     if setting.config.tokenizer_model:
         files.write_json(setting.folder / "texts.json", _texts(setting))
+
+
+def _annealing_seconds(setting: Setting) -> float | None:
+    """The median; None if all annealings have failed."""
+    taken = [files.read_json(path)["seconds"]
+             for path in sorted(setting.folder.glob("arms/*/*/result.json"))
+             if find_arm(path.parents[1].name).recipe is not None]
+    return float(np.median(taken)) if taken else None
 
 
 def _num_select(setting: Setting) -> int:

@@ -73,13 +73,15 @@ class AxisHash:
         return sums.view(*values.shape[:-1], self.size)
 
     def write_count_sketch(self, values: torch.Tensor, places: torch.Tensor) -> None:
-        """Into places [s, b, k] with one sample's rows together, of values [s, b, width]."""
+        """Into places [s, b, k], of values [s, b, width]; all rows together, or one sample's."""
         if gpu_kernels.apply_to(values) and self._slices is not None:
             from megatron_direct.gradients import count_sketch_kernel
 
             count_sketch_kernel.write_count_sketches(values, self._slices, places)
         elif values.is_cuda:
             self._write(values, places)
+        elif places.is_contiguous():
+            self._write(values.reshape(-1, self.width), places.view(-1, self.size))
         else:  # where a gather into rows that are not together takes ten times as long
             for of_sample, out in zip(values.unbind(1), places.unbind(1), strict=True):
                 self._write(of_sample, out)

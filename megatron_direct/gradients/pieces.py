@@ -33,9 +33,8 @@ class OuterProducts:
     def num_samples(self) -> int:
         return self.inputs.shape[1]
 
-    def part(self, positions: slice, samples: slice) -> OuterProducts:
-        return OuterProducts(self.inputs[positions, samples],
-                             self.output_grads[positions, samples])
+    def part(self, positions: slice) -> OuterProducts:
+        return OuterProducts(self.inputs[positions], self.output_grads[positions])
 
     def matrices(self) -> torch.Tensor:
         return torch.einsum("sbo,sbi->boi", self.output_grads, self.inputs)
@@ -83,9 +82,9 @@ class RowSums:
     def num_samples(self) -> int:
         return self.rows.shape[1]
 
-    def part(self, positions: slice, samples: slice) -> RowSums:
-        return RowSums(self.rows[positions, samples], self.held[positions, samples],
-                       self.output_grads[positions, samples], self.num_rows)
+    def part(self, positions: slice) -> RowSums:
+        return RowSums(self.rows[positions], self.held[positions], self.output_grads[positions],
+                       self.num_rows)
 
     def scaled(self, scale: torch.Tensor) -> RowSums:
         """The same gradients, their entries multiplied by those of ``scale`` [rows, h]."""

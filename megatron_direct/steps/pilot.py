@@ -1,6 +1,6 @@
 """The weights at which gradients and curvature are taken: a short annealing's, for instance.
 
-At the onset of annealing the learning rate is high, and the weights rattle about above the valley
+At the onset of annealing the learning rate is high, and the weights oscillate above the valley
 of the loss: most of the validation gradient points down its walls, which is where any data would
 take the model once the learning rate falls. A short decay over the pool as it is takes these common
 directions out; what is left of the gradients is what one sample teaches and another does not.

@@ -55,20 +55,15 @@ class BySpectra(Kernel):
             self._add_routed(spectra, piece, hashes)
             return
         assert not isinstance(piece, Entries), "refused by takes()"
-        num_tokens, num_samples = piece.output_grads.shape[:2]
-        tokens_at_once = min(num_tokens, parts_of(spectra, self._size))
-        samples_at_once = parts_of(spectra, tokens_at_once * self._size)
-        for start in range(0, num_samples, samples_at_once):
-            samples = slice(start, start + samples_at_once)
-            for token in range(0, num_tokens, tokens_at_once):
-                part = piece.part(slice(token, token + tokens_at_once), samples)
-                spectra[samples] += self._spectra_of(part, hashes)
+        at_once = parts_of(spectra, len(spectra) * self._size)
+        for token in range(0, len(piece.output_grads), at_once):
+            spectra += self._spectra_of(piece.part(slice(token, token + at_once)), hashes)
 
     def _spectra_of(self, piece: OuterProducts | RowSums, hashes: Hashes) -> torch.Tensor:
-        num_tokens, num_samples = piece.output_grads.shape[:2]
-        left, right = self._spectra.real.new_empty(2, num_samples, num_tokens, self._size)
-        count_sketched(piece, hashes, left.transpose(0, 1), right.transpose(0, 1))
-        return (rfft(left) * rfft(right)).sum(1)
+        factors = self._spectra.real.new_empty(2, *piece.output_grads.shape[:2], self._size)
+        count_sketched(piece, hashes, *factors)
+        left, right = rfft(factors)
+        return left.mul_(right).sum(0)
 
     def _add_routed(self, spectra: torch.Tensor, piece: RoutedOuterProducts, hashes: Hashes,
                     ) -> None:
