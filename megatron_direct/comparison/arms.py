@@ -84,7 +84,8 @@ class Arm:
     :data:`megatron_direct.comparison.measurements.MEASUREMENTS`. recipe: how it is annealed, None
     for the average of the training's last states, which is not annealed at all; of: the arm that
     selects the same, "" for none; dataset: name of the pool that makes up half of its training
-    data, "" for none.
+    data, "" for none; rounds: segments of the annealing, each on what select selects at its
+    beginning.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Arm:
     recipe: Recipe | None = field(default_factory=Recipe)
     of: str = ""
     dataset: str = ""
+    rounds: int = 1
 
     def take(self, case: Case) -> tuple[np.ndarray, Selection | None]:
         """([K] positions, ascending; the solution, if a selection problem was solved)."""

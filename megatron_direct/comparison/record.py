@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_direct.comparison import rivals
-from megatron_direct.comparison.arms import find_arm
+from megatron_direct.comparison.arms import Arm, find_arm
 from megatron_direct.comparison.measurements import MEASUREMENTS, Setting, measurement_folder
 from megatron_direct.comparison.replicates import ceiling_search
 from megatron_direct.data import indexed
@@ -39,7 +39,7 @@ def write_record(setting: Setting, reference: str, arms: Sequence[str]) -> None:
         "tokenizer_model": setting.config.tokenizer_model,
         "shared_seconds": seconds, "annealing_seconds": annealing,
         "passes_of_selection": {
-            name: _passes(setting, find_arm(name).needs, seconds, annealing / tokens)
+            name: _passes(setting, find_arm(name), seconds, annealing / tokens)
             for name in arms} if annealing else dict.fromkeys(arms),
         "not_annealed": [name for name in arms if find_arm(name).recipe is None],
     })
@@ -68,10 +68,11 @@ def _seconds(setting: Setting, seed: int) -> dict[str, dict[str, float]]:
     return {name: files.read_json(path) for name, path in paths.items() if path.is_file()}
 
 
-def _passes(setting: Setting, needs: tuple[str, ...], seconds: dict[int, dict],
-            seconds_per_token: float) -> float | None:
-    """What an arm's choice takes, in passes of training over the pool; None if that is not known.
+def _passes(setting: Setting, arm: Arm, seconds: dict[int, dict], seconds_per_token: float,
+            ) -> float | None:
+    """What an arm's choices take, in passes of training over the pool; None if that is not known.
     """
+    needs = arm.needs
     pass_over_pool = seconds_per_token * setting.onset.pool.num_labels.sum()
     # A forward pass is one of three passes over the layers; to read the tokens is none of them.
     costs = {"losses": 1 / 3, "text": 0.0}
@@ -87,7 +88,8 @@ def _passes(setting: Setting, needs: tuple[str, ...], seconds: dict[int, dict],
                     for of_seed in seconds.values() if "select" in of_seed]
         if took:
             costs[need] = float(np.median(took)) / pass_over_pool
-    return sum(costs[need] for need in needs) if all(need in costs for need in needs) else None
+    known = all(need in costs for need in needs)
+    return arm.rounds * sum(costs[need] for need in needs) if known else None
 
 
 def _texts(setting: Setting, count: int = 6) -> dict[str, list[dict]]:

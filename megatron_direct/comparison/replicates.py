@@ -5,6 +5,7 @@ Two arms may share an annealing: one is its last weights, the other the mean of 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import shutil
 import time
@@ -17,7 +18,12 @@ import numpy as np
 
 from megatron_direct.comparison.arms import Arm, Case, find_arm
 from megatron_direct.comparison.ceiling import CeilingSearch, NoCeiling
-from megatron_direct.comparison.measurements import Setting, uncut_labels
+from megatron_direct.comparison.measurements import (
+    MEASUREMENTS,
+    Setting,
+    measurement_folder,
+    uncut_labels,
+)
 from megatron_direct.comparison.repeats import Repeats, repeats_of
 from megatron_direct.comparison.run_results import mean_test_loss
 from megatron_direct.data import indexed
@@ -30,6 +36,7 @@ from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
 from megatron_direct.steps.decay import Decay, Recipe, Segment, decay, set_losses
 from megatron_direct.steps.merged import make_average
 from megatron_direct.steps.pilot import states_to_merge
+from megatron_direct.steps.rounds import Rounds
 from megatron_direct.steps.selected import composition, masks_of
 
 
@@ -63,7 +70,7 @@ def sharing_annealings(names: Sequence[str]) -> list[list[str]]:
     groups: dict[Any, list[str]] = {}
     for name in names:
         arm = find_arm(name)
-        trajectory = None if arm.recipe is None else (arm.recipe.final,)
+        trajectory = None if arm.recipe is None else (arm.recipe.final, arm.rounds)
         groups.setdefault((arm.of or name, trajectory), []).append(name)
     for group in groups.values():
         group.sort(key=lambda name: getattr(find_arm(name).recipe, "average", 0.0))
@@ -78,6 +85,9 @@ def run_together(replicates: Sequence[Replicate], case: Case | None) -> None:
     recorded; they are not tried again.
     """
     last = replicates[-1]
+    if last.arm.rounds > 1:
+        _run_in_rounds(last)
+        return
     taken = parallel.on_rank_zero(lambda: _take(replicates, case))
     if taken is None:
         return
@@ -111,6 +121,41 @@ def run_together(replicates: Sequence[Replicate], case: Case | None) -> None:
         why = str(error)
         for replicate in replicates:
             parallel.on_rank_zero(lambda there=replicate: _record_failure(there, why))
+
+
+def _run_in_rounds(replicate: Replicate) -> None:
+    """An arm alone, which selects for itself; all ranks call this."""
+    setting, folder = replicate.setting, replicate.folder
+    parallel.on_rank_zero(lambda: shutil.rmtree(folder, ignore_errors=True))
+    began = time.perf_counter()
+    onset = dataclasses.replace(setting.onset, job=dataclasses.replace(
+        setting.onset.job,
+        batch=dataclasses.replace(setting.onset.job.batch, seed=replicate.seed)))
+    measure = MEASUREMENTS["select"].settings(dataclasses.replace(
+        setting.measure, sketch=dataclasses.replace(setting.measure.sketch, seed=replicate.seed)))
+    rounds = Rounds(onset, measure, setting.selection, folder, replicate.arm.rounds,
+                    setting.config.lr_wsd_decay_iters, setting.config.test_data_path,
+                    load_optim=onset.checkpoint.has_optimizer,
+                    measured_in=measurement_folder(setting, replicate.seed, "select"))
+    if setting.selection.is_auto and setting.selection.anneal_tokens is None:
+        rounds = dataclasses.replace(rounds, selection=dataclasses.replace(
+            setting.selection, anneal_tokens=rounds.tokens_of_a_round))
+    try:
+        after = vars(rounds.train()["after"])
+        if not np.isfinite(list(after["test"].values())).all():
+            raise FloatingPointError("the losses after annealing are not finite")
+    except (FloatingPointError, InfeasibleSelection, InfeasibleQuotas) as error:
+        why = str(error)
+        parallel.on_rank_zero(lambda: _record_failure(replicate, why))
+        return
+
+    def write() -> None:
+        taken = np.flatnonzero(sum(rounds.counts(number) for number in range(rounds.number)))
+        _write(replicate, Taken(taken), {"test": after["test"]}, time.perf_counter() - began)
+        for name in ("rounds", "checkpoints"):
+            shutil.rmtree(folder / name)
+
+    parallel.on_rank_zero(write)
 
 
 def losses_on_test_sets(setting: Setting, chunks) -> dict[str, dict[str, float]]:

@@ -3,7 +3,9 @@ comparison says of them is what the default rests on."""
 
 from __future__ import annotations
 
-from megatron_direct.comparison.arms import Case, arm
+import dataclasses
+
+from megatron_direct.comparison.arms import REGISTRY, Case, arm
 from megatron_direct.selection.problem import Selection
 
 # What the mean validation gradient itself says: the default before --contrast.
@@ -69,6 +71,12 @@ def _quarter(case: Case) -> Selection:
 @arm("direct-half", "direct with half of the pool", ("select",))
 def _half(case: Case) -> Selection:
     return _of_share(case, 1 / 2)
+
+
+# Of which the first is what direct selects.
+REGISTRY["direct-rounds"] = dataclasses.replace(
+    REGISTRY["direct"], name="direct-rounds", rounds=2,
+    description="direct, selected anew in the middle of the annealing (alternate --rounds 2)")
 
 
 def _of_share(case: Case, share: float) -> Selection:

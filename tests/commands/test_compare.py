@@ -18,6 +18,7 @@ from trained import LEARNT
 from megatron_direct.cli import flags as cli_flags
 from megatron_direct.cli.main import make_parser
 from megatron_direct.commands import compare as compare_command
+from megatron_direct.commands.alternate import AlternateRequest, alternate
 from megatron_direct.commands.anneal import anneal
 from megatron_direct.commands.arm import AnnealRequest
 from megatron_direct.commands.compare import CompareRequest, compare
@@ -117,6 +118,29 @@ def _result(run, arm, seed):
 
 def _losses(run, arm, seed):
     return _result(run, arm, seed)["after"]["test"]
+
+
+def _alternate(folder, name):
+    alternate(flat_requests.make(
+        AlternateRequest, Layout().config(), _given(seed=1), **_onset(folder, name),
+        micro_batch_size=2, rounds=2, lr_wsd_decay_iters=ITERATIONS,
+        test_data_path=(str(folder / "test"), str(folder / "test-2"))))
+
+
+def test_an_arm_that_selects_again_is_alternate(folder, digest_of_theta):
+    run_on_ranks(1, _compare, folder, Layout(), "again", ("direct-rounds",), 1)
+    run_on_ranks(1, _alternate, folder, "alternated")
+    arm, alternated = folder / "again" / "arms" / "direct-rounds" / "1", folder / "alternated"
+    result = json.loads((alternated / "result.json").read_text())
+    assert _losses(folder / "again", "direct-rounds", 1) == result["after"]["test"]
+    taken = [np.concatenate([SampleMask.load(
+        alternated / "rounds" / str(number) / "selections" / "direct" / "masks"
+        / f"{name}.mask.npz").keep for name in "ab"]) for number in range(2)]
+    assert not np.array_equal(*taken)
+    np.testing.assert_array_equal(np.load(arm / "chosen.npy"), np.flatnonzero(taken[0] | taken[1]))
+    assert sorted(path.name for path in arm.iterdir()) == [
+        "chosen.npy", "metrics.jsonl", "result.json"]
+    assert len((arm / "metrics.jsonl").read_text().splitlines()) == ITERATIONS
 
 
 def test_every_arm_has_a_result_for_every_seed(run):
