@@ -116,20 +116,24 @@ class LayerNormLinear(Linear):
 
 
 class _NormLayer(_Base):
-    def __init__(self, hidden_size, eps, sequence_parallel, zero_centered_gamma,
-                 params_dtype=torch.float32, device=None, **_options):
+    has_bias = False
+
+    def __init__(self, normalized_shape=None, eps=1e-5, sequence_parallel=None,
+                 params_dtype=torch.float32, zero_centered_gamma=False, hidden_size=None,
+                 **_options):
         super().__init__()
         assert not zero_centered_gamma
         self.eps, self.zero_centered_gamma = eps, False
-        self.weight = _new(hidden_size, params_dtype, torch.nn.init.ones_)
+        width = normalized_shape or hidden_size  # its name until 2.0
+        self.weight = _new(width, params_dtype, torch.nn.init.ones_)
         self.weight.sequence_parallel = sequence_parallel
+        if self.has_bias:
+            self.bias = _new(width, params_dtype, torch.nn.init.zeros_)
+            self.bias.sequence_parallel = sequence_parallel
 
 
 class LayerNorm(_NormLayer):
-    def __init__(self, hidden_size, eps, sequence_parallel, params_dtype=torch.float32, **options):
-        super().__init__(hidden_size, eps, sequence_parallel, params_dtype=params_dtype, **options)
-        self.bias = _new(hidden_size, params_dtype, torch.nn.init.zeros_)
-        self.bias.sequence_parallel = sequence_parallel
+    has_bias = True
 
     def forward(self, x):
         return layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
@@ -201,9 +205,9 @@ def _module(name: str, **contents) -> types.ModuleType:
 def install() -> None:
     assert not any(name.startswith("megatron.") for name in sys.modules)
     layers = (Linear, LayerNormLinear, LayerNorm, RMSNorm, DotProductAttention, GroupedLinear)
-    quantization = _module("transformer_engine.pytorch.fp8",
-                           FP8GlobalStateManager=_Anything("FP8GlobalStateManager", (), {}),
-                           fp8_autocast=_Anything("fp8_autocast", (), {}))
+    quantization = _module("transformer_engine.pytorch.fp8", **{
+        name: _Anything(name, (), {})
+        for name in ("FP8GlobalStateManager", "fp8_autocast", "fp8_model_init")})
     _module("transformer_engine.pytorch.tensor",
             QuantizedTensor=type("QuantizedTensor", (), {}))
     of_torch = _module(
