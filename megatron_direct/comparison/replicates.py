@@ -28,6 +28,7 @@ from megatron_direct.comparison.repeats import Repeats, repeats_of
 from megatron_direct.comparison.run_results import mean_test_loss
 from megatron_direct.data import indexed
 from megatron_direct.data.blend_plan import Blend
+from megatron_direct.errors import NothingFits
 from megatron_direct.mcore import blend, checkpoint, grid, model
 from megatron_direct.mcore.merging import Average
 from megatron_direct.runtime import arrays, files, parallel
@@ -125,37 +126,43 @@ def run_together(replicates: Sequence[Replicate], case: Case | None) -> None:
 
 def _run_in_rounds(replicate: Replicate) -> None:
     """An arm alone, which selects for itself; all ranks call this."""
-    setting, folder = replicate.setting, replicate.folder
+    folder = replicate.folder
     parallel.on_rank_zero(lambda: shutil.rmtree(folder, ignore_errors=True))
-    began = time.perf_counter()
-    onset = dataclasses.replace(setting.onset, job=dataclasses.replace(
-        setting.onset.job,
-        batch=dataclasses.replace(setting.onset.job.batch, seed=replicate.seed)))
-    measure = MEASUREMENTS["select"].settings(dataclasses.replace(
-        setting.measure, sketch=dataclasses.replace(setting.measure.sketch, seed=replicate.seed)))
-    rounds = Rounds(onset, measure, setting.selection, folder, replicate.arm.rounds,
-                    setting.config.lr_wsd_decay_iters, setting.config.test_data_path,
-                    load_optim=onset.checkpoint.has_optimizer,
-                    measured_in=measurement_folder(setting, replicate.seed, "select"))
-    if setting.selection.is_auto and setting.selection.anneal_tokens is None:
-        rounds = dataclasses.replace(rounds, selection=dataclasses.replace(
-            setting.selection, anneal_tokens=rounds.tokens_of_a_round))
+    began, rounds = time.perf_counter(), _rounds_of(replicate)
     try:
-        after = vars(rounds.train()["after"])
-        if not np.isfinite(list(after["test"].values())).all():
+        test = rounds.train()["after"].test
+        if not np.isfinite(list(test.values())).all():
             raise FloatingPointError("the losses after annealing are not finite")
-    except (FloatingPointError, InfeasibleSelection, InfeasibleQuotas) as error:
+    except (FloatingPointError, NothingFits) as error:  # the other arms and seeds go on
         why = str(error)
         parallel.on_rank_zero(lambda: _record_failure(replicate, why))
         return
 
     def write() -> None:
         taken = np.flatnonzero(sum(rounds.counts(number) for number in range(rounds.number)))
-        _write(replicate, Taken(taken), {"test": after["test"]}, time.perf_counter() - began)
+        _write(replicate, Taken(taken), {"test": test}, time.perf_counter() - began)
         for name in ("rounds", "checkpoints"):
             shutil.rmtree(folder / name)
 
     parallel.on_rank_zero(write)
+
+
+def _rounds_of(replicate: Replicate) -> Rounds:
+    """The first selection is measured where that of the arm ``direct`` is."""
+    setting, seed = replicate.setting, replicate.seed
+    job = setting.onset.job
+    onset = dataclasses.replace(setting.onset, job=dataclasses.replace(
+        job, batch=dataclasses.replace(job.batch, seed=seed)))
+    measure = MEASUREMENTS["select"].settings(dataclasses.replace(
+        setting.measure, sketch=dataclasses.replace(setting.measure.sketch, seed=seed)))
+    rounds = Rounds(onset, measure, setting.selection, replicate.folder, replicate.arm.rounds,
+                    setting.config.lr_wsd_decay_iters, setting.config.test_data_path,
+                    load_optim=onset.checkpoint.has_optimizer,
+                    measured_in=measurement_folder(setting, seed, "select"))
+    if setting.selection.is_auto and setting.selection.anneal_tokens is None:
+        rounds = dataclasses.replace(rounds, selection=dataclasses.replace(
+            setting.selection, anneal_tokens=rounds.tokens_of_a_round))
+    return rounds
 
 
 def losses_on_test_sets(setting: Setting, chunks) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ from megatron_direct.data.ngram_hashes import BYTES_OF_TEXT
 from megatron_direct.data.ngram_likeness import Texts
 from megatron_direct.data.samples import Samples
 from megatron_direct.data.token_features import TokenSource
-from megatron_direct.errors import UserError
+from megatron_direct.errors import NothingFits, UserError
 from megatron_direct.gradients.store import Sketches
 from megatron_direct.runtime import attendance, parallel
 from megatron_direct.runtime.manifest import Key
@@ -146,17 +146,17 @@ def require_quotas(config: SelectionConfig, samples: Samples) -> None:
 
 @contextlib.contextmanager
 def in_terms_of_flags() -> Iterator[None]:
-    """A UserError that names the flags in the place of the solver's errors."""
+    """NothingFits, which names the flags, in the place of the solver's errors."""
     try:
         yield
     except InfeasibleSelection as error:
-        raise UserError(
+        raise NothingFits(
             f"no {error.num_select} samples fit a stiff budget of {error.stiff_budget!r}. Give "
             f"--stiff-budget of at least {error.min_stiff_budget!r}, which is what the cheapest "
             "cost together, a larger --stiff-budget-fraction, or a smaller --num-select."
         ) from error
     except InfeasibleQuotas as error:
-        raise UserError(f"--quotas: {error}") from error
+        raise NothingFits(f"--quotas: {error}") from error
 
 
 def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, folder: Path, *,
@@ -167,7 +167,7 @@ def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, fold
     begin: on rank 0, once there is a selection to write: until then an earlier one in ``folder`` is
     left alone. decode: of tokens into text, on rank 0, if there is a tokenizer.
 
-    Raises UserError, on all ranks, if no K samples keep the budget and the quotas.
+    Raises NothingFits, on all ranks, if no K samples keep the budget and the quotas.
     """
     attendance.at("selection problem")
     problem = problem_of_share(config, measured)

@@ -17,6 +17,7 @@ from megatron_direct.comparison import replicates
 from megatron_direct.comparison.arms import Arm, find_arm
 from megatron_direct.comparison.replicates import Replicate, Taken, run_together
 from megatron_direct.data.samples import Samples
+from megatron_direct.errors import NothingFits
 from megatron_direct.mcore import grid, model
 from megatron_direct.runtime.stopping import Stopped
 from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
@@ -54,6 +55,19 @@ def test_arms_that_can_take_nothing_fail_alone(tmp_path, error, capsys):
         failed = json.loads((tmp_path / name / "1" / "failed.json").read_text())
         assert failed == {"error": str(error)}
         assert f"{name}, seed 1: {error}" in said
+
+
+@pytest.mark.parametrize("error", [NothingFits("--quotas: too few"), FloatingPointError("nan")])
+def test_rounds_that_cannot_be_gone_on_with_fail_alone(tmp_path, monkeypatch, error, capsys):
+    """A selection of any of them, or the annealing."""
+    def train():
+        raise error
+
+    monkeypatch.setattr(replicates, "_rounds_of", lambda _: SimpleNamespace(train=train))
+    arm, = _replicates(tmp_path, find_arm("direct-rounds"))
+    run_together([arm], _Case())
+    assert json.loads((arm.folder / "failed.json").read_text()) == {"error": str(error)}
+    assert f"direct-rounds, seed 1: {error}" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("_no_model")
