@@ -21,8 +21,6 @@ from megatron_direct.steps.annealed import Losses
 from megatron_direct.steps.onset import Onset, OnsetConfig, dataset_digests
 from megatron_direct.steps.rounds import Round, Rounds
 
-_NAME = "direct"  # of the selection of each round
-
 
 @dataclass(frozen=True)
 class AlternateConfig(Settings):
@@ -111,9 +109,7 @@ def _key(request: AlternateRequest, onset: Onset) -> AlternationKey:
 def _finish(rounds: Rounds, losses: dict[str, Losses]) -> None:
     """Writes the result and says what it is (rank 0)."""
     told = rounds.told()
-    tokens = rounds.iterations * rounds.onset.job.batch.global_batch_size \
-        * rounds.onset.job.model.seq_length
-    result = Alternation(losses["before"], losses["after"], tokens, told)
+    result = Alternation(losses["before"], losses["after"], rounds.tokens, told)
     files.write_json(rounds.folder / "result.json", typed_json.to_json(result))
     for part in told[1:]:
         print(f"iteration {part.first_iteration}: {part.kept} of {part.selected} samples stay",

@@ -101,7 +101,6 @@ class _Routing:
 
         return pieces
 
-
     def watch_grouped_linear(self, layer, arguments, keywords, _output):
         """All experts' tokens [n, i] in and [n, o] out, and how many each expert has."""
         inputs = arguments[0].detach()

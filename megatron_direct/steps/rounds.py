@@ -73,10 +73,14 @@ class Rounds:
         return [self.iterations * number // self.number for number in range(self.number + 1)]
 
     @property
-    def tokens_of_a_round(self) -> int:
+    def tokens(self) -> int:
+        """Of all of it."""
         job = self.onset.job
-        return (self.iterations * job.batch.global_batch_size * job.model.seq_length
-                // self.number)
+        return self.iterations * job.batch.global_batch_size * job.model.seq_length
+
+    @property
+    def tokens_of_a_round(self) -> int:
+        return self.tokens // self.number
 
     def folder_of(self, number: int) -> Path:
         return self.folder / "rounds" / str(number)
