@@ -77,7 +77,7 @@ def alternate(request: AlternateRequest) -> None:
                     config.lr_wsd_decay_iters, config.test_data_path, config.max_epochs,
                     config.save_interval, config.load_optim)
     rounds = dataclasses.replace(
-        rounds, selection=request.for_annealing(rounds.tokens_of_a_round).selection)
+        rounds, selection=request.selection.for_annealing(rounds.tokens_of_a_round))
     directory, artefact = RunDirectory(folder), Artefact(folder, "an annealing in rounds")
     with directory.entered("alternate", request):
         state = parallel.on_rank_zero(lambda: artefact.state(key))

@@ -56,11 +56,7 @@ class SelectionRequest:
         return opened
 
     def for_annealing(self: _Request, tokens: int) -> _Request:
-        """For an annealing of so many tokens, unless --anneal-tokens says how many."""
-        if self.selection.anneal_tokens is not None:
-            return self
-        return dataclasses.replace(
-            self, selection=dataclasses.replace(self.selection, anneal_tokens=tokens))
+        return dataclasses.replace(self, selection=self.selection.for_annealing(tokens))
 
 
 @dataclass(frozen=True, kw_only=True)

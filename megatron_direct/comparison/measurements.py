@@ -203,9 +203,7 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
               for name, of in measured.items()}
     pool, valid = stored["onset"]
     chosen = _candidates(setting, seed, stored)
-    config = setting.selection
-    if config.is_auto and config.anneal_tokens is None:
-        config = dataclasses.replace(config, anneal_tokens=setting.num_tokens)
+    config = setting.selection.for_annealing(setting.num_tokens)
     here, samples, valid_samples = pool.samples[chosen], setting.onset.pool, setting.onset.valid
     # Most arms select no sample twice.
     solve_step.check_finite(dataclasses.replace(config, max_count=1), len(here))

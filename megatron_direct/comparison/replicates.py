@@ -159,10 +159,8 @@ def _rounds_of(replicate: Replicate) -> Rounds:
                     setting.config.lr_wsd_decay_iters, setting.config.test_data_path,
                     load_optim=onset.checkpoint.has_optimizer,
                     measured_in=measurement_folder(setting, seed, "select"))
-    if setting.selection.is_auto and setting.selection.anneal_tokens is None:
-        rounds = dataclasses.replace(rounds, selection=dataclasses.replace(
-            setting.selection, anneal_tokens=rounds.tokens_of_a_round))
-    return rounds
+    return dataclasses.replace(
+        rounds, selection=setting.selection.for_annealing(rounds.tokens_of_a_round))
 
 
 def losses_on_test_sets(setting: Setting, chunks) -> dict[str, dict[str, float]]:

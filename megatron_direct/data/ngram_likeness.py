@@ -56,7 +56,9 @@ class Ngrams:
 
     @functools.cached_property
     def _blocks(self) -> list[slice]:
-        """Of samples that are hashed together."""
+        """Of samples that are hashed together; none where there are no samples."""
+        if not len(self):
+            return []
         cuts = np.flatnonzero(np.diff((np.cumsum(self._lengths) - 1) // _AT_ONCE)) + 1
         return [slice(*ends) for ends in itertools.pairwise([0, *cuts, len(self)])]
 

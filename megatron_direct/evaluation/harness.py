@@ -22,7 +22,6 @@ from megatron_direct.settings import Settings, flag, require_defaults
 
 _AT_ONCE = 512  # texts that are answered between two steps of the progress bar
 _RESAMPLES = 1000  # for standard errors that have no formula
-_MAX_NEW_TOKENS = 256  # lm-evaluation-harness's own default
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,14 @@ def evaluate_tasks(config: HarnessConfig, manager: Any, ask: Ask, tokenizer: Any
     # Its bootstrap would fork this process, which has threads of torch and of its process groups.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     found = simple_evaluate(
-        model=_model_class()(ask, tokenizer, seq_length), tasks=list(config.lm_eval),
+        model=model_class()(ask, tokenizer, seq_length), tasks=list(config.lm_eval),
         task_manager=manager, num_fewshot=config.num_fewshot, limit=config.limit,
         bootstrap_iters=_RESAMPLES)
     assert found is not None  # which it is on ranks other than lm_eval's first
     return found
 
 
-def _model_class() -> type:
+def model_class() -> type:
     """Made when it is needed: its base is lm_eval's."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -107,6 +106,16 @@ def _model_class() -> type:
 
         def tok_encode(self, string: str, **_kwargs) -> list[int]:
             return self._tokenizer.encode([string])[0].tolist()
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            """As lm_eval has it: behind the context's tokens the continuation's begin. Where the
+            tokenizer merges so much that none are left, they begin where the two texts differ."""
+            before, scored = super()._encode_pair(context, continuation)
+            if not scored:
+                alone, whole = map(self.tok_encode, (context, context + continuation))
+                before = os.path.commonprefix([alone, whole])
+                scored = whole[len(before):]
+            return before or [self.prefix_token_id], scored
 
         def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_kwargs):
             """Of ((context, continuation), tokens of the context, tokens of the continuation)."""
@@ -149,6 +158,9 @@ def _model_class() -> type:
 
 def _scored(context: Sequence[int], continuation: Sequence[int], seq_length: int) -> EncodedChoice:
     """The continuation's tokens are scored; the context is cut from the left."""
+    if not continuation:
+        raise UserError("lm-evaluation-harness asks for the likelihood of a text that is no token "
+                        "with this tokenizer. Leave the task out.")
     if len(continuation) > seq_length:
         raise UserError(f"lm-evaluation-harness asks for the likelihood of {len(continuation)} "
                         f"tokens, more than the sequence length of {seq_length}. Leave the task "
@@ -168,14 +180,15 @@ class _Continuation:
 
     @classmethod
     def of(cls, model, context: str, settings: dict) -> _Continuation:
-        if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        asked = normalize_gen_kwargs(settings)  # a limit, say, has four names
+        if asked["do_sample"] and asked.get("temperature", 1.0) > 0:
             raise UserError("lm-evaluation-harness asks for random samples of text, and only "
                             "greedy continuations are supported. Leave the task out, or set "
                             "do_sample: false in its file.")
-        until = settings.get("until") or []
-        limit = int(settings.get("max_gen_toks", _MAX_NEW_TOKENS))
         tokens = model.tok_encode(context) or [model.prefix_token_id]
-        return cls(tokens, [until] if isinstance(until, str) else list(until), limit)
+        return cls(tokens, asked["until"], asked["max_gen_toks"])
 
     def asked(self, seq_length: int) -> EncodedChoice:
         # The label of the last place is not known: any token will do.

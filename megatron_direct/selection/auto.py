@@ -152,8 +152,9 @@ def select_auto(config: SelectionConfig, evidence: Evidence, worth: Worth, seed:
     selection, _ = select_by_sketches(config, evidence.of(allowed), count, seed)
     selection = dataclasses.replace(selection,
                                     indices=np.flatnonzero(allowed)[selection.indices])
-    costs = evidence.share().from_leader(lambda whole: CostRange.of(whole, count),
-                                         evidence.stiff_costs())
+    costs = evidence.share().from_leader(
+        lambda whole: CostRange.of(np.tile(whole, config.max_count), count),
+        evidence.stiff_costs())
     return selection, costs, HowMany(
         annealing_tokens=annealing_tokens, pool_tokens=pool_tokens,
         num_candidates=len(allowed), num_harmful=int((worth.values < 0).sum()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from numbers import Integral
@@ -83,6 +84,11 @@ class SelectionConfig(Settings):
     @property
     def is_auto(self) -> bool:
         return self.num_select == AUTO
+
+    def for_annealing(self, tokens: int) -> SelectionConfig:
+        """With ``tokens`` as those that the annealing sees, where --anneal-tokens says nothing."""
+        return self if self.anneal_tokens is not None else dataclasses.replace(
+            self, anneal_tokens=tokens)
 
     @property
     def is_in_contrast(self) -> bool:

@@ -160,9 +160,12 @@ class Values:
 
 
 def best_selection(values: Values, chosen_by: NestedSelections) -> int:
-    """Its number; that of the whole pool, the last one, where there is nothing to choose by.
+    """Its number; that of the whole pool, the last one, where there is nothing to choose by, or
+    nothing that is worth anything.
     chosen_by: of the same shares, by what samples are chosen by."""
     whole = len(values.found.counts) - 1
-    clear = [number for number in range(whole) if chosen_by.gain(number).low > 0]
+    # Below zero, less variety would count for a selection: the smallest would be the best one.
+    clear = [number for number in range(whole)
+             if chosen_by.gain(number).low > 0 and values.mean[number] > 0]
     best = max(clear, key=lambda number: values.mean[number], default=whole)
     return best if values.mean[best] > values.mean[whole] else whole

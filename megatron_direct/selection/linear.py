@@ -61,6 +61,9 @@ def maximise(
     guess = low * _HINT_SPREAD**2
     lower = _Priced.of(feasible, scores, feasible.cheapest)
     while True:
+        if upper.cost <= lower.cost:  # but for rounding, which is all that lies between the two
+            after, before, theta = _adjacent(feasible, lower.mask, upper.mask)
+            return Vertex(after, before, theta, max(lower.value, upper.value), low)
         crossing = max(low, (upper.value - lower.value) / (upper.cost - lower.cost))
         price = guess or crossing
         trial = samples.best_at(price)
@@ -76,7 +79,9 @@ def maximise(
             samples.settle((low, upper.mark), (high, lower.mark))
         guess = 0.0
     after, before, theta = _adjacent(feasible, lower.mask, upper.mask)
-    return Vertex(after, before, theta, line + price * feasible.budget, price)
+    # At a price that rounding has made huge, the priced value is lost in it.
+    value = max(line + price * feasible.budget, float(scores[after].sum()))
+    return Vertex(after, before, theta, value, price)
 
 
 @dataclass(frozen=True, eq=False)

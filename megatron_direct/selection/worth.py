@@ -49,8 +49,8 @@ def source_blocks(evidence: Evidence) -> np.ndarray:
     """[M] a block for each validation sample: consecutive samples of one dataset, since documents
     of one source stand next to each other in an indexed dataset. Even blocks are one half.
 
-    About _BLOCKS in all, at least two of each dataset that has two samples, so that each dataset is
-    in both halves.
+    At most _BLOCKS in all. Of each dataset that has two samples some are in either half; where
+    there are more datasets than fit, blocks hold samples of several.
     """
     datasets = evidence.datasets_of_valid
     blocks, first = np.zeros(len(datasets), dtype=np.int64), 0
@@ -60,7 +60,7 @@ def source_blocks(evidence: Evidence) -> np.ndarray:
         count = min(len(here), 2 * pairs)
         blocks[here] = first + np.arange(len(here)) * count // len(here)
         first += count
-    return blocks
+    return blocks % _BLOCKS
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,6 +96,9 @@ def parse_quotas(texts: Sequence[str], names: Sequence[str]) -> dict[str, tuple[
     quotas = {}
     for text in texts:
         name, *bounds = text.split(":")
+        if name in quotas:
+            raise UserError(f"--quotas {text}: {name} has a quota already. Give both of its bounds "
+                            "in one.")
         try:
             least, greatest = bounds
             quotas[name] = (int(least or 0),

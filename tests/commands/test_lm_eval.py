@@ -6,9 +6,12 @@ in double precision.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import re
+import types
 
 import flat_requests
 import numpy as np
@@ -22,6 +25,7 @@ from megatron_direct.commands.evaluate import EvaluateConfig, EvaluateRequest, e
 from megatron_direct.config import Job, ModelConfig
 from megatron_direct.errors import UserError
 from megatron_direct.evaluation import harness
+from megatron_direct.evaluation.serving import Answers
 from megatron_direct.mcore import checkpoint, grid
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import parameter_shards
@@ -156,11 +160,21 @@ def _evaluate(folder, layout, name, settings):
         "output": str(folder / name), **settings}))
 
 
+@pytest.fixture(scope="module")
+def scores(folder, plain):
+    """Of a layout, evaluated when they are first asked for."""
+    @functools.cache
+    def scores(layout):
+        run_on_ranks(layout.world_size, _evaluate, folder, layout, f"{layout}.json", {})
+        return json.loads((folder / f"{layout}.json").read_text())
+
+    return scores
+
+
 @needs_harness
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_scores_are_our_own_and_plain_torchs(folder, plain, layout):
-    run_on_ranks(layout.world_size, _evaluate, folder, layout, f"{layout}.json", {})
-    found = json.loads((folder / f"{layout}.json").read_text())
+def test_scores_are_our_own_and_plain_torchs(folder, plain, scores, layout):
+    found = scores(layout)
     ours, theirs = found["results"]["local_choices"], found["lm_eval"]["results"]
     for metric in ("acc", "acc_norm"):  # the texts are ASCII: bytes are characters
         assert theirs["local_choices"][f"{metric},none"] == pytest.approx(ours[metric])
@@ -177,11 +191,70 @@ def test_scores_are_our_own_and_plain_torchs(folder, plain, layout):
 
 
 @needs_harness
-def test_layouts_agree_on_texts_longer_than_the_sequence(folder, plain):
-    values = [json.loads((folder / f"{layout}.json").read_text())["lm_eval"]["results"][
-        "local_texts"]["byte_perplexity,none"] for layout in LAYOUTS
-        if (folder / f"{layout}.json").is_file()]
-    assert len(values) == 3 and values == pytest.approx([values[0]] * 3, rel=1e-5)
+def test_layouts_agree_on_texts_longer_than_the_sequence(scores):
+    values = [scores(layout)["lm_eval"]["results"]["local_texts"]["byte_perplexity,none"]
+              for layout in LAYOUTS]
+    assert values == pytest.approx([values[0]] * len(LAYOUTS), rel=1e-5)
+
+
+class _Merging:
+    """A tokenizer that knows letters, and "ab"; blanks are no tokens."""
+
+    eod = 0
+
+    def encode(self, texts):
+        return [np.array([ord(part) if len(part) == 1 else 1
+                          for part in re.findall("ab|[a-z]", text)], np.int64) for text in texts]
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+
+def _asked_of_a_model(answers, seq_length=8):
+    """(a model of the harness that answers so, what it was asked: tokens, and how many of them are
+    scored)."""
+    asked = []
+
+    def ask(texts):
+        asked.extend((text.tokens.tolist(), text.num_scored) for text in texts)
+        return answers(texts)
+
+    return harness.model_class()(ask, _Merging(), seq_length), asked
+
+
+@needs_harness
+@pytest.mark.parametrize(("context", "choice", "expected"), [
+    ("xa", "c", ([ord("x"), ord("a"), ord("c")], 1)),
+    ("xa", "b", ([ord("x"), 1], 1)),  # the choice is the end of a token that begins before
+    ("a", "b", ([0, 1], 1)),  # and there is no other: the end of a document stands before it
+    ("  ", "cd", ([0, ord("c"), ord("d")], 2)), ("", "cd", ([0, ord("c"), ord("d")], 2))])
+def test_every_choice_has_a_token_and_one_before_it(context, choice, expected):
+    model, asked = _asked_of_a_model(lambda texts: Answers(*np.zeros((3, len(texts)))))
+    model.loglikelihood([types.SimpleNamespace(args=(context, choice))], disable_tqdm=True)
+    assert asked == [expected]
+
+
+@needs_harness
+def test_a_choice_without_a_token_is_refused():
+    model, _ = _asked_of_a_model(None)
+    with pytest.raises(UserError, match="a text that is no token"):
+        model.loglikelihood([types.SimpleNamespace(args=("xa", " "))], disable_tqdm=True)
+
+
+@needs_harness
+def test_lengths_have_any_of_their_names_and_random_samples_are_refused():
+    model, asked = _asked_of_a_model(
+        lambda texts: Answers(*np.full((3, len(texts)), ord("x"))))
+
+    def generate(**settings):
+        return model.generate_until([types.SimpleNamespace(args=("a", settings))],
+                                    disable_tqdm=True)
+
+    assert generate(max_new_tokens=3) == ["xxx"] and len(asked) == 3
+    assert generate(max_gen_toks=2, until="y") == ["xx"]
+    for settings in ({"temperature": 0.7}, {"do_sample": True}):
+        with pytest.raises(UserError, match="asks for random samples"):
+            generate(**settings)
 
 
 @needs_harness

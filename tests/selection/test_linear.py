@@ -36,6 +36,20 @@ def test_a_hint_changes_nothing(hint):
     assert np.array_equal(hinted.lower, plain.lower)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_costs_that_are_equal_but_for_rounding(seed):
+    """As copies of one document have them: their sums in floating point may agree where the exact
+    ones do not."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(20, 200))
+    costs = 0.37 * (1 + rng.integers(0, 2, count) * 2.2e-16)
+    scores, num_select = rng.standard_normal(count), int(rng.integers(2, count))
+    feasible = FeasibleSet(costs, num_select, stiff_budget(costs, num_select, 0.0))
+    vertex = maximise(feasible, scores)
+    assert feasible.admits(vertex.lower)
+    assert vertex.value >= scores[vertex.lower].sum() - 1e-12  # which it bounds
+
+
 def test_open_samples_are_settled_without_changing_the_optimum():
     """Above a few thousand samples the search drops those that are settled."""
     rng = np.random.default_rng(0)

@@ -140,6 +140,22 @@ def test_weights_by_tokens_are_refused_in_contrast():
     SelectionConfig(weight_by_tokens=True, objective="flat-energy", num_select=1)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_of_a_pool_that_is_worth_nothing_no_part_is_taken(seed):
+    """All of it points away from the target, half of it more so: the part that does less harm is
+    not the better one for being the smaller."""
+    rng = np.random.default_rng(seed)
+    target = np.eye(SIZE)[0]
+    rows = rng.standard_normal((N, SIZE)) / np.sqrt(SIZE) - np.outer(
+        np.where(rng.random(N) < 0.5, 0.1, 0.3), target)
+    valid = rng.standard_normal((M, SIZE)) / np.sqrt(SIZE) + 0.5 * target
+    evidence = dataclasses.replace(made_up(seed)[0], rows=rows.astype(np.float32),
+                                   valid_rows=valid.astype(np.float32))
+    selection, _, how_many = _auto(evidence, seed)
+    assert how_many.worth_of_pool < 0 and how_many.is_whole_pool
+    np.testing.assert_array_equal(selection.indices, np.arange(N))
+
+
 def test_nothing_to_gain_is_said():
     evidence, _ = made_up(0, "equal")
     selection, _, how_many = _auto(evidence, 0)
@@ -191,6 +207,14 @@ def test_blocks_are_runs_within_a_dataset_and_both_halves_have_each_dataset():
         here = blocks[evidence.valid_datasets == dataset]
         assert set(here % 2) == {0, 1}
     assert not set(blocks[:100]) & set(blocks[100:])
+
+
+def test_many_datasets_share_blocks():
+    """What is held of each candidate, one number a block, does not grow with them."""
+    evidence = dataclasses.replace(made_up(0)[0], valid_datasets=np.repeat(np.arange(M // 2), 2))
+    blocks = source_blocks(evidence)
+    np.testing.assert_array_equal(np.unique(blocks), np.arange(32))
+    np.testing.assert_array_equal(blocks.reshape(-1, 2) % 2, [[0, 1]] * (M // 2))
 
 
 def test_effective_tokens_at_the_ends():

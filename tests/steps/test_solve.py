@@ -6,7 +6,13 @@ import pytest
 
 from megatron_direct.errors import UserError
 from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
-from megatron_direct.steps.solve import in_terms_of_flags
+from megatron_direct.steps.solve import in_terms_of_flags, parse_quotas
+
+
+def test_a_second_quota_of_a_pool_is_refused():
+    assert parse_quotas(["a:1:", "b::2"], ["a", "b"])["b"] == (0, 2)
+    with pytest.raises(UserError, match="--quotas a::2: a has a quota already"):
+        parse_quotas(["a:1:", "a::2"], ["a"])
 
 
 def test_quotas_that_cannot_be_met_name_their_flag():
