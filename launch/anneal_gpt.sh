@@ -54,7 +54,7 @@ DISTRIBUTED_ARGS=(
 )
 if [[ $NUM_NODES -gt 1 ]]; then
     : "${MASTER_ADDR:?the address of a node that all nodes know}"
-    if [[ " $* " != *" --dry-run "* ]] && ! getent hosts "$MASTER_ADDR" > /dev/null; then
+    if [[ " $* " != *" --dry-run "* ]] && ! getent ahosts "$MASTER_ADDR" > /dev/null; then
         echo "anneal_gpt.sh: error: $(hostname) does not know the host MASTER_ADDR, $MASTER_ADDR." \
             "Give a name or an IP address that all nodes know." >&2
         exit 1

@@ -22,7 +22,7 @@ import torch
 from megatron_direct.curvature.krylov import KrylovState
 from megatron_direct.mcore import grid
 from megatron_direct.mcore.shards import ParameterShard
-from megatron_direct.runtime import arrays, digests, files, parallel
+from megatron_direct.runtime import arrays, digests, files, host, parallel
 
 _MARKER = "step.json"
 _FORMAT = 2  # of vectors: since 2 as numpy writes them
@@ -34,12 +34,14 @@ class LanczosLog:
     """
 
     def __init__(self, folder: Path, operator: str, shards: Sequence[ParameterShard]):
-        held = parallel.gather_objects([(s.name, *s.parameter.shape) for s in shards])
-        self._folder = folder
+        self._writes = grid.is_of_first_copy()  # the others hold the same, and read it from there
+        held = [of_rank for of_rank in parallel.gather_objects(
+            [(s.name, *s.parameter.shape) for s in shards] if self._writes else None)
+            if of_rank is not None]
+        self.folder = folder
         self._identity = {"operator": operator, "shards": digests.digest(repr(held)),
                           "format": _FORMAT}
         self._rank = grid.model_rank()
-        self._writes = grid.is_of_first_copy()  # the others hold the same, and read it from there
         self._names: dict[int, tuple[torch.Tensor, str]] = {}  # by id; the vector keeps its id ours
         self._written = 0
 
@@ -47,15 +49,14 @@ class LanczosLog:
         """The state after the last finished step, on all ranks, or None."""
         marker = parallel.on_rank_zero(self._marker)
         if marker is None:
-            # What is there belongs to another run, perhaps of more ranks.
-            parallel.on_rank_zero(lambda: shutil.rmtree(self._folder, ignore_errors=True))
+            parallel.on_rank_zero(self._clear)
             return None
-        remedy = f"Delete {self._folder}, and run the command again: Lanczos starts from scratch."
+        remedy = f"Delete {self.folder}, and run the command again: Lanczos starts from scratch."
         values = arrays.read_npz(self._state_path(marker["step"]), remedy)
         basis = []
         for name in values.pop("names").tolist():
-            vector = arrays.read_npy(self._folder / name, remedy).copy()
-            basis.append(torch.from_numpy(vector).to(marker["device"]))
+            vector = arrays.read_npy(self.folder / name, remedy).copy()
+            basis.append(torch.from_numpy(vector).to(host.device()))
             self._names[id(basis[-1])] = (basis[-1], name)
         self._written = marker["written"]
         scalars: dict[str, Any] = {key: value.item() if value.ndim == 0 else value.copy()
@@ -72,24 +73,29 @@ class LanczosLog:
             with files.written_whole(self._state_path(step)) as file:
                 np.savez(file, names=np.array(names), **values)
         parallel.barrier()
-        device = str(state.basis[0].device)
-        parallel.on_rank_zero(lambda: files.write_json(self._folder / _MARKER, {
-            "identity": self._identity, "step": step, "written": self._written,
-            "device": device}))
+        parallel.on_rank_zero(lambda: files.write_json(self.folder / _MARKER, {
+            "identity": self._identity, "step": step, "written": self._written}))
         self._forget(names, step)
 
     def num_bytes(self) -> int:
         """What the log of all ranks takes on disk; all ranks call this."""
         return parallel.on_rank_zero(
-            lambda: sum(path.stat().st_size for path in self._folder.glob("*")))
+            lambda: sum(path.stat().st_size for path in self.folder.glob("*")))
 
     def _marker(self) -> dict | None:
-        path = self._folder / _MARKER
+        path = self.folder / _MARKER
         marker = files.read_json(path) if path.is_file() else None
         return marker if marker is not None and marker["identity"] == self._identity else None
 
+    def _clear(self) -> None:
+        """Of a run that this one cannot carry on (rank 0)."""
+        if (self.folder / _MARKER).is_file():
+            print(f"{self.folder} holds the vectors of another operator, or of ranks that divide "
+                  "the model otherwise: Lanczos starts from scratch.", flush=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def _state_path(self, step: int) -> Path:
-        return self._folder / f"rank-{self._rank}-step-{step}.npz"
+        return self.folder / f"rank-{self._rank}-step-{step}.npz"
 
     def _write_vector(self, vector: torch.Tensor) -> str:
         known = self._names.get(id(vector))
@@ -98,7 +104,7 @@ class LanczosLog:
         self._written += 1
         name = f"rank-{self._rank}-vector-{self._written}.npy"
         if self._writes:
-            with files.written_whole(self._folder / name) as file:
+            with files.written_whole(self.folder / name) as file:
                 np.save(file, vector.cpu().numpy())
         self._names[id(vector)] = (vector, name)
         return name
@@ -108,6 +114,6 @@ class LanczosLog:
         kept = {*names, self._state_path(step).name}
         self._names = {key: value for key, value in self._names.items() if value[1] in kept}
         if self._writes:
-            for path in self._folder.glob(f"rank-{self._rank}-*"):
+            for path in self.folder.glob(f"rank-{self._rank}-*"):
                 if path.name not in kept:
                     path.unlink()

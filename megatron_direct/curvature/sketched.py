@@ -12,42 +12,14 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_direct.curvature.lanczos import Spectrum
-from megatron_direct.curvature.vector_space import VectorSpace
-from megatron_direct.errors import UserError
-from megatron_direct.gradients import hashing
-
-
-class SketchSpace(VectorSpace):
-    """float64 arrays [dimension], the same on every rank."""
-
-    def __init__(self, dimension: int):
-        self.dimension = dimension
-
-    def dot(self, u: np.ndarray, v: np.ndarray) -> float:
-        return float(u @ v)
-
-    def random_signs(self, seed: int) -> np.ndarray:
-        import torch
-
-        hashes = hashing.hash64(hashing.stream(seed, "sketch"), torch.arange(self.dimension))
-        return hashing.signs(hashes).double().numpy()
 
 
 class SketchedFisherOperator:
-    """rows: [M, k] sketches of the validation samples ``numbers``.
+    """rows: [M, k] sketches of validation samples, finite. dimension: k."""
 
-    Raises UserError that names the sample if a sketch is not finite.
-    """
-
-    def __init__(self, rows: np.ndarray, numbers: np.ndarray):
-        bad = numbers[~np.isfinite(rows).all(1)]
-        if len(bad):
-            raise UserError(f"the loss of validation sample {bad[0]}, or its gradient, is not "
-                            "finite. Remove the sample from the validation set, or check the "
-                            "checkpoint.")
+    def __init__(self, rows: np.ndarray):
         self._rows = rows.astype(np.float64)
-        self.num_samples, sketch_size = rows.shape
-        self.space = SketchSpace(sketch_size)
+        self.num_samples, self.dimension = rows.shape
 
     def spectrum(self) -> Spectrum:
         """All pairs, min(M, k) of them."""
@@ -59,7 +31,7 @@ class SketchedFisherOperator:
             residuals=np.array([np.linalg.norm(self.matvec(direction) - value * direction)
                                 for value, direction in zip(values, directions, strict=True)]),
             num_matvecs=len(values), converged=True, status="converged",
-            smallest_ritz=0.0 if len(values) < self.space.dimension else float(values[-1]),
+            smallest_ritz=0.0 if len(values) < self.dimension else float(values[-1]),
             num_invariant=0, asymmetry=0.0)
 
     def matvec(self, vector: np.ndarray) -> np.ndarray:
@@ -67,7 +39,7 @@ class SketchedFisherOperator:
 
     def notes(self) -> list[str]:
         """What M means for what is called flat."""
-        sketch_size = self.space.dimension
+        sketch_size = self.dimension
         if self.num_samples >= sketch_size:
             return []
         return [f"{self.num_samples} validation samples span at most {self.num_samples} of "

@@ -27,6 +27,7 @@ from megatron_direct.gradients.kernels.entries import sketch_of_matrix
 from megatron_direct.gradients.kernels.kernel import Kernel
 from megatron_direct.gradients.pieces import Entries, Piece, RoutedOuterProducts, RowSums
 from megatron_direct.mcore.shards import ParameterShard
+from megatron_direct.runtime import host
 
 
 class Sketch:
@@ -62,7 +63,7 @@ class Sketch:
         count, and no scale is applied. Summed over the model's ranks, it is the sketch of the
         vector.
         """
-        total = torch.zeros(self.size, device=parts[0].device)
+        total = torch.zeros(self.size, device=host.device())  # of no parts, too
         for part, shard in zip(parts, shards, strict=True):
             if shard.owned:
                 total += sketch_of_matrix(shard.as_matrix(part), self._hashes[shard.name])

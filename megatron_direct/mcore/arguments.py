@@ -26,9 +26,13 @@ _DESCRIBED = {
     "experimental_attention_variant": (None,),
     "glu_linear_offset": (0.0,),
     "heterogeneous_layers_config_path": (None,),
+    "moe_apply_probs_on_input": (False,),
+    "moe_expert_capacity_factor": (None,),
     "moe_latent_size": (None,),
     "moe_mlp_glu_interleave_size": (None,),
     "moe_router_force_biased": (None,),
+    # Those that do not choose the experts themselves, as sinkhorn does.
+    "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
     "moe_shared_expert_glu_interleave_size": (None,),
     "no_rope_freq": (None,),
     "openai_gelu": (False,),
@@ -58,7 +62,10 @@ def translated(args: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 def _of_megatron_lm(args: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     for name, described in _DESCRIBED.items():
-        if args.get(name, described[0]) not in described:
+        value = args.get(name, described[0])
+        # Several at once, which newer versions allow.
+        several = name == "moe_router_load_balancing_type" and isinstance(value, list)
+        if any(one not in described for one in (value if several else [value])):
             raise UserError(
                 f"{checkpoint} was trained with {flag_name(name)} {args[name]}: this is "
                 f"not supported (only {' or '.join(map(str, described))} is).")
@@ -74,6 +81,8 @@ def _of_megatron_lm(args: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]
         "norm_epsilon": args.get("norm_epsilon", args.get("layernorm_epsilon", 1e-5)),
     }
     of_model.update(_of_hybrid(args, checkpoint))
+    if args.get("lr_decay_style") != "WSD":  # a default, which shaped nothing
+        args = {name: value for name, value in args.items() if name != "lr_wsd_decay_style"}
     tokenizer = args.get("tokenizer_model")
     if tokenizer and os.path.isfile(tokenizer):
         of_model["tokenizer_digest"] = digests.file_digest(tokenizer)

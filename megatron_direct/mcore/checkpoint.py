@@ -29,6 +29,7 @@ from megatron_direct.mcore.checkpoint_formats import (
     FORMAT_FILE,
     PARTS_OF_MODELS,
     TRACKER,
+    iteration_of,
     require_readable,
 )
 from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
@@ -70,11 +71,12 @@ def saved_states(folder: str | os.PathLike, last: int = 0, upto: int | None = No
     """
     folder = Path(folder)
     newest = latest(folder)
-    if newest is None or newest == folder or not newest.name.startswith("iter_"):
+    if newest is None or newest == folder or iteration_of(newest) is None:
         return [newest or folder]
-    end = int(newest.name.removeprefix("iter_")) if upto is None else upto
-    there = {int(path.parent.name.removeprefix("iter_")): path.parent
-             for path in folder.glob(f"iter_*/{FORMAT_FILE}")}
+    end = iteration_of(newest) if upto is None else upto
+    assert end is not None
+    there = {iteration: path.parent for path in folder.glob(f"iter_*/{FORMAT_FILE}")
+             if (iteration := iteration_of(path.parent)) is not None}
     stops = set(_stops(folder)) - {end}
     iterations = sorted(iteration for iteration in there.keys() - stops if iteration <= end)
     taken = iterations[-last:] if last else [n for n in iterations if 4 * n > 3 * end]
@@ -128,7 +130,8 @@ class Checkpoint:
     def settings(self, kind: type[Group], given: Mapping[str, Any]) -> Group:
         """As given, else as the checkpoint was trained, else the default."""
         carried = {f.name: self.arguments[f.name] for f in dataclasses.fields(kind)
-                   if f.name in self.arguments}
+                   if f.name in self.arguments
+                   and (self.arguments[f.name] is not None or f.default is None)}
         return kind(**{**carried, **given})
 
     def require_same_model(self, given: Mapping[str, Any]) -> None:
@@ -205,7 +208,8 @@ def _make_room(target: Path) -> None:
     """An empty folder, and none that a run left which was killed while saving (rank 0)."""
     try:
         for path in target.parent.glob("iter_*"):
-            if path == target or not (path / FORMAT_FILE).is_file():  # which is written last
+            if path == target or (iteration_of(path) is not None
+                                  and not (path / FORMAT_FILE).is_file()):  # written last
                 shutil.rmtree(path)
         target.mkdir(parents=True)
     except OSError as error:
@@ -280,16 +284,15 @@ def load_second_moments(checkpoint: Path, chunks: Sequence[Any],
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     stored_as = {match[1]: key for key in stored if (match := _SECOND_MOMENTS_OF.match(key))}
     names = {id(shard.parameter): shard.name for shard in shards}
-    wanted = {}
+    wanted: dict[str, Any] = {}
     for chunk in chunks:
         sharded = chunk.sharded_state_dict(metadata=checkpoint_metadata())
         for local_name, parameter in chunk.named_parameters():
             if id(parameter) in names:
-                entry = sharded[local_name]
-                wanted[names[id(parameter)]] = dataclasses.replace(
-                    entry, key=stored_as.get(entry.key, _SECOND_MOMENTS + entry.key),
-                    data=torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False))
-    missing = [name for name, entry in wanted.items() if entry.key not in stored]
+                wanted[names[id(parameter)]] = _of_second_moments(
+                    sharded[local_name], parameter, stored_as)
+    missing = [name for name, entry in wanted.items()
+               if any(part.key not in stored for part in _sharded_tensors({name: entry}))]
     if missing:
         raise UserError(
             f"{checkpoint} holds no second moments of Adam for {missing[0]} and {len(missing) - 1} "
@@ -298,6 +301,19 @@ def load_second_moments(checkpoint: Path, chunks: Sequence[Any],
             "leave --precondition out.")
     loaded = compat.load_sharded(dict(wanted), checkpoint)  # and what all ranks share
     return {name: loaded[name] for name in wanted}
+
+
+def _of_second_moments(entry: Any, parameter: torch.Tensor, stored_as: Mapping[str, str]) -> Any:
+    """A parameter's entry of the checkpoint, for its moments. stored_as: keys of moments by those
+    of parameters; what a factory builds has keys that begin with the factory's."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    part = next(_sharded_tensors({"": entry})).key
+    key = stored_as.get(part, _SECOND_MOMENTS + part).removesuffix(part.removeprefix(entry.key))
+    of_moments = {"dtype": torch.float32} if isinstance(entry, ShardedTensor) else {}
+    return dataclasses.replace(
+        entry, key=key, **of_moments,
+        data=torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False))
 
 
 def _model_keys(chunks: Sequence[Any]) -> list[str]:

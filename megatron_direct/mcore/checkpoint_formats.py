@@ -7,6 +7,7 @@ with the others ends in an error that names neither the format nor a way out.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from megatron_direct.errors import UserError
@@ -18,7 +19,16 @@ FORMAT_FILE = "metadata.json"  # written last, and by Megatron's own formats alo
 # How the names of a model's tensors begin; an optimizer's have something before them.
 PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.", "mtp.")
 
+# Buffers of the distributed optimizer as they lie in one layout, which it saves by default.
+OF_ONE_LAYOUT = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
+
 _RESAVE = "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
+
+
+def iteration_of(folder: Path) -> int | None:
+    """Of a checkpoint, by its folder's name; None for any other folder, such as a copy."""
+    found = re.fullmatch(r"iter_(\d+)", folder.name)
+    return int(found[1]) if found else None
 
 
 def require_readable(checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_direct.errors import UserError
-from megatron_direct.mcore.checkpoint_formats import TRACKER
+from megatron_direct.mcore.checkpoint_formats import TRACKER, iteration_of
 from megatron_direct.runtime import files, parallel
 
 MANIFEST = "integrity.json"
@@ -118,11 +118,12 @@ def _stamps(checkpoint: Path) -> tuple:
 def _damaged(checkpoint: Path, wrong: list[str]) -> UserError:
     more = f" (and {len(wrong) - 1} more of its files)" if len(wrong) > 1 else ""
     older = sorted(path.name for path in checkpoint.parent.glob("iter_*")
-                   if path.name < checkpoint.name and (path / "metadata.json").is_file())
+                   if path.name < checkpoint.name and iteration_of(path) is not None
+                   and (path / "metadata.json").is_file())
     remedy = "Copy the checkpoint again, or, if this run wrote it, delete its folder and run the " \
              "command again"
     if older and checkpoint.name.startswith("iter_"):
-        number = int(older[-1].removeprefix("iter_"))
+        number = iteration_of(checkpoint.parent / older[-1])
         remedy += (f". {checkpoint.parent} also has {older[-1]}: write {number} into its {TRACKER} "
                    "to use that one")
     return UserError(f"{checkpoint / wrong[0]}{more} is damaged: its SHA-256 is not the one that "

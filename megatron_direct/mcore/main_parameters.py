@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import compat
+from megatron_direct.mcore.checkpoint_formats import OF_ONE_LAYOUT
 
 # Before a parameter's own key; experts have an optimizer of their own.
 _MAIN_PARAMETERS = re.compile(r"^(chained_\d+\.)?optimizer\.state\.fp32_param\.")
@@ -32,6 +33,10 @@ def load_state(checkpoint: Path, state: dict, stored: Mapping[str, Any]) -> dict
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     known = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    tied = next(filter(OF_ONE_LAYOUT.match, known), None)
+    if tied is not None:
+        raise UserError(f"{checkpoint} holds its optimizer ({tied}) as it lies in one layout. Save "
+                        "with --dist-ckpt-optim-fully-reshardable, or add --no-load-optim.")
 
     def where_it_is(entry):
         if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or entry.key in known:

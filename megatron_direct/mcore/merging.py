@@ -20,14 +20,13 @@ from megatron_direct.config import ModelConfig
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import checkpoint, compat
 from megatron_direct.mcore.checkpoint import Checkpoint
+from megatron_direct.mcore.checkpoint_formats import OF_ONE_LAYOUT
 from megatron_direct.runtime import parallel
 from megatron_direct.settings import flag_name
 
 _OF_OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.")
 # Main parameters are weights, too; the distributed optimizer calls them ``param``.
 _MAIN_PARAMETERS = re.compile(r"^(chained_\d+\.)?optimizer\.state\.(fp32_param|param)\.")
-# Buffers of the distributed optimizer that belong to one layout.
-_OF_ONE_LAYOUT = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
 _OPTIMIZER_STATE = ("optimizer", "opt_param_scheduler")  # names in the common state
 _COMMON_STATE = "common_state"  # since 0.19 an object beside the tensors
 _READ_AT_ONCE = 1 << 28  # bytes per rank
@@ -79,7 +78,7 @@ def _tensors_of_one_model(average: Average) -> dict[str, Any]:
                 raise UserError(f"{state.path} holds no optimizer, and --merge-optimizer last "
                                 "averages the main parameters that come with it. Leave it out "
                                 "with --merge-optimizer none.")
-        tied = next(filter(_OF_ONE_LAYOUT.match, expected), None)
+        tied = next(filter(OF_ONE_LAYOUT.match, expected), None)
         if tied is not None:
             raise UserError(
                 f"{last.path} holds its optimizer ({tied}) as it lies in one layout. Save with "

@@ -71,6 +71,9 @@ def checkpoint_metadata() -> dict:
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         # The optimizer's state in the shape of the model's: it can be loaded in any layout.
         "distrib_optim_sharding_type": "fully_reshardable",
+        # Gathered on the host of one data-parallel rank, which alone writes. The other way takes a
+        # whole float32 copy of the weights on each GPU, and three on the host of each rank.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
     }
 
 

@@ -158,9 +158,11 @@ def train(trainer: Trainer, feed: Feed, iterations: range, description: str,
     for index, iteration in enumerate(progress):
         attendance.at(f"{description}, iteration {iteration}")
         loss, grad_norm = _step(trainer, feed, index)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of iteration {iteration} is {loss}. "
-                                     "Lower --lr, or check the data.")
+        # Before the state is saved: a gradient that is not finite has spoilt the weights already.
+        for what, value in (("loss", loss), ("norm of the gradient", grad_norm)):
+            if value is not None and not math.isfinite(value):
+                raise FloatingPointError(f"the {what} of iteration {iteration} is {value}. "
+                                         "Lower --lr, or check the data.")
         lr = trainer.optimizer.param_groups[0]["lr"]
         trainer.scheduler.step(feed.batch.global_batch_size)
         progress.set_postfix(loss=f"{loss:.3f}")

@@ -28,7 +28,7 @@ from megatron_direct.runtime.patience import answer_within
 # After so long, at the latest, a rank that waits for rank 0 looks again.
 _LONGEST_PAUSE_SECONDS = 0.25
 # No selection problem that was ever solved here took a hundredth of it.
-_LONGEST_HOURS_OF_RANK_ZERO = 12.0
+_LONGEST_HOURS = 12.0
 
 
 def world_size() -> int:
@@ -69,7 +69,10 @@ def process_group(timeout_minutes: int = 10, backend: str = ""):
     backend = backend or host.collective_backend()
     here = ranks.discover()
     # The device is named where there is one, so that NCCL need not guess it at the first barrier.
-    device: dict[str, Any] = {"device_id": host.device()} if backend == "nccl" else {}
+    device: dict[str, Any] = {}
+    if backend == "nccl":
+        device["device_id"] = host.device()
+        torch.cuda.set_device(host.device())  # where objects are gathered
     meeting = rendezvous.meet(here, timeout)
     with stopping.signals_noted() as signals, \
             attendance.kept(meeting.store, here.rank, here.world_size, signals):
@@ -154,23 +157,40 @@ def on_rank_zero(work: Callable):
     return outcome[0]
 
 
-_turns: tuple[object, int] = (None, 0)  # the process group's store, and how often rank 0 worked
+def wait_for_all() -> None:
+    """A barrier for ranks that may be hours apart, where a collective would give up."""
+    if dist.get_world_size() == 1:
+        return
+    store, key = _next_turn()
+    if store.add(f"{key}/count", 1) == dist.get_world_size():
+        store.set(key, "done")
+    elif not _comes(store, key, 3600 * _LONGEST_HOURS):
+        raise UserError(f"a rank has been at work for {_LONGEST_HOURS:.0f} hours while others "
+                        "waited for it. See what it is doing (py-spy dump shows it), and run the "
+                        "command again: it resumes where it stopped.")
 
 
 def _wait_for_rank_zero() -> None:
+    store, key = _next_turn()
+    if dist.get_rank() == 0:
+        store.set(key, "done")
+    elif not _comes(store, key, 3600 * _LONGEST_HOURS):
+        raise UserError(f"rank 0 has been at work for {_LONGEST_HOURS:.0f} hours while the other "
+                        "ranks waited. See what it is doing (py-spy dump shows it), and run the "
+                        "command again: it resumes where it stopped.")
+
+
+_turns: tuple[object, int] = (None, 0)  # the process group's store, and how often ranks waited
+
+
+def _next_turn() -> tuple[Any, str]:
+    """The store, and a key of this turn, the same on all ranks, which take their turns in one
+    order."""
     global _turns
     store = dist.distributed_c10d._get_default_store()
     turn = _turns[1] + 1 if _turns[0] is store else 1
     _turns = (store, turn)
-    key = f"rank-zero/{turn}"
-    if dist.get_rank() == 0:
-        store.set(key, "done")
-        return
-    if _comes(store, key, 3600 * _LONGEST_HOURS_OF_RANK_ZERO):
-        return
-    raise UserError(f"rank 0 has been at work for {_LONGEST_HOURS_OF_RANK_ZERO:.0f} hours while "
-                    "the other ranks waited. See what it is doing (py-spy dump shows it), and run "
-                    "the command again: it resumes where it stopped.")
+    return store, f"turn/{turn}"
 
 
 def _comes(store, key: str, seconds: float) -> bool:

@@ -48,34 +48,46 @@ def leading_directions(config: CurvatureConfig, key: SpectrumKey, folder: Path, 
     Fisher, which needs no pass.
     """
     attendance.at("curvature")
+    _require_finite(valid_rows, valid.numbers)
+    operator: Any
+    estimate = None
     if config.curvature == SKETCHED_FISHER:
         numbers = valid.numbers
-        work = _Lanczos(config, SketchedFisherOperator(valid_rows, numbers), key)
-        spectrum, density = work.run()
+        operator = SketchedFisherOperator(valid_rows)
+        rank, dimension, density = operator.num_samples, operator.dimension, None
+        spectrum = parallel.on_rank_zero(operator.spectrum)
         sketches = np.stack(spectrum.eigenvectors)
     else:
         assert gradients is not None
         numbers = _evenly(valid.numbers, config.num_curvature_samples)
         work = _over_parameters(config, key, folder, valid.samples, numbers, gradients)
+        operator, rank, dimension = work.operator, work.rank, work.space.dimension
         spectrum, density = work.run()
         sketches = grid.sum_over_model(torch.stack([
             gradients.sketch.of_vector(work.space.split(v), gradients.shards)
             for v in spectrum.eigenvectors])).cpu().numpy()
-    found = Eigenpairs(spectrum.eigenvalues, sketches, work.rank, config.max_matvecs,
-                       spectrum.converged,
-                       _total_energy(config, density, valid_rows, gradients))
-    notes = _notes(config, found, work.operator)
+        if config.curvature == "fisher" and gradients.sample_loss == "mean":
+            estimate = _trace_by_sketches(valid_rows[np.isin(valid.numbers, numbers)])
+        _say_what_it_holds(work.log)
+    rank = min(rank, dimension)
+    total = _total_energy(density, spectrum, rank)
+    found = Eigenpairs(spectrum.eigenvalues, sketches, rank, config.num_eigenpairs,
+                       config.max_matvecs, spectrum.converged, estimate if total is None else total)
+    notes = _notes(config, found, operator)
     parallel.on_rank_zero(lambda: write_eigenpairs(folder, key, found, {
         **_summary(spectrum, density), "operator": config.curvature,
-        "num_valid_samples": len(numbers), "dimension": work.space.dimension,
+        "num_valid_samples": len(numbers), "dimension": dimension,
         "elbow": vars(found.elbow(config)), "notes": notes}))
     parallel.say(f"curvature: {'; '.join(notes)}; {spectrum.num_matvecs} products, "
                  f"{spectrum.status}")
-    if work.log is not None and (held := work.log.num_bytes()) >= _REPORTED_BYTES:
-        parallel.say(f"curvature: {folder / 'lanczos'} holds {held / 2**30:.1f} GiB of basis "
-                     "vectors, from which a run with more --num-eigenpairs or --max-matvecs "
-                     "resumes. It may be deleted: such a run then starts from scratch.")
     return found.directions(config)
+
+
+def _require_finite(rows: np.ndarray, numbers: np.ndarray) -> None:
+    bad = numbers[~np.isfinite(rows).all(1)]
+    if len(bad):
+        raise UserError(f"the loss of validation sample {bad[0]}, or its gradient, is not finite. "
+                        "Remove the sample from the validation set, or check the checkpoint.")
 
 
 def _over_parameters(config: CurvatureConfig, key: SpectrumKey, folder: Path, samples: Samples,
@@ -105,13 +117,19 @@ def _evenly(numbers: np.ndarray, count: int) -> np.ndarray:
     return numbers
 
 
-class _Lanczos:
-    """One run over an operator, whose ``space`` has ``dimension`` and ``random_signs``. log: of its
-    state, from which a run that was killed, or that is asked for more pairs, carries on."""
+def _say_what_it_holds(log: LanczosLog) -> None:
+    if (held := log.num_bytes()) >= _REPORTED_BYTES:
+        parallel.say(f"curvature: {log.folder} holds {held / 2**30:.1f} GiB of basis vectors, from "
+                     "which a run with more --num-eigenpairs or --max-matvecs resumes. It may be "
+                     "deleted: such a run then starts from scratch.")
 
-    def __init__(self, config: CurvatureConfig, operator, key: SpectrumKey,
-                 log: LanczosLog | None = None,
-                 symmetry_tol: float = SYMMETRY_TOL):
+
+class _Lanczos:
+    """One run over an operator on parameters. log: of its state, from which a run that was killed,
+    or that is asked for more pairs, carries on."""
+
+    def __init__(self, config: CurvatureConfig, operator, key: SpectrumKey, log: LanczosLog,
+                 symmetry_tol: float):
         self.config, self.operator, self.space = config, operator, operator.space
         self.rank = self.space.dimension
         if "fisher" in config.curvature:
@@ -121,8 +139,6 @@ class _Lanczos:
     def run(self) -> tuple[Spectrum, SpectralDensity | None]:
         """Leading eigenpairs, and the density if it is asked for."""
         config, space, log = self.config, self.space, self.log
-        if isinstance(self.operator, SketchedFisherOperator):
-            return parallel.on_rank_zero(self.operator.spectrum), None
         with tqdm(desc=f"lanczos ({config.curvature})", unit="product",
                   disable=None if parallel.is_rank_zero() else True) as progress:
             operator = SymmetricOperator(_counted(self.operator.matvec, progress), space,
@@ -131,8 +147,7 @@ class _Lanczos:
                             config.max_matvecs, symmetry_tol=self._symmetry_tol)
             try:
                 spectrum = leading_eigenpairs(operator, target, space.random_signs(self._seed),
-                                              state=None if log is None else log.load(),
-                                              on_step=None if log is None else self._after_step)
+                                              state=log.load(), on_step=self._after_step)
             except AsymmetricOperator as error:
                 raise UserError(f"--curvature {config.curvature}: {error}"
                                 f"{self._likely_cause()}") from error
@@ -143,16 +158,13 @@ class _Lanczos:
                 eigenvalues=spectrum.eigenvalues, eigenvectors=spectrum.eigenvectors)
 
     def _after_step(self, state: KrylovState) -> None:
-        assert self.log is not None
         self.log.write(state)
         attendance.at(f"curvature, product {state.num_matvecs}")
         if parallel.stop_is_agreed():
             parallel.stop()
 
     def _likely_cause(self) -> str:
-        """The kind of layer at which the asymmetry is largest, where the space has layers."""
-        if not isinstance(self.space, ParameterSpace):
-            return ""
+        """The kind of layer at which the asymmetry is largest."""
         try:
             check_symmetry(self.operator.matvec, self.space)
         except UserError as error:
@@ -168,19 +180,19 @@ def _counted(matvec: Callable, progress: tqdm) -> Callable:
     return counted
 
 
-def _total_energy(config: CurvatureConfig, density: SpectralDensity | None,
-                  valid_rows: np.ndarray, gradients: GradientModel | None) -> float | None:
-    """The sum of all positive eigenvalues, where it is known.
+def _total_energy(density: SpectralDensity | None, spectrum: Spectrum, rank: int) -> float | None:
+    """The sum of all positive eigenvalues, where it is known: all are, or the density was asked
+    for."""
+    if len(spectrum.eigenvalues) == rank:
+        return float(np.maximum(spectrum.eigenvalues, 0).sum())
+    return None if density is None else density.positive_trace.value
 
-    That of the empirical Fisher is its trace, (1/M) sum_i ||g_i||^2, known from the sketches if
-    they are of the same losses (the Fisher is of mean ones, the sketched one of the sketches').
-    """
-    if density is not None:
-        return density.positive_trace.value
-    if gradients is None or config.curvature == SKETCHED_FISHER or (
-            config.curvature == "fisher" and gradients.sample_loss == "mean"):
-        return float(np.mean(np.sum(valid_rows.astype(np.float64) ** 2, axis=1)))
-    return None
+
+def _trace_by_sketches(rows: np.ndarray) -> float:
+    """An estimate of the trace of the empirical Fisher of these samples, (1/m) sum_i ||g_i||^2,
+    from their sketches [m, k], if they are of the same losses (its are mean ones). A squared length
+    has a standard error of up to sqrt(2 / k): 3 % at k = 2048."""
+    return float(np.mean(np.sum(rows.astype(np.float64) ** 2, axis=1)))
 
 
 def _notes(config: CurvatureConfig, found: Eigenpairs, operator) -> list[str]:

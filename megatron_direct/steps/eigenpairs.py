@@ -39,12 +39,13 @@ def spectrum_key(config: CurvatureConfig, sketches: SketchesKey, valid: Drawn) -
 @dataclass(frozen=True)
 class Eigenpairs:
     """What a spectrum folder holds. sketches: [p, k] of the eigenvectors; rank: the largest that
-    the operator can have; total_energy: the sum of all positive eigenvalues, or None if that is not
-    known."""
+    the operator can have; asked: pairs, and max_matvecs: products, that the flags allowed;
+    total_energy: the sum of all positive eigenvalues, or None if that is not known."""
 
     eigenvalues: np.ndarray
     sketches: np.ndarray
     rank: int
+    asked: int
     max_matvecs: int
     converged: bool
     total_energy: float | None
@@ -53,9 +54,10 @@ class Eigenpairs:
         """Whether they are all that the flags ask for."""
         if config.curvature == SKETCHED_FISHER:  # earlier versions wrote the leading ones only
             return len(self.eigenvalues) == self.rank
+        wanted = min(config.num_eigenpairs, self.rank)
         if self.converged:
-            return len(self.eigenvalues) >= min(config.num_eigenpairs, self.rank)
-        return self.max_matvecs >= config.max_matvecs
+            return len(self.eigenvalues) >= wanted
+        return self.asked >= wanted and self.max_matvecs >= config.max_matvecs
 
     def elbow(self, config: CurvatureConfig) -> Elbow:
         """Among all pairs that the operator has, or the leading ones that the flags ask for."""
@@ -92,8 +94,9 @@ def write_eigenpairs(folder: Path, key: SpectrumKey, found: Eigenpairs, summary:
 
 
 def _read(folder: Path) -> Eigenpairs:
+    path, remedy = folder / "directions.npz", f"Delete {folder}, and run the command again."
     names = ("eigenvalues", "sketches", "rank", "max_matvecs", "converged", "total_energy")
-    values, sketches, rank, max_matvecs, converged, total = arrays.read_named(
-        folder / "directions.npz", names, f"Delete {folder}, and run the command again.")
-    return Eigenpairs(values, sketches, int(rank), int(max_matvecs), bool(converged),
+    values, sketches, rank, max_matvecs, converged, total = arrays.read_named(path, names, remedy)
+    asked = arrays.read_npz(path, remedy).get("asked", len(values))  # not in an older version's
+    return Eigenpairs(values, sketches, int(rank), int(asked), int(max_matvecs), bool(converged),
                       None if np.isnan(total) else float(total))

@@ -204,7 +204,7 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
                 parallel.stop()
     if writer is not None:
         writer.close()
-    parallel.barrier()
+    parallel.wait_for_all()  # copies of the model exchange nothing in between, and drift apart
     parallel.on_rank_zero(lambda: pass_plan.plan_path(store, drawn).unlink(missing_ok=True))
     left = num_missing(store, drawn)
     if left:

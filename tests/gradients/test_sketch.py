@@ -153,3 +153,7 @@ def test_a_scale_multiplies_the_gradient_entry_by_entry():
     for piece in pieces:
         torch.testing.assert_close(scaled.of_piece(shard, piece), torch.stack(
             [plain.of_vector([scale * matrix], [shard]) for matrix in piece.matrices()]))
+
+
+def test_a_rank_that_holds_no_parameter_adds_nothing_to_the_sketch_of_a_vector():
+    torch.testing.assert_close(Sketch([], 64, 1).of_vector([], []), torch.zeros(64))

@@ -5,6 +5,8 @@ That others wait for it outside of collectives: tests/mcore/test_grid.py.
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from ranks import run_on_ranks
 
@@ -36,17 +38,37 @@ def test_the_limit_of_a_launch_is_known_to_other_groups(monkeypatch):
         assert parallel.collective_timeout_minutes() == 7
 
 
-def _give_up():
-    before, parallel._LONGEST_HOURS_OF_RANK_ZERO = \
-        parallel._LONGEST_HOURS_OF_RANK_ZERO, 0.2 / 3600
+def _give_up(others_wait):
+    before, parallel._LONGEST_HOURS = parallel._LONGEST_HOURS, 0.2 / 3600
     try:
-        return None if parallel.is_rank_zero() else parallel._wait_for_rank_zero()
+        return None if parallel.is_rank_zero() else others_wait()
     except UserError as error:
         return str(error)
     finally:
-        parallel._LONGEST_HOURS_OF_RANK_ZERO = before
+        parallel._LONGEST_HOURS = before
 
 
-def test_there_is_a_limit_to_waiting_for_rank_zero():
-    _, words = run_on_ranks(2, _give_up)
-    assert words.startswith("rank 0 has been at work for 0 hours while the other ranks waited")
+@pytest.mark.parametrize(("others_wait", "words"), [
+    (parallel._wait_for_rank_zero,
+     "rank 0 has been at work for 0 hours while the other ranks waited"),
+    (parallel.wait_for_all, "a rank has been at work for 0 hours while others waited for it")])
+def test_there_is_a_limit_to_waiting(others_wait, words):
+    assert run_on_ranks(2, _give_up, others_wait)[1].startswith(words)
+
+
+def _come_one_by_one(folder):
+    """Whether all had come when this rank goes on."""
+    rank, size = parallel.rank_and_size()
+    complete = []
+    for turn in range(2):
+        while rank and not (folder / f"{turn}-{rank - 1}").exists():
+            time.sleep(0.001)
+        (folder / f"{turn}-{rank}").touch()
+        parallel.wait_for_all()
+        complete.append(all((folder / f"{turn}-{other}").exists() for other in range(size)))
+        parallel.on_rank_zero(lambda: None)  # which takes turns, too
+    return complete
+
+
+def test_ranks_that_are_far_apart_wait_for_one_another(tmp_path):
+    assert run_on_ranks(3, _come_one_by_one, tmp_path) == [[True, True]] * 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import types
 
 import flat_requests
 import numpy as np
@@ -15,7 +17,6 @@ from megatron_direct.commands.report import ReportConfig, ReportRequest, report
 from megatron_direct.commands.select import SelectRequest, select
 from megatron_direct.config import Job
 from megatron_direct.curvature.fisher import FisherOperator
-from megatron_direct.curvature.sketched import SketchedFisherOperator
 from megatron_direct.curvature.vectors import ParameterSpace
 from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.data.samples import MicroBatchLimits, Samples
@@ -27,6 +28,9 @@ from megatron_direct.mcore import grid
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.steps import curvature as steps_curvature
+from megatron_direct.steps.curvature import leading_directions
+from megatron_direct.steps.curvature_config import CurvatureConfig
+from megatron_direct.steps.eigenpairs import Eigenpairs
 from megatron_direct.steps.pass_plan import Drawn
 from megatron_direct.steps.sketch import read_sketches
 
@@ -89,11 +93,38 @@ def test_more_eigenpairs_than_there_are_is_reported(folder):
     assert "rank is at most 12: only 12 of --num-eigenpairs 20" in spectrum["notes"][-1]
 
 
-def test_a_sketch_that_is_not_finite_names_the_sample():
+@pytest.mark.parametrize("kind", ["hessian", "fisher", "sketched-fisher"])
+def test_a_gradient_that_is_not_finite_names_the_sample_before_any_product(kind):
     rows = np.ones((3, 8), np.float32)
     rows[1, 5] = np.inf
+    valid = types.SimpleNamespace(numbers=np.array([7, 40, 41]))
     with pytest.raises(UserError, match="validation sample 40, or its gradient, is not finite"):
-        SketchedFisherOperator(rows, np.array([7, 40, 41]))
+        leading_directions(CurvatureConfig(curvature=kind), None, None, valid, rows, None)
+
+
+def _eigenpairs(count, **changes):
+    return dataclasses.replace(Eigenpairs(
+        np.ones(count), np.ones((count, 4)), rank=256, asked=16, max_matvecs=200, converged=True,
+        total_energy=None), **changes)
+
+
+def test_eigenpairs_serve_those_who_ask_for_no_more():
+    def served(found, **flags):
+        return found.serve(CurvatureConfig(curvature="fisher", max_matvecs=200, **flags))
+
+    assert served(_eigenpairs(16), num_eigenpairs=16) and served(_eigenpairs(16), num_eigenpairs=9)
+    assert not served(_eigenpairs(16), num_eigenpairs=64)
+    stopped = _eigenpairs(12, converged=False)  # by rounding, or by the number of products
+    assert served(stopped, num_eigenpairs=16) and not served(stopped, num_eigenpairs=64)
+    assert not served(dataclasses.replace(stopped, max_matvecs=100), num_eigenpairs=16)
+
+
+def test_the_energy_of_some_samples_is_of_those(folder):
+    """A Fisher of which all pairs are computed, over a part of the validation samples."""
+    run_on_ranks(1, _select, folder, Layout(), "some", "fisher", (("num_curvature_samples", 4),))
+    elbow = _spectrum(folder, "some")["elbow"]
+    assert elbow["whole_operator"] and elbow["reached"]
+    assert elbow["energy"] == pytest.approx(sum(_spectrum(folder, "some")["eigenvalues"]))
 
 
 def test_the_density_tells_the_energy_of_the_whole_operator(folder):
