@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from megatron_direct.data import checks
-from megatron_direct.data.blend_plan import BLEND_WEIGHTS, MAX_EPOCHS, BlendRules
+from megatron_direct.data.blend_plan import BLEND_WEIGHTS, MAX_EPOCHS, BlendPart, BlendRules
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.mask_files import find_mask_files, read_mask_files
 from megatron_direct.errors import UserError
@@ -85,13 +85,29 @@ def _builder(args, dataset_class, sizes, is_built_on_rank, config):
         raise UserError(f"sample masks are for GPT pre-training data, but the flags ask for "
                         f"{dataset_class.__name__} (--mock-data, --sft, --fim-data). Leave out "
                         "either.")
-    masks = _load_masks(args, config)
+    masks, consumed = _load_masks(args, config), _num_consumed(args)
     builder, parts = masked_builder(
         sizes, is_built_on_rank, config, masks,
-        BlendRules(args.blend_weights, args.max_epochs), _num_consumed(args))
+        BlendRules(args.blend_weights, args.max_epochs), consumed)
     for part in parts:
         parallel.say(f"> {part}")
+        missed = what_is_missed(part, (sizes[0] - consumed) / sizes[0]) if consumed else ""
+        if missed:
+            parallel.say(f"> WARNING: {missed}")
     return builder
+
+
+def what_is_missed(part: BlendPart, share: float) -> str:
+    """Words for selected documents that go unseen, where Megatron-LM shuffles several epochs
+    together and reads the last ``share`` of the sequences only; none for less than a hundredth."""
+    epochs = part.epochs / share  # of the whole run
+    unseen = (1 - share) ** epochs
+    if not part.masked or epochs <= 1 or unseen < 0.01:
+        return ""
+    return (f"{part.prefix}: the index is of the whole run, {epochs:.1f} epochs shuffled together, "
+            f"of which the last {share:.0%} are read: about {unseen:.0%} of the selected documents "
+            "will not be seen, and others more than once. Give --phase-transition-iterations with "
+            "the iteration at which the blend changes, to this run and to the one before it.")
 
 
 def _load_masks(args, config) -> dict[str, SampleMask]:

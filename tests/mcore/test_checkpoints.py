@@ -18,7 +18,7 @@ from tiny_models import MODELS
 from torch.distributed.checkpoint.api import CheckpointException
 from trained_checkpoint import CASES, Case, require_equal, resume, save
 
-from megatron_direct.config import Job
+from megatron_direct.config import Job, OptimizerConfig
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import checkpoint, compat, integrity
 
@@ -247,6 +247,9 @@ def _arguments_of_megatron_lm(**given):
     ({"use_mup": True}, "--use-mup True: this is not supported"),
     ({"window_size": [128, 0]}, "--window-size"),
     ({"moe_mlp_glu_interleave_size": 32}, "--moe-mlp-glu-interleave-size 32"),
+    ({"moe_expert_capacity_factor": 1.5}, "--moe-expert-capacity-factor 1.5"),
+    ({"moe_router_load_balancing_type": "sinkhorn"}, "--moe-router-load-balancing-type sinkhorn"),
+    ({"moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]}, "-type .'aux_loss', 'sinkhorn'"),
 ])
 def test_models_that_later_versions_can_train_and_we_cannot_build_are_refused(
         tmp_path, given, match):
@@ -261,7 +264,22 @@ def test_what_changes_the_speed_alone_is_no_reason_to_refuse(tmp_path):
     from megatron_direct.mcore import arguments
 
     arguments.translated(_arguments_of_megatron_lm(
-        moe_grouped_gemm=True, moe_shared_expert_overlap=True, tp_comm_overlap=True), tmp_path)
+        moe_grouped_gemm=True, moe_shared_expert_overlap=True, tp_comm_overlap=True,
+        moe_router_load_balancing_type=["seq_aux_loss", "global_aux_loss"]), tmp_path)
+
+
+def test_the_form_of_a_decay_is_carried_from_a_training_that_had_one(tmp_path):
+    from megatron_direct.mcore import arguments
+
+    for style, carried in (("WSD", True), ("cosine", False)):
+        found = arguments.translated(_arguments_of_megatron_lm(
+            lr_decay_style=style, lr_wsd_decay_style="exponential"), tmp_path)
+        assert ("lr_wsd_decay_style" in found) == carried
+
+
+def test_an_argument_that_says_nothing_leaves_the_default(tmp_path):
+    found = checkpoint.Checkpoint(tmp_path, 1, {"lr": None, "clip_grad": 0.5}, False, "")
+    assert found.settings(OptimizerConfig, {}) == OptimizerConfig(clip_grad=0.5)
 
 
 def test_a_full_disk_that_torch_does_not_name_is_told(tmp_path):

@@ -155,6 +155,8 @@ def test_the_states_of_a_folder(tmp_path):
         if iteration != 31:  # killed while it was saved
             (path / "metadata.json").write_text("{}")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("40")
+    (tmp_path / "iter_0000030_backup").mkdir()  # a copy that somebody keeps
+    (tmp_path / "iter_0000030_backup" / "metadata.json").write_text("{}")
 
     def iterations(*args):
         return [int(path.name[5:]) for path in checkpoint.saved_states(tmp_path, *args)]

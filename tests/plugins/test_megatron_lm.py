@@ -6,6 +6,7 @@ has to be of the version of the installed megatron-core (tests/megatron_lm_runs.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -21,6 +22,25 @@ from megatron_lm_runs import POISON, ROOT, SAMPLES, needs_checkout
 from ranks import Layout, run_on_ranks
 
 from megatron_direct import SampleMask
+from megatron_direct.data.blend_plan import BlendPart
+from megatron_direct.plugins.megatron_lm import what_is_missed
+
+
+@pytest.mark.parametrize(("epochs", "share"), [(1.0, 0.1), (2.0, 0.5), (0.5, 0.05)])
+def test_what_a_blend_that_begins_within_a_run_misses(epochs, share):
+    """As Megatron shuffles: all epochs together, of which the last part is read."""
+    documents, of_run = 20_000, epochs / share
+    part = BlendPart("pool", documents, 10 * documents, 1.0, epochs, masked=True)
+    words = what_is_missed(part, share)
+    order = np.tile(np.arange(documents), round(of_run))
+    np.random.default_rng(0).shuffle(order)
+    read = order[-round(epochs * documents):]
+    unseen = 1 - len(np.unique(read)) / documents
+    said = int(re.search(r"about (\d+)% of the selected documents", words)[1]) / 100
+    assert abs(said - unseen) < 0.015  # the words are rounded to a hundredth
+    assert not what_is_missed(dataclasses.replace(part, masked=False), share)
+    assert not what_is_missed(part, 1.0) and not what_is_missed(
+        dataclasses.replace(part, epochs=share), share)  # one epoch in all: each is seen once
 
 
 @pytest.fixture(scope="module")
