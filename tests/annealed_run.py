@@ -65,22 +65,24 @@ def write_annealed_run(folder: Path, *, arms=("direct", "random"), domains=DOMAI
                   "energy": 31.0, "whole_operator": False, "reached": True},
         "notes": ["11 of 12 leading pairs hold 0.9521 of the energy"], "density": density})
     for arm in arms:
-        _write_arm(folder / "anneal" / arm, arm, names, kinds, len(domains))
+        write_arm(folder / "anneal" / arm, arm, names, kinds, len(domains))
         if arm == "random":
             files.write_json(folder / "anneal" / arm / "composition.json", compositions[arm])
     return folder
 
 
-def _write_arm(folder: Path, arm: str, names: dict, kinds, num_domains: int) -> None:
+def write_arm(folder: Path, arm: str, names: dict, kinds, num_domains: int, losses_after=None,
+              **key) -> None:
+    """key: what the annealing depends on."""
     def losses(values):
         of_domains = values[:num_domains]
         return {**{kind: {} for kind in ("valid", "test")}, **{
             kind: {**dict(zip(names[kind], of_domains, strict=True)), "all": values[-1]}
             for kind in kinds}}
 
-    files.write_json(folder / "manifest.json", {"finished": True, "key": {}, "details": {}})
+    files.write_json(folder / "manifest.json", {"finished": True, "key": key, "details": {}})
     files.write_json(folder / "result.json", {
-        "arm": arm, "before": losses(BEFORE), "after": losses(TEST_LOSSES[arm]),
+        "arm": arm, "before": losses(BEFORE), "after": losses(losses_after or TEST_LOSSES[arm]),
         "tokens": TOKENS, "blend": []})
     rng = np.random.default_rng(len(arm))
     with open(folder / "metrics.jsonl", "w") as file:

@@ -70,7 +70,7 @@ def why_not() -> str | None:
         version = importlib.metadata.version("megatron-bridge")
     except importlib.metadata.PackageNotFoundError:
         return "megatron-bridge is not installed (make test-megatron-bridge)"
-    if version.split(".")[:2] < ["0", "6"]:
+    if tuple(map(int, version.split(".")[:2])) < (0, 6):
         return f"megatron-bridge {version} is installed, but 0.6 is needed"
     return None
 

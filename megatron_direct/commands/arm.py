@@ -27,10 +27,9 @@ from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Key
 from megatron_direct.settings import Settings, flag, flag_name
 from megatron_direct.steps import selected
+from megatron_direct.steps.annealed import RANDOM
 from megatron_direct.steps.onset import as_trained, dataset_digests, model_of
 from megatron_direct.steps.selected import SelectionOrigin
-
-RANDOM = "random"
 
 
 @dataclass(frozen=True)

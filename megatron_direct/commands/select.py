@@ -27,6 +27,7 @@ from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps import solve as solve_step
+from megatron_direct.steps.annealed import is_random
 from megatron_direct.steps.measure import measure
 from megatron_direct.steps.onset import Onset, OnsetConfig
 from megatron_direct.steps.selected import SelectionOrigin, is_annealed, selection_folder
@@ -44,7 +45,7 @@ class NameConfig(Settings):
     def check(self) -> None:
         name = self.selection_name
         # anneal names the folders of random arms "random" and "random-NAME".
-        if not name or name == "random" or name.startswith((".", "random-")) or \
+        if not name or is_random(name) or name.startswith(".") or \
                 set(name) & set("/\\\0\n") or len(os.fsencode(name)) > files.LONGEST_NAME:
             raise UserError(
                 f"--selection-name {name[:80]!r} is not a valid name: it must not be empty, begin "

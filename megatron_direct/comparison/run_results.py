@@ -85,6 +85,7 @@ class RunResults:
     identity: dict[str, Any]
     candidates: dict[int, Candidates]  # by seed
     results: dict[str, dict[int, Result]]  # arm -> seed -> result; every arm has an entry
+    failures: dict[str, dict[int, str]]  # arm -> seed -> why; every arm has an entry
     spectra: dict[int, SpectrumSummary]
     texts: SampleTexts | None
 
@@ -104,6 +105,7 @@ def read_run(run_dir: str | Path) -> RunResults:
     texts = run.path / "texts.json"
     return RunResults(
         setting, _identity(run.path), candidates, results,
+        {name: _failures(run.path / "arms" / name, setting.seeds) for name in setting.arms},
         _spectra(list(seeds.items())),
         typed_json.read_record(SampleTexts, texts) if texts.is_file() else None)
 
@@ -138,6 +140,11 @@ def _results(folder: Path, candidates: dict[int, Candidates]) -> dict[int, Resul
                 of_seed.positions(arrays.read_npy(files_of_seed[1], arrays.MAKE_AGAIN)),
                 np.array([line["loss"] for line in metrics], dtype=np.float64))
     return found
+
+
+def _failures(folder: Path, seeds: Sequence[int]) -> dict[int, str]:
+    paths = {seed: folder / str(seed) / "failed.json" for seed in seeds}
+    return {seed: files.read_json(path)["error"] for seed, path in paths.items() if path.is_file()}
 
 
 def _spectra(seeds: Sequence[tuple[int, Path]]) -> dict[int, SpectrumSummary]:

@@ -26,6 +26,7 @@ from megatron_direct.comparison.summary import (
     ProblemSummary,
     SampleStatistics,
     SettingSummary,
+    ordered,
 )
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -41,13 +42,13 @@ def summarise(run_dir: str | Path) -> ComparisonSummary:
     family = statistics.corrected({name: arm.difference for name, arm in arms.items()
                                    if name != run.setting.reference})
     arms |= {name: replace(arms[name], difference=found) for name, found in family.items()}
-    ordered = sorted(arms.values(), key=lambda arm: (arm.mean_loss is None, arm.mean_loss or 0.0,
-                                                     arm.name))
+    in_order = ordered(arms.values())
     return ComparisonSummary(
         setting=run.setting, identity=run.identity,
-        finished=not any(arm.missing for arm in ordered), confidence=statistics.CONFIDENCE,
-        before=before, pool=pool, arms=tuple(ordered), default_against=_default_against(run),
-        overlap=_overlap([arm.name for arm in ordered], run), spectra=run.spectra,
+        finished=not any(set(arm.missing) - set(arm.failed) for arm in in_order),
+        confidence=statistics.CONFIDENCE,
+        before=before, pool=pool, arms=tuple(in_order), default_against=_default_against(run),
+        overlap=_overlap([arm.name for arm in in_order], run), spectra=run.spectra,
         texts=run.texts)
 
 
@@ -81,7 +82,8 @@ def _arm(name: str, run: RunResults, before: LossesBefore | None, pool: PoolSumm
         overlap_between_seeds=_overlap_between_seeds(results, run.candidates),
         repeats=_repeats(results),
         curve=_curve([r.training_losses for r in results.values()]),
-        cost=cost(name, difference.mean, _mean(losses.values()), setting, before, pool))
+        cost=cost(name, difference.mean, _mean(losses.values()), setting, before, pool),
+        failed={seed: why for seed, why in run.failures[name].items() if seed not in results})
 
 
 def _losses(results: ResultsBySeed, test: str | None = None) -> dict[int, float]:

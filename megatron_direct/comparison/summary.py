@@ -12,7 +12,8 @@ the loss over all test tokens.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_direct.comparison.repeats import Repeats
@@ -169,6 +170,7 @@ class ArmSummary:
     repeats: Repeats | None  # means over seeds
     curve: LossCurve | None
     cost: Cost
+    failed: dict[int, str] = field(default_factory=dict)  # of the missing: seed -> why
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ class SampleTexts:
 
 @dataclass(frozen=True)
 class ComparisonSummary:
-    """arms: by ascending mean test loss, those without any result last."""
+    """arms: in the order of ``ordered``."""
 
     setting: SettingSummary
     identity: dict[str, Any]  # the flags and digests that the run depends on
@@ -237,9 +239,15 @@ class ComparisonSummary:
         return next((arm for arm in self.arms if arm.name == name), None)
 
     @property
-    def ranked(self) -> tuple[ArmSummary, ...]:
-        """The arms with a result, the lowest mean test loss first."""
+    def measured(self) -> tuple[ArmSummary, ...]:
+        """The arms with a result."""
         return tuple(arm for arm in self.arms if arm.mean_loss is not None)
+
+    @property
+    def ranked(self) -> tuple[ArmSummary, ...]:
+        """The arms with a result of every seed that counts, the lowest mean test loss first: means
+        over different seeds are not to be compared."""
+        return tuple(arm for arm in self.measured if set(arm.seeds) >= seeds_that_count(self.arms))
 
     @property
     def compared(self) -> tuple[ArmSummary, ...]:
@@ -253,6 +261,29 @@ class ComparisonSummary:
     @classmethod
     def from_json(cls, value: dict) -> ComparisonSummary:
         return typed_json.from_json(cls, value)
+
+
+def seeds_that_count(arms: Iterable[ArmSummary]) -> set[int]:
+    """Those of the arm that has most of them."""
+    most: tuple[int, ...] = ()
+    for arm in arms:
+        most = max(most, arm.seeds, key=len)
+    return set(most)
+
+
+def ordered(arms: Collection[ArmSummary]) -> list[ArmSummary]:
+    """By mean test loss; then those that lack seeds, by their difference from the reference; last
+    those without any result."""
+    wanted = seeds_that_count(arms)
+
+    def place(arm: ArmSummary) -> tuple:
+        if arm.mean_loss is None:
+            return 2, 0.0, arm.name
+        if set(arm.seeds) >= wanted:
+            return 0, arm.mean_loss, arm.name
+        return 1, arm.difference.mean or 0.0, arm.name
+
+    return sorted(arms, key=place)
 
 
 def write_summary(summary: ComparisonSummary, path: str | os.PathLike) -> None:

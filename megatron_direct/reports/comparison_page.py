@@ -74,7 +74,7 @@ def render(summary: ComparisonSummary) -> str:
 def _page(summary: ComparisonSummary) -> ComparisonPage:
     setting = summary.setting
     default = summary.arm(summary.default_arm)
-    has_results, has_selections = bool(summary.ranked), any(arm.selected for arm in summary.arms)
+    has_results, has_selections = bool(summary.measured), any(arm.selected for arm in summary.arms)
     return ComparisonPage(
         summary=summary, title=f"Comparison: {setting.name}", headline=wording.headline(summary),
         verdict=_verdict(default.difference) if default and default in summary.compared else None,
@@ -124,7 +124,8 @@ def _losses(summary: ComparisonSummary) -> Shown:
     rows: list[list[str | Cell]] = []
     for place, arm in enumerate(summary.arms, start=1):
         found, is_reference = arm.difference, arm.name == summary.reference
-        row: list[str | Cell] = [str(place), _name(summary, arm), wording.loss(arm.mean_loss)]
+        row: list[str | Cell] = [str(place) if arm in summary.ranked else "",
+                                 _name(summary, arm), wording.loss(arm.mean_loss)]
         row += [""] * 5 if is_reference or found.mean is None else [
             wording.signed(found.mean), _verdict(found), wording.interval(found),
             wording.p_value(found.p_value), wording.p_value(found.p_holm)]
@@ -164,7 +165,7 @@ def _by_test(summary: ComparisonSummary) -> Table:
     short = wording.short_names(summary.setting.test)
     before = summary.before.tests if summary.before else {}
     rows: list[list[str | Cell]] = []
-    for arm in summary.ranked:
+    for arm in summary.measured:
         row: list[str | Cell] = [_name(summary, arm)]
         for test in sets:
             found = arm.test_differences[test]

@@ -69,17 +69,37 @@ def _how_to_read(summaries: Sequence[ComparisonSummary]) -> str:
     confidence = wording.percent(max(summary.confidence for summary in summaries))
     return (
         "Arms are annealed from one checkpoint with the same tokens, schedule and batches, and "
-        "differ in the samples they see. The loss is a mean over the test sets, which no "
-        f"selection saw; lower is better. Differences from {reference} are paired by seed. An "
-        f"interval spans a bootstrap interval and a Student t interval at {confidence} each, and "
-        "an arm is better or worse only if both exclude zero. p is the p-value of a sign-flip test "
-        "after Holm's correction for the number of arms; with few seeds it cannot be small, "
-        "whatever the difference. *tokens* are those that an arm is trained on after the "
+        f"differ in the samples they see{_but_for(summaries)}. The loss is a mean over the test "
+        f"sets, which no selection saw; lower is better. Differences from {reference} are paired "
+        "by seed. An interval spans a bootstrap interval and a Student t interval at "
+        f"{confidence} each, and an arm is better or worse only if both exclude zero. p is the "
+        "p-value of a sign-flip test after Holm's correction for the number of arms; with few "
+        "seeds it cannot be small, whatever the difference. *tokens* are those that an arm is trained on after the "
         "checkpoint; *choosing* is what its choice costs, as a share of the annealing; *repeats* "
         "is the share of its choice that is the same when it is made from either half of the "
         "validation set with another hash and seed, and in brackets what two random selections "
         "of that size share. This text is written from the numbers by "
         "`megatron-direct compare`.")
+
+
+# What else distinguishes an arm of such a name.
+_OTHER_DIFFERENCES = {
+    "stable-averaged": "sees none", "-constant-averaged": "keeps the learning rate",
+    "-moderate-averaged": "ends at a moderate one", "-averaged": "averages its last weights",
+    "-rounds": "selects anew on its way"}
+
+
+def _but_for(summaries: Sequence[ComparisonSummary]) -> str:
+    """The arms that differ in something else."""
+    there = {arm.name for summary in summaries for arm in summary.measured}
+    found = []
+    for end, what in _OTHER_DIFFERENCES.items():
+        names = sorted(name for name in there if name.endswith(end))
+        there -= set(names)
+        if names:
+            found.append(f"one that ends in `{end}` {what}" if end[0] == "-"
+                         else f"`{end}` {what}")
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def _over_settings(summaries: Sequence[ComparisonSummary]) -> list[str]:
@@ -104,9 +124,9 @@ def _over_settings(summaries: Sequence[ComparisonSummary]) -> list[str]:
                   "plain: no clear difference."),
         table(["arm", *map(_name, summaries)], rows, left=[0]),
         bullets([
-            f"Better than the reference wherever it was run: {_arms(always[BETTER])}.",
-            f"Worse than the reference wherever it was run: {_arms(always[WORSE])}.",
-            f"No clear difference wherever it was run: {_arms(always[UNCLEAR])}.",
+            f"Better than the reference wherever it has a result: {_arms(always[BETTER])}.",
+            f"Worse than the reference wherever it has a result: {_arms(always[WORSE])}.",
+            f"No clear difference wherever it has a result: {_arms(always[UNCLEAR])}.",
             *map(_lowest, summaries), *map(_paper, summaries),
             *filter(None, map(_ceiling, summaries))])]
 
@@ -120,11 +140,17 @@ def _marked(difference: PairedDifference | None) -> str:
 
 def _lowest(summary: ComparisonSummary) -> str:
     """The arm of lowest loss, and those that a paired comparison does not tell from it."""
-    best, *others = summary.ranked
-    level = [arm.name for arm in others
-             if compare_by_seed(arm.losses, best.losses).verdict == UNCLEAR]
+    best = summary.ranked[0]
+    others = {arm.name: compare_by_seed(arm.losses, best.losses)
+              for arm in summary.measured if arm is not best}
+    level = [name for name, found in others.items()
+             if found.interval is not None and found.verdict == UNCLEAR]
     sentence = (f"Lowest in {_name(summary)}: {code(best.name)}, {wording.loss(best.mean_loss)}; "
                 f"not clearly different from it: {_arms(level)}.")
+    below = [f"{code(name)} ({wording.signed(found.mean)})" for name, found in others.items()
+             if found.interval is None and found.mean is not None and found.mean < 0]
+    if below and len(best.seeds) > 1:
+        sentence += f" With one seed, and below it there: {wording.listed(below)}."
     tests = summary.setting.test
     if len(tests) > 1:
         short = wording.short_names(tests)
@@ -139,11 +165,13 @@ def _paper(summary: ComparisonSummary) -> str:
     """The paper's own objective in a setting, whatever its place."""
     ranked = summary.ranked
     paper = summary.arm(PAPER_ARM)
-    if paper not in ranked:
+    if paper not in summary.measured:
         return f"{code(PAPER_ARM)}, the paper's own objective, was not run in {_name(summary)}."
     found = paper.difference
+    place = f"place {ranked.index(paper) + 1} of {len(ranked)}" if paper in ranked else \
+        wording.seeds_in_words(paper.seeds)
     return (f"{code(PAPER_ARM)}, the paper's own objective, in {_name(summary)}: "
-            f"{wording.loss(paper.mean_loss)}, place {ranked.index(paper) + 1} of {len(ranked)}, "
+            f"{wording.loss(paper.mean_loss)}, {place}, "
             f"{wording.signed(found.mean)} {wording.interval(found)} compared with "
             f"{code(summary.reference)}: {wording.verdict(found)}.")
 
@@ -194,7 +222,7 @@ def _averages(summaries: Sequence[ComparisonSummary]) -> list[str]:
     """The default's selection with averaged weights, against averages of others."""
     rows = []
     for summary in summaries:
-        losses = {arm.name: arm.losses for arm in summary.ranked}
+        losses = {arm.name: arm.losses for arm in summary.measured}
         rows += [[_name(summary), code(mine), code(other), wording.signed(found.mean),
                   wording.interval(found), wording.verdict(found)]
                  for mine, others in AVERAGES for other in others
@@ -217,17 +245,17 @@ def _figures(difference: PairedDifference) -> list[str]:
 def _of_setting(summary: ComparisonSummary) -> list[str]:
     ordered = sorted(summary.arms, key=lambda arm: arm.name == CEILING)
     rows = [[code(arm.name), wording.loss(arm.mean_loss),
-             *([""] * 4 if arm.name == summary.reference else _figures(arm.difference))]
-            for arm in ordered]
+             *([""] * 4 if arm.name == summary.reference else _figures(arm.difference)),
+             str(len(arm.seeds))] for arm in ordered]
     rows.insert(len(rows) - (summary.arm(CEILING) is not None),
-                ["(before annealing)", wording.loss(summary.loss_before), *[""] * 4])
+                ["(before annealing)", wording.loss(summary.loss_before), *[""] * 5])
     sentences = [wording.setting_sentence(summary), wording.repetition_sentence(summary),
                  wording.missing_sentence(summary), wording.chance_sentence(summary),
                  wording.cost_sentence(summary)]
     return [f"## {_name(summary)}",
             paragraph(" ".join(sentence for sentence in sentences if sentence)),
             table(["arm", "mean test loss", f"arm - {code(summary.reference)}", "interval",
-                   "p (Holm)", "verdict"], rows, left=[0, 5]), _yardsticks(summary),
+                   "p (Holm)", "verdict", "seeds"], rows, left=[0, 5]), _yardsticks(summary),
             table(["arm", "tokens", "choosing", "repeats (by chance)"],
                   [[code(arm.name), *_tokens_and_repeats(arm)] for arm in ordered], left=[0])]
 
@@ -242,10 +270,10 @@ def _tokens_and_repeats(arm: ArmSummary) -> list[str]:
 def _yardsticks(summary: ComparisonSummary) -> str:
     """The default minus arms that are not its rivals: what cannot be had, and its own parts."""
     default = summary.arm(summary.default_arm)
-    if default not in summary.ranked:
+    if default not in summary.measured:
         return ""
     found = {arm.name: compare_by_seed(default.losses, arm.losses)
-             for name in YARDSTICKS for arm in summary.ranked if arm.name == name}
+             for name in YARDSTICKS for arm in summary.measured if arm.name == name}
     if not found:
         return ""
     parts = [f"{wording.with_numbers(code(name), difference)}, {wording.verdict(difference)}"

@@ -12,16 +12,22 @@ from typing import Any
 from megatron_direct.curvature.density import Estimate
 from megatron_direct.curvature.spectrum import Elbow
 from megatron_direct.mcore.training import read_metrics
+from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.runtime.typed_json import read_record
 from megatron_direct.steps import annealed, selected
-from megatron_direct.steps.annealed import ArmResult
+from megatron_direct.steps.annealed import RANDOM, ArmResult, is_random
 from megatron_direct.steps.domains import Domains
 from megatron_direct.steps.selected import PoolComposition, SelectionSummary
 
 
 @dataclass(frozen=True)
 class Annealing:
+    """arm: of the annealing, which may be another one's average; settings: all that it depends on
+    but for its masks."""
+
+    arm: str
+    settings: dict[str, Any]
     result: ArmResult
     iterations: tuple[int, ...]
     training_losses: tuple[float, ...]
@@ -74,6 +80,23 @@ class RunReport:
     seconds: dict[str, float]
     commands: tuple[CommandRecord, ...]
 
+    def reference_of(self, name: str) -> str:
+        """The random arm of as many samples, with which one is compared; "" of a random arm."""
+        arm = self.annealings[name].arm
+        if is_random(arm):
+            return ""
+        return RANDOM if arm == "direct" else f"{RANDOM}-{arm}"
+
+    def is_compared(self, name: str) -> bool:
+        """Whether its random arm is there, and was annealed the same way."""
+        reference = self.reference_of(name)
+        return reference in self.annealings and not self.differences(name, reference)
+
+    def differences(self, first: str, second: str) -> list[str]:
+        """Settings in which two annealings differ, beside their masks."""
+        one, other = (self.annealings[name].settings for name in (first, second))
+        return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+
 
 def read_report_files(run_dir: str | Path) -> RunReport:
     """Raises UserError if the directory has no finished selection, or a file cannot be read."""
@@ -104,6 +127,10 @@ def read_report_files(run_dir: str | Path) -> RunReport:
 def _annealings(folder: Path) -> list[Annealing]:
     """An arm, and the averages of its last states, which have no training of their own."""
     metrics = read_metrics(folder / "metrics.jsonl")
-    arm = Annealing(ArmResult.read(folder), tuple(line["iteration"] for line in metrics),
+    found = Artefact(folder, "an annealed arm").read() or {"key": {}}
+    settings = {name: value for name, value in found["key"].items() if name != "segments"}
+    arm = Annealing(folder.name, settings, ArmResult.read(folder),
+                    tuple(line["iteration"] for line in metrics),
                     tuple(line["loss"] for line in metrics))
-    return [arm, *(Annealing(average, (), ()) for average in annealed.read_averages(folder))]
+    return [arm, *(Annealing(folder.name, settings, average, (), ())
+                   for average in annealed.read_averages(folder))]

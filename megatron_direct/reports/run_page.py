@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -13,7 +14,6 @@ from megatron_direct.steps.annealed import Losses
 from megatron_direct.steps.domains import Domains
 from megatron_direct.steps.selected import SelectionSummary
 
-REFERENCE = "random"  # the arm that the others are compared with
 _ALL = "all"  # the losses over the tokens of all datasets
 _PROBLEM = (
     ("objective", "objective"), ("status", "status"), ("objective value", "objective_value"),
@@ -50,7 +50,7 @@ def _page(run: RunReport) -> RunPage:
     density = run.spectrum.density
     return RunPage(
         title=f"Run: {run.path}", headline=headline(run),
-        has_difference=REFERENCE in run.annealings and len(run.annealings) > 1,
+        has_difference=any(map(run.is_compared, run.annealings)),
         losses=loss_tables(run),
         curves=image(run_figures.curves(run.annealings), "training loss by iteration")
         if run.annealings else None,
@@ -73,7 +73,7 @@ def _trace(density: Density) -> str:
 
 def headline(run: RunReport) -> list[str]:
     """Sentences: the difference between the arms, and what it cost."""
-    sentences = [_difference(run, arm) for arm in run.annealings if arm != REFERENCE]
+    sentences = [_difference(run, arm) for arm in run.annealings if run.reference_of(arm)]
     if not sentences:
         sentences.append("No selection has been annealed yet.")
     tokens = sorted({annealing.result.tokens for annealing in run.annealings.values()})
@@ -93,13 +93,17 @@ def _difference(run: RunReport, arm: str) -> str:
     kind, what = ("test", "test loss") if result.after.test else ("valid", "validation loss")
     after, before = (_of(losses, kind).get(_ALL) for losses in (result.after, result.before))
     sentence = f"{arm} ends with a {what} of {wording.loss(after)} per token"
-    was = f"{wording.loss(before)} before annealing"
-    if REFERENCE not in run.annealings:
-        return f"{sentence} ({was}); {REFERENCE} has not been annealed yet."
-    reference = _of(run.annealings[REFERENCE].result.after, kind)
+    was, name = f"{wording.loss(before)} before annealing", run.reference_of(arm)
+    if name not in run.annealings:
+        return f"{sentence} ({was}); {name} has not been annealed yet."
+    reference = _of(run.annealings[name].result.after, kind)
     if after is None or reference.keys() != _of(result.after, kind).keys():
-        return f"{sentence} ({was}); {REFERENCE} was measured on other datasets."
-    return (f"{sentence}, {wording.below(after - reference[_ALL])} {REFERENCE} "
+        return f"{sentence} ({was}); {name} was measured on other datasets."
+    different = run.differences(arm, name)
+    if different:
+        return (f"{sentence} ({was}); {name} was annealed with other settings "
+                f"({wording.listed(different)}).")
+    return (f"{sentence}, {wording.below(after - reference[_ALL])} {name} "
             f"({wording.loss(reference[_ALL])}; {was}).")
 
 
@@ -114,14 +118,23 @@ def loss_tables(run: RunReport) -> list[tuple[str, Table]]:
         after = {arm: _of(annealing.result.after, kind)
                  for arm, annealing in run.annealings.items()}
         if any(after.values()):
-            before: dict[str, float] = {}
-            for annealing in run.annealings.values():
-                before |= _of(annealing.result.before, kind)
-            found.append((heading, _loss_table(before, after)))
+            found.append((heading, _loss_table(run, kind, after)))
     return found
 
 
-def _loss_table(before: dict[str, float], after: dict[str, dict[str, float]]) -> Table:
+def _before(run: RunReport, kind: str) -> dict[str, dict[str, float]]:
+    """Losses before annealing, by what they are called: where arms start from different models,
+    each has a line."""
+    annealings = run.annealings.items()
+    by_arm = {f"({arm}, before annealing)": _of(annealing.result.before, kind)
+              for arm, annealing in annealings}
+    if len({annealing.settings.get("checkpoint_digest") for _, annealing in annealings}) > 1:
+        return by_arm
+    return {"(before annealing)": dict(itertools.chain.from_iterable(
+        before.items() for before in by_arm.values()))}
+
+
+def _loss_table(run: RunReport, kind: str, after: dict[str, dict[str, float]]) -> Table:
     """Losses by dataset, before, and by arm. Where the arms were measured on different datasets,
     their losses over all of them are different things, and are not compared."""
     names = [name for name in dict.fromkeys(name for losses in after.values() for name in losses)
@@ -131,15 +144,16 @@ def _loss_table(before: dict[str, float], after: dict[str, dict[str, float]]) ->
     best = {name: min(losses[name] for losses in after.values() if name in losses)
             for name in compared}
     rows: list[list[str | Cell]] = [
-        ["(before annealing)", *(wording.loss(before.get(name)) for name in names)]]
+        [label, *(wording.loss(before.get(name)) for name in names)]
+        for label, before in _before(run, kind).items()]
     for arm, losses in after.items():
         rows.append([arm, *(Cell(wording.loss(losses.get(name)),
                                  "best" if name in losses and losses[name] == best.get(name)
                                  else "") for name in names)])
-    reference = after.get(REFERENCE, {})
     for arm, losses in after.items():
-        if arm != REFERENCE and reference:
-            rows.append([f"{arm} - {REFERENCE}", *(
+        reference = after.get(run.reference_of(arm), {})
+        if reference and run.is_compared(arm):
+            rows.append([f"{arm} - {run.reference_of(arm)}", *(
                 wording.signed(losses[name] - reference[name])
                 if name in compared and name in losses and name in reference else "-"
                 for name in names)])
@@ -164,17 +178,18 @@ def _sentence(text: str) -> str:
 
 def _composition(run: RunReport) -> Table:
     """Counts of corrupted samples are shown where there are any."""
-    first = next(iter(run.compositions.values()))
-    corrupted = any(counts.corrupted for counts in first.values())
+    pools = {pool: counts for of_selection in run.compositions.values()  # which may have others
+             for pool, counts in of_selection.items()}
+    corrupted = any(counts.corrupted for counts in pools.values())
     keys = (("selected", "selected"), ("corrupted", "selected_corrupted"))[: 1 + corrupted]
     header = ["pool", "samples", *(["corrupted"] if corrupted else []),
               *(f"{name}: {what}" for name in run.compositions for what, _ in keys)]
-    short = wording.short_names(list(first))
+    short = wording.short_names(list(pools))
     rows = []
-    for pool, counts in first.items():
+    for pool, counts in pools.items():
         rows.append([short[pool], f"{counts.samples:,}",
                      *([f"{counts.corrupted:,}"] if corrupted else []),
-                     *(f"{getattr(of_selection[pool], key):,}"
+                     *(f"{getattr(of_selection[pool], key):,}" if pool in of_selection else "-"
                        for of_selection in run.compositions.values() for _, key in keys)])
     return make_table(header, rows)
 

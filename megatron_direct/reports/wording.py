@@ -123,9 +123,10 @@ def headline(summary: ComparisonSummary) -> str:
 def lowest_sentence(summary: ComparisonSummary) -> str:
     if not summary.ranked:
         return "No arm has a result yet."
-    best = summary.ranked[0]
-    return (f"The lowest mean test loss is that of {best.name}: {loss(best.mean_loss)}, against "
-            f"{loss(summary.loss_before)} before annealing.")
+    best, lacking = summary.ranked[0], len(summary.measured) > len(summary.ranked)
+    among = f" of the arms with all {len(best.seeds)} seeds" if lacking else ""
+    return (f"The lowest mean test loss{among} is that of {best.name}: {loss(best.mean_loss)}, "
+            f"against {loss(summary.loss_before)} before annealing.")
 
 
 def default_sentence(summary: ComparisonSummary) -> str:
@@ -136,10 +137,13 @@ def default_sentence(summary: ComparisonSummary) -> str:
                 "compared with.")
     if not any(difference.interval for difference in against.values()):
         return f"{name}, the default of select, has too few seeds to be compared."
-    found = by_verdict(against)
+    found = by_verdict({other: difference for other, difference in against.items()
+                        if difference.interval is not None})
+    found["too few seeds"] = [other for other, difference in against.items()
+                              if difference.interval is None]
     parts = [f"{words} {listed(found[which])}" for which, words in (
-        (BETTER, "better than"), (UNCLEAR, "not clearly different from"), (WORSE, "worse than"))
-        if found[which]]
+        (BETTER, "better than"), (UNCLEAR, "not clearly different from"), (WORSE, "worse than"),
+        ("too few seeds", "not compared, for too few seeds, with")) if found[which]]
     return f"{name}, the default of select, is {'; '.join(parts)}."
 
 
@@ -188,10 +192,13 @@ def repetition_sentence(summary: ComparisonSummary) -> str:
 
 
 def missing_sentence(summary: ComparisonSummary) -> str:
-    """Which runs are missing; empty if none is."""
+    """Which runs are missing, and why those that failed; empty if none is."""
     missing = [f"{arm.name} ({seeds_in_words(arm.missing)})"
                for arm in summary.arms if arm.missing]
-    return f"No result for {listed(missing)}." if missing else ""
+    failed = [f"{arm.name}, seed {seed}: {why.rstrip('.')}"
+              for arm in summary.arms for seed, why in arm.failed.items()]
+    return " ".join([*([f"No result for {listed(missing)}."] if missing else []),
+                     *([f"Failed: {'; '.join(failed)}."] if failed else [])])
 
 
 def cost_sentence(summary: ComparisonSummary) -> str:

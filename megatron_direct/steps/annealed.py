@@ -12,6 +12,13 @@ from megatron_direct.runtime import files, typed_json
 from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.steps.selected import PoolComposition
 
+RANDOM = "random"
+
+
+def is_random(arm: str) -> bool:
+    """Whether its samples are drawn at random: random, or random-NAME, as many as NAME has."""
+    return arm == RANDOM or arm.startswith(f"{RANDOM}-")
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -43,7 +50,7 @@ def arm_names(run_path: Path) -> list[str]:
     """Of the arms that are finished; the default selection first, random ones last."""
     folders = (path.parent for path in run_path.glob("anneal/*/manifest.json"))
     names = [folder.name for folder in folders if Artefact(folder, "an annealed arm").is_finished()]
-    return sorted(names, key=lambda name: (name.startswith("random"), name != "direct", name))
+    return sorted(names, key=lambda name: (is_random(name), name != "direct", name))
 
 
 def average_folder(arm: Path, count: int) -> Path:

@@ -85,15 +85,13 @@ def _tried_on_folders_of_their_own(folder):
     """As where each node has a disk of its own under one path: rank 1 looks elsewhere."""
     import torch.distributed as dist
 
-    doctor._SECONDS_TO_SEE_A_FILE = 0.5
     original = doctor._blind_ranks
-    if dist.get_rank() == 1:
-        doctor._blind_ranks = lambda path, text: original(path.parent / "elsewhere" / path.name,
-                                                          text)
-    try:
+    with pytest.MonkeyPatch.context() as patch:  # ranks serve other tests as well
+        patch.setattr(doctor, "_SECONDS_TO_SEE_A_FILE", 0.5)
+        if dist.get_rank() == 1:
+            patch.setattr(doctor, "_blind_ranks", lambda path, text: original(
+                path.parent / "elsewhere" / path.name, text))
         return doctor.trials(DoctorConfig(shared_folder=folder))[2]
-    finally:  # ranks serve other tests as well
-        doctor._SECONDS_TO_SEE_A_FILE, doctor._blind_ranks = 65.0, original
 
 
 def test_a_folder_that_is_not_shared_is_broken(tmp_path):

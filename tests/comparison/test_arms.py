@@ -14,7 +14,7 @@ from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.data.ngram_likeness import likeness_of_dsir
 from megatron_direct.selection.treatment import Evidence, SelectionConfig
 
-N, M, SIZE, K = 60, 12, 16, 15
+N, M, SIZE, K = 60, 12, 16, 18
 VECTORS = np.linalg.qr(np.random.default_rng(1).standard_normal((SIZE, 4)))[0].T
 STIFF = VECTORS[:2]
 
@@ -132,7 +132,7 @@ def test_variants_are_the_default_under_other_flags(case, name, evidence, settin
                                num_select=flags.num_select)
     chosen = REGISTRY[name].take(case)[0]
     np.testing.assert_array_equal(chosen, REGISTRY["direct"].take(told)[0])
-    assert not np.array_equal(chosen, REGISTRY["direct"].take(case)[0]) or len(chosen) == N // 4
+    assert not np.array_equal(chosen, REGISTRY["direct"].take(case)[0])
 
 
 def test_what_the_solver_said_comes_with_what_it_took(case):

@@ -65,5 +65,6 @@ def test_a_summary_of_another_version_is_refused(summary, tmp_path):
 
 def test_arms_are_found_by_name_and_compared_without_the_reference(summary):
     assert summary.arm("descent").name == "descent" and summary.arm("nowhere") is None
-    assert [arm.name for arm in summary.ranked] == ["descent", "random", "flat-energy"]
+    assert [arm.name for arm in summary.ranked] == ["descent", "random"]
+    assert [arm.name for arm in summary.measured] == ["descent", "random", "flat-energy"]
     assert [arm.name for arm in summary.compared] == ["descent", "flat-energy"]

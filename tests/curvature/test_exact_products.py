@@ -301,7 +301,9 @@ def test_leading_eigenpairs(kind, layout, prefix):
     assert float((basis @ vectors).square().sum()) == pytest.approx(16, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_gauss_newton_is_positive_semi_definite_and_the_hessian_is_not(prefix):
+    """So the dense matrices that operators are held to are what they should be."""
     smallest = {kind: torch.linalg.eigvalsh(_dense(kind, prefix)[1]) for kind in OPERATORS}
     largest = float(smallest["gauss-newton"][-1])
     assert float(smallest["gauss-newton"][0]) > -1e-13 * largest

@@ -208,10 +208,11 @@ def test_a_checkpoint_goes_on_in_the_other_precision(saved, loaded, tmp_path):
     (before, (expected,)), = on_layout(Layout(), _save, MODEL, str(tmp_path), saved)
     (carried, after, (found,)), = on_layout(Layout(), _load, MODEL, str(tmp_path), loaded)
     assert carried == saved, "the default is the checkpoint's own"
-    if saved == FP32:  # whose weights are the main parameters, and are not rounded
-        for a, b in zip(before, after, strict=True):
-            np.testing.assert_array_equal(a, b)
-    np.testing.assert_allclose(found, expected, rtol=0.02)
+    for a, b in zip(before, after, strict=True):
+        # Weights in float32 are the main parameters; those of bfloat16 are main ones, rounded.
+        np.testing.assert_allclose(a, b, rtol=0 if saved == FP32 else 2**-8, atol=1e-30)
+    # The two precisions differ by 7e-5 here, and a model that loaded nothing by 1.4e-2.
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
 # --- what needs float32 -----------------------------------------------------------------------

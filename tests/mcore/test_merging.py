@@ -28,6 +28,8 @@ def _write(model, layout, folder, seed, bf16=False):
     chunks = models.build(Job(model, layout, precision=Precision(bf16=bf16)))
     fill_by_hash(parameter_shards(chunks), scale=0.2, seed=seed)
     fill_expert_bias(chunks)
+    for bias in _biases(chunks).values():
+        bias.mul_(seed)
     trainer = training.make_trainer(chunks, OptimizerConfig(lr=1e-3), BATCH)
     trainer.optimizer.reload_model_params()
     if bf16:  # so that main parameters are between the numbers of bfloat16
@@ -42,6 +44,12 @@ def _pieces(chunks):
 
     shards = parameter_shards(chunks)
     return pieces(shards, [shard.parameter.detach().float().clone() for shard in shards])
+
+
+def _biases(chunks):
+    """Of experts: buffers, which training moves."""
+    return {name: buffer for chunk in chunks for name, buffer in chunk.named_buffers()
+            if name.endswith("expert_bias")}
 
 
 def _mains(chunks):
@@ -125,6 +133,14 @@ def test_main_parameters_are_averaged_and_the_optimizer_is_the_last_ones(tmp_pat
         assert np.abs(found[name] - mains[name]).max() > 0  # so they are two things
 
 
+def _read_biases(model, layout, folder):
+    from megatron_direct.mcore import model as models
+
+    chunks = models.build(Job(model, layout))
+    checkpoint.load_model(checkpoint.latest(folder), chunks)
+    return {name: bias.numpy() for name, bias in _biases(chunks).items()}
+
+
 @pytest.mark.slow
 def test_experts_and_their_biases_are_averaged(tmp_path):
     model = MODELS["deepseek-v3"]
@@ -133,8 +149,15 @@ def test_experts_and_their_biases_are_averaged(tmp_path):
                for seed, layout in enumerate(layouts, 1)]
     run_on_ranks(2, _merge, [tmp_path / "1", tmp_path / "2"], (0.5, 0.5), False, tmp_path / "out")
     found = assemble(on_layout(Layout(tp=2, sp=True), _read, model, str(tmp_path / "out")))
+    assert found.keys() == weights[0].keys()
     for name, weight in _average(weights, (0.5, 0.5)).items():
         np.testing.assert_allclose(found[name], weight, rtol=2e-7, atol=1e-9)
+    first, second, average = (on_layout(Layout(), _read_biases, model, str(tmp_path / name))[0]
+                              for name in ("1", "2", "out"))
+    assert average and average.keys() == first.keys() == second.keys()
+    for name, bias in average.items():
+        np.testing.assert_allclose(bias, (first[name] + second[name]) / 2, rtol=2e-7)
+        assert np.abs(first[name] - second[name]).max() > 0
 
 
 def test_other_models_are_refused(three, tmp_path):

@@ -130,6 +130,7 @@ def test_checkpoints_of_all_families_are_read_in_other_layouts(name, written, re
     for weight in before:
         np.testing.assert_array_equal(after[weight], before[weight])
     for rank in loaded:
+        assert bool(rank[1]) == MODELS[name].moe_router_enable_expert_bias
         for bias in rank[1].values():
             np.testing.assert_array_equal(bias, *saved[0][1].values())
 

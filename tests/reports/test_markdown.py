@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -12,6 +13,7 @@ from synthetic_run import write_run
 from megatron_direct.comparison.repeats import Repeats
 from megatron_direct.comparison.summarise import summarise
 from megatron_direct.reports.markdown import results
+from megatron_direct.reports.wording import default_sentence, lowest_sentence
 
 ARMS = {"random": (0.0, 0.0, 0.0), "perplexity-low": (0.1, 0.01, 0.33),
         "gradient-dot": (-0.2, 0.01, 0.8), "flat-energy": (-0.4, 0.01, 1.3),
@@ -50,8 +52,9 @@ def test_the_table_over_settings(summaries):
 
 def test_sentences_follow_the_numbers(summaries):
     text = _prose(results(summaries))
-    assert "Better than the reference wherever it was run: `perplexity-low`." in text
-    assert "Worse than the reference wherever it was run: `gradient-dot` and `flat-energy`." in text
+    assert "Better than the reference wherever it has a result: `perplexity-low`." in text
+    assert ("Worse than the reference wherever it has a result: `gradient-dot` and `flat-energy`."
+            in text)
     assert "Lowest in clean: `descent`" in text and "Lowest in shifted: `perplexity-low`" in text
     assert "in 1 of 2 settings (clean), and worse than at least one of them in 1 (shifted)" in text
     text = _prose(results(summaries[:1]))
@@ -142,8 +145,8 @@ def test_text_of_users_is_shown_and_not_interpreted(summaries):
     tables = [line for line in prose.splitlines() if line.startswith("|")]
     assert any("script" in line for line in tables)
     widths = {len(re.split(r"(?<!\\)\|", line)) for line in tables}
-    # Of the tables' two, four and six columns, with what is outside the edges.
-    assert widths == {4, 6, 8}
+    # Of the tables' two, four, six and seven columns, with what is outside the edges.
+    assert widths == {4, 6, 8, 9}
     assert not any(line.startswith(("- y", "```", "rm ")) for line in prose.splitlines())
     # The command's comment is one line, and its quoted name ends before the block does.
     assert block.splitlines()[0].startswith("# <script>") and block.endswith("\n````\n")
@@ -170,10 +173,51 @@ def test_averages_are_compared_with_averages(tmp_path):
                                                             "62 % (25 %)"]
 
 
+def test_arms_that_lack_seeds_are_not_ranked_by_means_over_others(tmp_path):
+    """An arm that was run on an easy seed alone, and is worse than the default there."""
+    arms = {"random": (0.0, 0.0, 1.0), "descent": (0.4, 0.01, 1.0), "ngrams": (0.3, 0.01, 1.0)}
+    folder = write_run(tmp_path / "run", arms, default="descent", name="one", seeds=(1, 2, 3),
+                       missing={("ngrams", 2), ("ngrams", 3)})
+    for result in folder.glob("arms/*/1/result.json"):  # the easy seed
+        found = json.loads(result.read_text())
+        found["after"]["test"] = {name: loss - 1 for name, loss in found["after"]["test"].items()}
+        result.write_text(json.dumps(found))
+    summary = summarise(folder)
+    assert summary.arm("ngrams").mean_loss < summary.arm("descent").mean_loss
+    assert [arm.name for arm in summary.ranked] == ["descent", "random"]
+    text = _prose(results([summary]))
+    assert "Lowest in one: `descent`" in text and "With one seed, and below it" not in text
+    assert re.search(r"\| `ngrams` .*\| too few seeds *\| *1 \|", results([summary]))
+    assert "with all 3 seeds is that of descent" in lowest_sentence(summary)
+    assert "not compared, for too few seeds, with ngrams" in default_sentence(summary)
+
+
+def test_why_an_arm_failed_is_said(tmp_path):
+    folder = write_run(tmp_path / "run", ARMS, default="descent", name="one",
+                       missing={("flat-energy", 2)})
+    path = folder / "arms" / "flat-energy" / "2" / "failed.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"error": "the loss of iteration 7 is nan. Lower --lr."}))
+    summary = summarise(folder)
+    assert summary.finished
+    assert ("No result for flat-energy (seed 2). Failed: flat-energy, seed 2: the loss of "
+            "iteration 7 is nan. Lower --lr." in _prose(results([summary])))
+
+
+def test_what_else_distinguishes_an_arm_is_said(tmp_path):
+    text = _prose(results([summarise(write_run(tmp_path / "run", {
+        **ARMS, "direct-rounds": (0.1, 0.1, 1.0), "direct-averaged": (0.1, 0.1, 1.0)},
+        default="descent", name="one"))]))
+    assert ("in the samples they see (one that ends in `-averaged` averages its last weights; one "
+            "that ends in `-rounds` selects anew on its way). The loss" in text)
+
+
 def test_the_ceiling_is_the_last_line_and_what_share_of_it_the_default_has(tmp_path):
     arms = {**ARMS, "ceiling": (0.8, 0.01, 5.0)}
     text = results([summarise(write_run(tmp_path / "run", arms, default="descent", name="one"))])
-    for table in text.split("\n\n"):
-        if "`ceiling`" in table and table.startswith("| arm"):
-            assert table.splitlines()[-1].startswith("| `ceiling`")
+    tables = [table for table in text.split("\n\n")
+              if "`ceiling`" in table and table.startswith("| arm")]
+    assert len(tables) == 3
+    for table in tables:
+        assert table.splitlines()[-1].startswith("| `ceiling`")
     assert re.search(r"`descent` has (4[89]|5[012]) % of its gain", _prose(text))

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
-from annealed_run import TEST_LOSSES, made_up_density, write_annealed_run
+from annealed_run import (
+    DOMAINS,
+    TEST_LOSSES,
+    made_up_density,
+    write_annealed_run,
+    write_arm,
+)
 from page_reader import Page
 
 from megatron_direct.commands.report import ReportConfig, ReportRequest, report
@@ -49,6 +56,51 @@ def test_the_losses_with_the_lowest_in_bold_and_the_difference(page):
         ["random", "4.9000", "3.0000", "4.3000", "3.4900"],
         ["direct - random", "-0.2000", "-0.1000", "+0.1000", "-0.0500"]]
     assert page.bold == 2 * ["4.7000", "2.9000", "3.4400", "4.3000"]  # row by row
+
+
+def _with_arms(folder, **arms):
+    """A run to which arms are added: name -> (loss, settings)."""
+    run = write_annealed_run(folder)
+    names = {kind: [f"embedded_{domain}_{kind}" for domain in DOMAINS]
+             for kind in ("pool", "valid", "test")}
+    for name, (loss, settings) in arms.items():
+        name = name.replace("_", "-")
+        write_arm(run / "anneal" / name, name, names, ("test",), 3, (loss,) * 4, **settings)
+    return read_report_files(run)
+
+
+def test_a_selection_is_compared_with_its_own_random_arm(tmp_path):
+    found = _with_arms(tmp_path / "run", quarter=(3.4, {}), random_quarter=(3.6, {}),
+                       randomized=(3.5, {}))
+    said = " ".join(headline(found))
+    assert "quarter ends with a test loss of 3.4000 per token, 0.2000 below random-quarter" in said
+    assert "randomized ends with a test loss of 3.5000 per token (3.7000 before annealing); " \
+        "random-randomized has not been annealed yet." in said
+    differences = [row[0] for row in loss_tables(found)[0][1].rows if " - " in str(row[0])]
+    assert [str(label) for label in differences] == ["direct - random", "quarter - random-quarter"]
+
+
+def test_arms_that_were_annealed_otherwise_are_not_subtracted(tmp_path):
+    found = _with_arms(tmp_path / "run", quarter=(3.4, {"seed": 1, "segments": [1]}),
+                       random_quarter=(3.6, {"seed": 2, "segments": [2]}))
+    said = " ".join(headline(found))
+    assert "random-quarter was annealed with other settings (seed)." in said
+    assert not any("quarter - " in str(row[0]) for row in loss_tables(found)[0][1].rows)
+
+
+def test_pools_of_all_selections_have_a_row(tmp_path):
+    run = write_annealed_run(tmp_path / "run")
+    folder = run / "selections" / "more"
+    shutil.copytree(run / "selections" / "direct", folder)
+    selection = json.loads((folder / "selection.json").read_text())
+    counts = selection["composition"].pop("embedded_source_pool")
+    (folder / "selection.json").write_text(json.dumps({
+        **selection, "composition": {**selection["composition"], "web": counts}}))
+    rows = _page(run).tables[2]
+    assert rows[0][-4:] == ["more: selected", "more: corrupted", "random: selected",
+                            "random: corrupted"]
+    of_pool = {row[0]: row for row in rows[1:]}
+    assert [of_pool[name][5] for name in of_pool] == ["10", "-", "12", "11"]
 
 
 def test_the_rest_of_the_page(page):

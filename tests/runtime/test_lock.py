@@ -76,9 +76,11 @@ def test_a_killed_holder_leaves_no_lock(tmp_path, holder, how):
 
 def test_it_waits_for_one_that_is_dying(tmp_path, holder):
     process, _ = holder()
-    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {process.pid}"])
+    dies = tmp_path.parent / f"{tmp_path.name}-dies"
+    subprocess.Popen(["sh", "-c", f"sleep 0.5; touch {dies}; kill -9 {process.pid}"])
     own = _lock(tmp_path)
     own.acquire()
+    assert dies.exists()
     own.release()
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 from ranks import RankError, run_on_ranks
@@ -48,41 +45,39 @@ def test_the_first_bad_item_is_reported_on_every_rank():
     assert run_on_ranks(2, _fails_at, [2, 3]) == [["item 2 is bad"]] * 2
 
 
-def _arrays(room):
+def _arrays(room, folder):
+    """The array, and what is left in the folder of its file: of a test's own, since others use the
+    machine's."""
     filled = []
 
     def fill(array):
         filled.append(parallel.rank_and_size()[0])
         array[:] = np.arange(len(array)) ** 2
 
-    if not room:
-        sharing.os.posix_fallocate = _no_room
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "_FOLDER", folder)
+        if not room:
+            patch.setattr(sharing.os, "posix_fallocate", _no_room)
         array = sharing.node_array(1000, np.int64, fill)
-    finally:
-        sharing.os.posix_fallocate = _POSIX_FALLOCATE
-    left = list(Path("/dev/shm").glob("megatron-direct-*"))
+    left = list(folder.iterdir())
     return array.sum(), array.flags.writeable, filled, isinstance(array, np.memmap), left
-
-
-_POSIX_FALLOCATE = os.posix_fallocate
 
 
 def _no_room(*_):
     raise OSError("no space")
 
 
-def test_one_rank_of_a_node_fills_the_array_of_all():
+def test_one_rank_of_a_node_fills_the_array_of_all(tmp_path):
     expected = sum(i**2 for i in range(1000))
-    results = run_on_ranks(2, _arrays, True)
+    results = run_on_ranks(2, _arrays, True, tmp_path)
     for total, writeable, _, mapped, _ in results:
         assert total == expected and not writeable and mapped
     assert [filled for *_, filled, _, _ in results] == [[0], []]
     assert not results[0][-1]  # no file is left
 
 
-def test_where_there_is_no_room_each_rank_fills_its_own():
-    for total, writeable, filled, mapped, _ in run_on_ranks(2, _arrays, False):
+def test_where_there_is_no_room_each_rank_fills_its_own(tmp_path):
+    for total, writeable, filled, mapped, _ in run_on_ranks(2, _arrays, False, tmp_path):
         assert total == sum(i**2 for i in range(1000)) and not writeable and not mapped
         assert len(filled) == 1
 
