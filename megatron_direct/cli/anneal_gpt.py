@@ -65,6 +65,10 @@ def make_parser() -> argparse.ArgumentParser:
 def _run(found: argparse.Namespace) -> None:
     _read_environment(found)
     request = flags.request_from(LaunchRequest, found)
+    if (request.anneal.selection, request.anneal.size_of) != (
+            AnnealConfig.selection, AnnealConfig.size_of):
+        raise UserError(f"--selection and --size-of are for `anneal` alone: {_ARMS} says here what "
+                        "is annealed. Leave them out.")
     arms = os.environ.get(_ARMS, f"{request.name.selection_name} {RANDOM}").split()
     _require_arms(arms, request.name.selection_name)
     calls = _calls(request, arms)
@@ -87,7 +91,7 @@ def _calls(request: LaunchRequest, arms: list[str]) -> list[tuple[str, Any]]:
     # Of what a checkpoint supplies, an annealing takes its own groups alone, and the model's run.
     annealings = [AnnealRequest(
         dataclasses.replace(request.anneal, run_dir=request.onset.run_dir, selection=arm,
-                            size_of=request.name.selection_name),
+                            size_of=request.name.selection_name if arm == RANDOM else "direct"),
         request.layout, request.given) for arm in arms]
     return [("select", selection), *(("anneal", annealing) for annealing in annealings),
             ("report", ReportRequest(ReportConfig(request.onset.run_dir)))]

@@ -71,6 +71,9 @@ class AnnealConfig(Settings):
                                   "--no-load-optim: start with a fresh one")
 
     def check(self) -> None:
+        if self.selection != RANDOM and self.size_of != AnnealConfig.size_of:
+            raise UserError(f"--size-of {self.size_of} has no effect without --selection random. "
+                            "Add that flag, or leave this one out.")
         saved = -(-self.lr_wsd_decay_iters // self.save_interval)
         if self.average_last and not 2 <= self.average_last <= saved:
             raise UserError(

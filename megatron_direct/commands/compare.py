@@ -21,6 +21,7 @@ from megatron_direct.comparison import ceiling, record
 from megatron_direct.comparison.arms import BY_DOMAIN, DATASET, REGISTRY, find_arm
 from megatron_direct.comparison.earlier_calls import (
     given_paths,
+    paths_of_all_calls,
     require_same_names,
     require_same_proxy,
 )
@@ -87,8 +88,8 @@ def compare(request: CompareRequest) -> None:
     with run.entered("compare", request):
         before = _begin(setting, chosen, artefact, key)
         _run_seeds(setting, chosen, before)
+        parallel.on_rank_zero(lambda: artefact.finish(key, paths_of_all_calls(setting, artefact)))
         parallel.on_rank_zero(lambda: _report(setting, chosen))
-        parallel.on_rank_zero(lambda: artefact.finish(key, given_paths(setting)))
 
 
 def _begin(setting: Setting, chosen: list[str], artefact: Artefact, key: ComparisonKey) -> dict:

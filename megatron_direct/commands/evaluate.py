@@ -47,6 +47,8 @@ class EvaluateConfig(Settings):
                         "its stem", nargs="+")
     tokenizer_model: str = flag("", "the model's tokenizer: a SentencePiece model, or a Hugging "
                                 "Face tokenizer.json or the folder that holds it", required=True)
+    eod_token: str = flag("", "end-of-document token, as it was given to `preprocess`; default: "
+                          "the tokenizer's own")
     output: str = flag("", "JSON file for the results and every choice's score", required=True)
     micro_batch_size: int = flag(8, "choices per rank in one pass", at_least=1)
 
@@ -92,11 +94,15 @@ def evaluate(request: EvaluateRequest) -> None:
         if request.harness.lm_eval:
             harness = ServedModel(chunks, config.micro_batch_size, job.model.known_vocab_size
                                   ).serve(lambda ask: evaluate_tasks(
-                                      request.harness, manager, ask, tokenizer_of(
-                                          config.tokenizer_model, checkpoint, job.model),
+                                      request.harness, manager, ask,
+                                      _tokenizer(config, checkpoint, job.model),
                                       job.model.seq_length))
     parallel.on_rank_zero(lambda: _report(config, _Context(checkpoint, job), _scored(
         checkpoint, tasks, scores), harness))
+
+
+def _tokenizer(config: EvaluateConfig, checkpoint: Checkpoint, model: ModelConfig):
+    return tokenizer_of(config.tokenizer_model, checkpoint, model, config.eod_token or None)
 
 
 def _manager(config: HarnessConfig):
@@ -116,7 +122,7 @@ def _read(config: EvaluateConfig, checkpoint: Checkpoint, model: ModelConfig) ->
     if twice:
         raise UserError(f"two files of --tasks have the name {', '.join(twice)}, which names the "
                         "task. Rename one, or list each file once.")
-    tokens = tokenizer_of(config.tokenizer_model, checkpoint, model)
+    tokens = _tokenizer(config, checkpoint, model)
     tasks = {}
     for name, file in zip(names, config.tasks, strict=True):
         questions = questions_of.read_questions(file)

@@ -64,4 +64,4 @@ def merge(request: MergeRequest) -> None:
     run = RunDirectory(config.save)
     with run.entered("merge", request):
         make_average(Average(states, [weight / total for weight in weights],
-                             config.merge_optimizer == "last"), run.path)
+                             config.merge_optimizer == "last"), run.path, "--save")

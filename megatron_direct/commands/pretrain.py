@@ -83,7 +83,7 @@ def pretrain(request: PretrainRequest) -> None:
         None if asked.weights is None else tuple(asked.weights), config.train_iters,
         tokenizer_digest, job.model, job.optimizer, job.batch.global_batch_size, job.batch.seed,
         job.precision)
-    run, artefact = RunDirectory(config.save), Artefact(config.save, "a checkpoint")
+    run, artefact = RunDirectory(config.save), Artefact(config.save, "a checkpoint", "--save")
     with run.entered("pretrain", request):
         state = parallel.on_rank_zero(lambda: artefact.state(key))
         if state is State.FINISHED:

@@ -17,12 +17,22 @@ from megatron_direct.steps.onset import Onset
 
 def given_paths(setting: Setting) -> dict:
     """As they were given: what repeats the comparison needs them."""
-    proxy = setting.proxy
+    proxy, pilot = setting.proxy, setting.measure.pilot
     return {"load": str(setting.onset.checkpoint.path),
             **({} if proxy is None else {"proxy_load": str(proxy.checkpoint.path)}),
+            # In the key are the states that these were.
+            **({"merge_load": list(pilot.merge_load), "merge_last": pilot.merge_last}
+               if pilot.at == "merged" else {}),
             "data_path": list(setting.onset.pool.prefixes),
             "valid_data_path": list(setting.onset.valid.prefixes),
             "test_data_path": list(setting.config.test_data_path)}
+
+
+def paths_of_all_calls(setting: Setting, artefact: Artefact) -> dict:
+    """Of this call, and the smaller model that an earlier one gave (rank 0)."""
+    earlier = (artefact.read() or {"details": {}})["details"]
+    return {**{name: earlier[name] for name in ("proxy_load",) if name in earlier},
+            **given_paths(setting)}
 
 
 def require_same_names(setting: Setting, artefact: Artefact) -> None:

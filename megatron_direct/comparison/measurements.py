@@ -133,8 +133,7 @@ def _after_pilot(settings: MeasureSettings) -> MeasureSettings:
 
 def _at_average(settings: MeasureSettings) -> MeasureSettings:
     named = settings.pilot if settings.pilot.at == "merged" else PilotConfig()
-    return dataclasses.replace(settings, pilot=dataclasses.replace(
-        named, at="merged").in_one_spelling())
+    return dataclasses.replace(settings, pilot=dataclasses.replace(named, at="merged"))
 
 
 def _with_adam(settings: MeasureSettings) -> MeasureSettings:

@@ -118,7 +118,7 @@ def _identity(folder: Path) -> dict[str, Any]:
     key = {name: value for name, value in found["key"].items()
            if not name.endswith(("_digest", "_digests"))}
     seed = key.pop("first_seed")  # the key's own seed is the default of a group of settings
-    return {**found["details"], **key, "seed": seed}
+    return {**key, **found["details"], "seed": seed}
 
 
 def _candidates(path: Path) -> Candidates:

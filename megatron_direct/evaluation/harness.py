@@ -96,8 +96,8 @@ def model_class() -> type:
         def eot_token_id(self) -> int:
             if self._tokenizer.eod is None:
                 raise UserError("the tokenizer has no end-of-document token, which lm-evaluation-"
-                                "harness puts before a text without a context. Give one that has, "
-                                "or leave out tasks of whole texts.")
+                                "harness puts before a text without a context. Name one with "
+                                "--eod-token, or leave out tasks of whole texts.")
             return self._tokenizer.eod
 
         @property

@@ -74,11 +74,11 @@ def _how_to_read(summaries: Sequence[ComparisonSummary]) -> str:
         "by seed. An interval spans a bootstrap interval and a Student t interval at "
         f"{confidence} each, and an arm is better or worse only if both exclude zero. p is the "
         "p-value of a sign-flip test after Holm's correction for the number of arms; with few "
-        "seeds it cannot be small, whatever the difference. *tokens* are those that an arm is trained on after the "
-        "checkpoint; *choosing* is what its choice costs, as a share of the annealing; *repeats* "
-        "is the share of its choice that is the same when it is made from either half of the "
-        "validation set with another hash and seed, and in brackets what two random selections "
-        "of that size share. This text is written from the numbers by "
+        "seeds it cannot be small, whatever the difference. *tokens* are those that an arm is "
+        "trained on after the checkpoint; *choosing* is what its choice costs, as a share of the "
+        "annealing; *repeats* is the share of its choice that is the same when it is made from "
+        "either half of the validation set with another hash and seed, and in brackets what two "
+        "random selections of that size share. This text is written from the numbers by "
         "`megatron-direct compare`.")
 
 

@@ -79,9 +79,9 @@ class Key:
 class Artefact:
     """A folder with a manifest. Any rank reads, rank 0 writes."""
 
-    def __init__(self, folder: str | Path, what: str):
-        """what: it is called in messages."""
-        self.folder, self.what = Path(folder), what
+    def __init__(self, folder: str | Path, what: str, flag: str = "--run-dir"):
+        """what: it is called in messages; flag: that gives the folder, or one that it is in."""
+        self.folder, self.what, self.flag = Path(folder), what, flag
 
     def read(self) -> dict | None:
         """{key, finished, provenance, details}, or None if nothing is there."""
@@ -92,7 +92,7 @@ class Artefact:
         if not isinstance(found, dict) or not isinstance(found.get("key"), dict) or \
                 not isinstance(found.get("finished"), bool):
             raise UserError(f"{path} is damaged: it does not say what {self.folder} was made of. "
-                            f"Delete {self.folder}, or choose another --run-dir.")
+                            f"Delete {self.folder}, or choose another {self.flag}.")
         return found
 
     def state(self, key: Key) -> State:
@@ -103,7 +103,7 @@ class Artefact:
         different = key.differences(found["key"])
         if different:
             raise UserError(f"{self.folder} holds {self.what} made with other settings: "
-                            f"{_in_words(*different[0])}. Choose another --run-dir, or delete "
+                            f"{_in_words(*different[0])}. Choose another {self.flag}, or delete "
                             f"{self.folder}.")
         return State.FINISHED if found["finished"] else State.BEGUN
 
@@ -141,4 +141,5 @@ def _in_words(name: str, before, now) -> str:
     if name.endswith("_digests"):
         what = name.removesuffix("_digests").replace("_", " ")
         return f"other {what}"
+    name = "seed" if name in ("first_seed", "order_seed") else name  # as the flag is called
     return f"{flag_name(name)} was {before}, now it is {now}"

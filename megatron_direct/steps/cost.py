@@ -33,6 +33,9 @@ _COPIES_OF_ROWS = 3
 # were measured on one rank, by tracemalloc (tests/selection/test_worth.py). Each of the others
 # knows what all candidates are worth: the 64 alignments in float32, and what is made of them.
 _LEADER_VECTORS, _OTHER_VECTORS = 96, 48
+# To hash a token's n-grams on a core, and to compare them with 8 groups of validation samples: all
+# of these, and either half.
+_SECONDS_A_TOKEN_OF_TEXT = 4e-7
 # The term of a stage in which a rank does nothing.
 WAITING = "other ranks"
 # Bytes a parameter in training: weight, gradient, and main parameter and moments of Adam.
@@ -235,7 +238,8 @@ def solve_stage(site: Site, config: SelectionConfig, sketch: SketchConfig, work:
           ) -> StageCost:
     """The selection problem, on rank 0 or with the rows spread over all ranks."""
     machine, rows = site.machine, work.candidates * sketch.sketch_size
-    texts = BYTES_OF_TEXT * work.tokens if config.counts_texts else 0.0
+    tokens_of_text = work.tokens if config.counts_texts else 0.0
+    texts = BYTES_OF_TEXT * tokens_of_text
     is_spread = config.sketch_rows == "spread" or (
         config.sketch_rows == "auto" and 16 * rows + texts > machine.host_memory)
     ranks = site.ranks if is_spread else 1
@@ -244,6 +248,7 @@ def solve_stage(site: Site, config: SelectionConfig, sketch: SketchConfig, work:
     sent = 8.0 * work.candidates * 60 if is_spread else 0.0
     return StageCost("solve", (
         Term("solver", rows / ranks / machine.solver),
+        Term("texts", _SECONDS_A_TOKEN_OF_TEXT * tokens_of_text / ranks),
         Term("leader", work.candidates / machine.leader),
         Term("messages", sent / machine.fabric),
         Term("storage", 4 * rows / machine.storage)),

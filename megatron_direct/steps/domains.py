@@ -24,6 +24,7 @@ import numpy as np
 
 from megatron_direct.data import indexed, mask_files
 from megatron_direct.data.mask import SampleMask
+from megatron_direct.data.object_storage import is_stored
 from megatron_direct.data.samples import Samples
 from megatron_direct.runtime import files, typed_json
 from megatron_direct.selection.auto import FEWEST_VALID, worth_of
@@ -147,7 +148,7 @@ def write_blend(folder: Path, chosen: Chosen, found: FoundGroups) -> Domains:
                          for number in range(len(found.worth_of_clusters)))
     made = Domains(domains, clusters)
     for name, groups in (("domains", domains), ("clusters", clusters)):
-        if groups:
+        if groups and all(group.prefix for group in groups):
             _write_files(blend / name, groups, chosen.valid)
     files.write_json(blend / "worth.json", typed_json.to_json(made))
     return made
@@ -159,7 +160,9 @@ def _cluster(number: int, names: list[str], chosen: Chosen, found: FoundGroups, 
     members = found.of_cluster == number
     domain = int(found.of_domain[members.argmax()])
     name = f"{names[domain]}-c{number}"
-    prefix = _view(chosen, domain, members, blend / "clusters" / name)
+    # A link to files in an object store is none.
+    prefix = "" if is_stored(chosen.samples.prefixes[domain]) else _view(
+        chosen, domain, members, blend / "clusters" / name)
     group = _group(name, prefix, members, chosen, lengths, found.worth_of_clusters[number])
     texts = [_text(chosen, int(chosen.candidates[i])) for i in found.typical[number]]
     return dataclasses.replace(group, typical=tuple(texts))

@@ -28,9 +28,10 @@ def average_key(average: Average) -> AverageKey:
                       average.keeps_optimizer)
 
 
-def make_average(average: Average, folder: Path) -> AverageKey:
-    """The averaged checkpoint in ``folder``, made if it is not there; all ranks call this."""
-    key, artefact = average_key(average), Artefact(folder, "an average")
+def make_average(average: Average, folder: Path, flag: str = "--run-dir") -> AverageKey:
+    """The averaged checkpoint in ``folder``, made if it is not there; all ranks call this. flag: by
+    which a user gives the folder, or one that it is in."""
+    key, artefact = average_key(average), Artefact(folder, "an average", flag)
     if parallel.on_rank_zero(lambda: artefact.state(key)) is State.FINISHED:
         parallel.say(f"{folder} already holds this average.")
         return key

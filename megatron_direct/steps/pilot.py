@@ -47,6 +47,9 @@ class PilotConfig(Settings):
         "quarter of its iterations", at_least=0)
 
     def check(self) -> None:
+        if self.at != "pilot" and self.pilot_iters:
+            raise UserError(f"--pilot-iters {self.pilot_iters} has no effect with --at {self.at}. "
+                            "Leave either out.")
         if self.at != "merged":
             for name in ("merge_load", "merge_last"):
                 if getattr(self, name):

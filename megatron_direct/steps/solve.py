@@ -75,9 +75,9 @@ def check_number(config: SelectionConfig, num_usable: int) -> None:
 def check_finite(config: SelectionConfig, num_finite: int) -> None:
     """Raises UserError if K is given and is more than samples with finite gradients can give."""
     if not config.is_auto and int(config.num_select) > num_finite * config.max_count:
-        raise UserError(f"--num-select {config.num_select} is more than the {num_finite} samples "
-                        "whose gradients are finite. Give a smaller number, or check the "
-                        "checkpoint.")
+        raise UserError(f"--num-select asks for {config.num_select} of the {num_finite} samples "
+                        "that have sketches and finite gradients. Give a smaller number, or check "
+                        "the checkpoint.")
 
 
 def selection_key(config: SelectionConfig, curvature: CurvatureConfig, measured: Measured,

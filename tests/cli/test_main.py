@@ -123,3 +123,19 @@ def test_wrong_variables_are_reported_before_any_work(tmp_path, monkeypatch, var
     with pytest.raises(UserError, match=re.escape(match)):
         anneal_gpt._run(anneal_gpt.make_parser().parse_args([]))
     assert not (tmp_path / "run").exists()
+
+
+def test_flags_that_say_nothing_are_refused(tmp_path, monkeypatch):
+    """Which selection is annealed, and of what size a random one is."""
+    from megatron_direct.cli import anneal_gpt
+    from megatron_direct.commands.arm import AnnealConfig
+    from megatron_direct.errors import UserError
+
+    flags = ["--load", "theta", "--data-path", "a", "--valid-data-path", "v", "--run-dir",
+             str(tmp_path / "run")]
+    monkeypatch.delenv("ARMS", raising=False)
+    with pytest.raises(UserError, match="--selection and --size-of are for `anneal` alone: ARMS"):
+        anneal_gpt._run(anneal_gpt.make_parser().parse_args([*flags, "--selection", "random"]))
+    with pytest.raises(UserError, match="--size-of many has no effect without --selection random"):
+        AnnealConfig(run_dir="run", size_of="many")
+    AnnealConfig(run_dir="run", selection="random", size_of="many")

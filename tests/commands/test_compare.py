@@ -347,6 +347,7 @@ def _compare_by_proxy(folder, name):
 def test_a_small_model_selects_for_a_large_one(folder, run):
     run_on_ranks(1, _train_proxy, folder)
     run_on_ranks(1, _select_by_proxy, folder, "select-by-proxy")
+    run_on_ranks(1, _compare, folder, Layout(), "compare-by-proxy", ("random",), 1)
     run_on_ranks(1, _compare_by_proxy, folder, "compare-by-proxy")
     masks = selected.selection_folder(folder / "select-by-proxy", "direct") / "masks"
     kept = np.concatenate([SampleMask.load(masks / f"{name}.mask.npz").keep for name in "ab"])
@@ -360,7 +361,10 @@ def test_a_small_model_selects_for_a_large_one(folder, run):
     by_name = {arm["name"]: arm for arm in
                json.loads((there / "comparison.json").read_text())["arms"]}
     assert by_name["direct-proxy"]["cost"]["passes"] > 0
-    assert f"--proxy-load {folder / 'proxy'}" in (there / "results.md").read_text()
+    results = (there / "results.md").read_text()
+    assert f"--proxy-load {folder / 'proxy'}" in results  # though an earlier call gave none
+    run_on_ranks(1, _compare, folder, Layout(), "compare-by-proxy", ("random",), 1)
+    assert (there / "results.md").read_text() == results  # nor does a later one
     with pytest.raises(RankError, match="--arms direct-proxy: no smaller model .*--proxy-load"):
         run_on_ranks(1, _compare, folder, Layout(), "refused", ("direct-proxy",))
 
@@ -416,6 +420,8 @@ def test_averages_of_the_stable_phase_and_of_one_annealing(folder):
         run_on_ranks(1, _losses_of_the_mean, folder)[0], rel=1e-5)
     arms = {arm["name"]: arm
             for arm in json.loads((folder / "averages" / "comparison.json").read_text())["arms"]}
+    assert "--merge-last 3" in (folder / "averages" / "results.md").read_text()
+    assert "--merge-load" not in (folder / "averages" / "results.md").read_text()
     assert arms["stable-averaged"]["cost"]["tokens"] == 0
     assert arms["random"]["cost"]["tokens"] == 8 * 8 * MODEL.seq_length
     assert [len(arm["curve"]["mean"]) for arm in (arms["random"], arms["random-averaged"])] == \

@@ -301,6 +301,7 @@ def test_what_is_refused(folder, weights):
     cases = [
         ({"tokenizer_model": str(folder / "other.model")},
          "other.model (digest"),
+        ({"eod_token": "<|none|>"}, "has no <|none|>. Correct --eod-token"),
         ({"tokenizer_model": str(folder / "gone.model")},
          "gone.model does not exist. Correct --tokenizer-model"),
         ({"tokenizer_model": str(folder / "large.model"), "load": str(folder / "unnamed")},

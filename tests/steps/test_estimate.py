@@ -72,12 +72,17 @@ def test_the_largest_term_limits_a_stage_and_the_longest_stage_a_run():
 
 @pytest.mark.parametrize(("pilot", "runs"), [
     (PilotConfig(pilot_iters=20), True), (PilotConfig(), False),
-    (PilotConfig(at="checkpoint", pilot_iters=20), False),
-    (PilotConfig(at="merged", pilot_iters=20), False)])
+    (PilotConfig(at="checkpoint"), False), (PilotConfig(at="merged"), False)])
 def test_a_pilot_is_estimated_where_one_would_run(pilot, runs):
     asked = dataclasses.replace(ASKED, pilot=pilot)
     found = estimate.on_gpus(H100, 8, _job(), asked, WORK)
     assert ("pilot" in [stage.name for stage in found.stages]) is runs
+
+
+@pytest.mark.parametrize("at", ["checkpoint", "merged"])
+def test_a_pilot_at_whose_end_nothing_is_taken_is_refused(at):
+    with pytest.raises(UserError, match=f"--pilot-iters 20 has no effect with --at {at}"):
+        PilotConfig(at=at, pilot_iters=20)
 
 
 def test_curvature_products_and_their_basis_are_counted():
