@@ -3,7 +3,8 @@
 #     docker build -t megatron-direct .
 #     docker run --gpus all --ipc=host --ulimit memlock=-1 -v /data:/data -e GPUS_PER_NODE=8 \
 #         megatron-direct bash launch/anneal_gpt.sh --load /data/theta --run-dir /data/runs/mine \
-#         --data-path /data/wiki_pool --valid-data-path /data/wiki_valid --test-data-path /data/wiki_test
+#         --data-path /data/wiki_pool --valid-data-path /data/wiki_valid --test-data-path /data/wiki_test \
+#         --lr-wsd-decay-iters 2000
 #
 # 26.06 is the image that megatron-core 0.19 was built on, 25.11 that of 0.16.1:
 #

@@ -47,7 +47,7 @@ export DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_pool)
 export VALID_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_valid)
 export TEST_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_test)
 
-# Two ranks, one a core, and sizes that end in about ten minutes on them. The annealing sees
+# Two ranks, one a core, and sizes that end in ten to twelve minutes on them. The annealing sees
 # 0.43 times the tokens of the pool.
 export GPUS_PER_NODE ?= 2
 TEXT_FLAGS := --max-files 180

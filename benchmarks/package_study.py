@@ -74,8 +74,8 @@ FIRST = ("random", "whole-pool", "perplexity-middle", "ngrams", "gradient-cosine
 DECISIONS = ("direct-textless", "direct-pilot", "direct-plain-pilot", "direct-merged",
              "direct-ungrouped", "direct-half", "direct-quarter", "direct-unshrunk",
              "direct-unnormalized", "direct-undrawn")
-RIVALS = ("domain", "oracle", "flat-energy", "direct-rounds", "direct-share", "direct-proxy",
-          "influence", "redundancy-draw", "random-constant-averaged",
+RIVALS = ("ngrams-smoothed", "domain", "oracle", "flat-energy", "direct-rounds", "direct-share",
+          "direct-proxy", "influence", "redundancy-draw", "random-constant-averaged",
           "whole-pool-constant-averaged", "direct-constant-averaged", "random-moderate-averaged",
           "direct-moderate-averaged")
 CEILING = ("ceiling",)

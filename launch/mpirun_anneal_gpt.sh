@@ -22,10 +22,10 @@ RANKS=$((NUM_NODES * GPUS_PER_NODE))
 if [[ $("$MPIRUN" --version 2>&1) =~ Open\ MPI|OpenRTE|open-mpi ]]; then
     MPI_ARGS=(-np "$RANKS" --bind-to none)
     MPI_ARGS+=(--host "$(printf "%s:$GPUS_PER_NODE," "${NODES[@]}" | sed 's/,$//')")
-    # Open MPI hands on its own variables alone.
+    # Open MPI hands on its own variables alone; those of networks may be needed on all nodes.
     for name in PATH PYTHONPATH LD_LIBRARY_PATH OMP_NUM_THREADS CHECKPOINT_PATH RUN_DIR DATA_PATH \
         VALID_DATA_PATH TEST_DATA_PATH NUM_SELECT LR_WSD_DECAY_ITERS ARMS MASTER_ADDR MASTER_PORT \
-        TENSOR_MODEL_PARALLEL_SIZE PIPELINE_MODEL_PARALLEL_SIZE; do
+        TENSOR_MODEL_PARALLEL_SIZE PIPELINE_MODEL_PARALLEL_SIZE ${!NCCL_*} ${!GLOO_*}; do
         [[ -z ${!name+set} ]] || MPI_ARGS+=(-x "$name")
     done
 else

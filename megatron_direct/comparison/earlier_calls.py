@@ -30,9 +30,9 @@ def given_paths(setting: Setting) -> dict:
 
 def paths_of_all_calls(setting: Setting, artefact: Artefact) -> dict:
     """Of this call, and the smaller model that an earlier one gave (rank 0)."""
-    earlier = (artefact.read() or {"details": {}})["details"]
-    return {**{name: earlier[name] for name in ("proxy_load",) if name in earlier},
-            **given_paths(setting)}
+    earlier, found = (artefact.read() or {"details": {}})["details"], given_paths(setting)
+    proxy = {name: earlier[name] for name in ("proxy_load",) if name in earlier}
+    return {"load": found["load"], **proxy, **found}
 
 
 def require_same_names(setting: Setting, artefact: Artefact) -> None:

@@ -37,6 +37,15 @@ def _ngrams(case: Case) -> np.ndarray:
     return case.largest(likeness_of_dsir(texts))
 
 
+@arm("ngrams-smoothed", "the same with the features and the smoothing by which texts count in "
+     "direct", ("text",))
+def _ngrams_smoothed(case: Case) -> np.ndarray:
+    evidence = case.evidence["onset"]
+    assert evidence.texts is not None
+    return case.largest(
+        evidence.texts.likeness(np.zeros(len(evidence.valid_rows), dtype=np.int64))[0])
+
+
 @arm("redundancy-draw", "drawn by cosine less likeness to what was drawn before, as OPUS does",
      ("onset",))
 def _redundancy_draw(case: Case) -> np.ndarray:

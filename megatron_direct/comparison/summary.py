@@ -25,8 +25,8 @@ CEILING = "ceiling"  # what a direct search over mixtures finds: how much there 
 RANDOM_SUBSPACE = "flat-energy-random-subspace"  # its stiff directions are not those of other arms
 # What the arm that `select` uses by default has to beat, beside the reference.
 RIVALS = ("perplexity-low", "perplexity-middle", "perplexity-high", "gradient-norm",
-          "gradient-dot", "gradient-cosine", "gradient-dot-adam", "ngrams", "redundancy-draw",
-          "influence", "influence-select")
+          "gradient-dot", "gradient-cosine", "gradient-dot-adam", "ngrams", "ngrams-smoothed",
+          "redundancy-draw", "influence", "influence-select")
 # What the default is compared with beside its rivals: what could be had, and what it is made of.
 YARDSTICKS = ("oracle", "domain", "whole-pool", "random-matched", "direct-plain",
               "direct-unshrunk")

@@ -80,6 +80,7 @@ def _under_the_inverse(evidence):
     ("stiff-alignment", lambda case: (_rows(case) @ STIFF.T)
      @ (STIFF @ case.evidence["onset"].valid_rows.mean(0))),
     ("ngrams", lambda case: likeness_of_dsir(case.evidence["onset"].texts)),
+    ("ngrams-smoothed", lambda case: case.evidence["onset"].texts.likeness(np.zeros(M, int))[0]),
     ("influence", lambda case: _under_the_inverse(case.evidence["onset"])),
     ("influence-select", lambda case: _under_the_inverse(case.evidence["select"])),
 ])
