@@ -27,9 +27,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 # Flags of other programs, which the pages tell a user to give to them.
 FOREIGN_FLAGS = {
     # Megatron-LM: how its checkpoints, blends and schedule go together with masks.
-    "--data-cache-path", "--dist-ckpt-optim-fully-reshardable", "--finetune",
+    "--data-cache-path", "--dist-ckpt-optim-fully-reshardable", "--eval-iters", "--finetune",
     "--lr-decay-samples", "--lr-decay-style", "--override-opt-param-scheduler",
-    "--lr-wsd-decay-samples", "--no-bias-gelu-fusion", "--override-opt_param-scheduler",
+    "--lr-wsd-decay-samples", "--no-bias-gelu-fusion",
     "--dataloader-defer-npy-index-mmap", "--dataloader-fast-cache-load",
     "--dataloader-inter-document-masking", "--hybrid-override-pattern",
     "--per-dataset-sequences-path", "--phase-transition-iterations", "--train-data-path",
