@@ -83,7 +83,8 @@ class ByEntries(Kernel):
                     hashes.rows.buckets, hashes.columns.buckets)
             return
         gradients = _Gradients.of(piece.output_grads.float(), piece.inputs.float(), piece)
-        for samples, gradient in gradients.whole():
+        gathered = hashes.rows.rounds * hashes.size**2  # numbers of a sample, while G is hashed
+        for samples, gradient in gradients.whole(gathered):
             gradient = _scaled(gradient, scale, slice(None))
             sums[samples, :self._size] += sketches(gradient, hashes)
 
@@ -156,13 +157,13 @@ class _Gradients:
         self.blocks.add_products(gradients, left, self.right, lambda x, y: torch.bmm(x.mT, y))
         return gradients
 
-    def whole(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(samples, their whole G), a few at a time.
+    def whole(self, beside: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(samples, their whole G), a few at a time. beside: numbers that the caller makes of one.
 
         Which blocks are a sample's is known to the device alone: those G are formed all at once.
         """
         routed = self.rows(slice(None)) if self.blocks is not None else None
-        at_once = parts_of(self.left, self.left.shape[2] * self.right.shape[2])
+        at_once = parts_of(self.left, max(self.left.shape[2] * self.right.shape[2], beside))
         for first in range(0, self.num_samples, at_once):
             samples = slice(first, first + at_once)
             yield samples, (routed[samples] if routed is not None else
