@@ -32,7 +32,7 @@ from megatron_direct.errors import NothingFits
 from megatron_direct.mcore import blend, checkpoint, grid, model
 from megatron_direct.mcore.merging import Average
 from megatron_direct.runtime import arrays, files, parallel
-from megatron_direct.runtime.run_directory import locked
+from megatron_direct.runtime.run_directory import locked, versions
 from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
 from megatron_direct.steps.decay import Decay, Recipe, Segment, decay, set_losses
 from megatron_direct.steps.merged import make_average
@@ -276,7 +276,8 @@ def _write(replicate: Replicate, taken: Taken, after: dict, seconds: float) -> N
     shutil.rmtree(folder / "cache", ignore_errors=True)
     parts = composition(pool, taken.chosen)
     files.write_json(folder / "result.json", {
-        "arm": replicate.arm.name, "seed": replicate.seed, "before": replicate.before,
+        "arm": replicate.arm.name, "seed": replicate.seed,
+        "version": versions()["megatron-direct"], "before": replicate.before,
         "after": after, "seconds": seconds, "problem": taken.problem,
         "repeats": None if taken.repeats is None else vars(taken.repeats),
         "composition": {name: vars(part) for name, part in parts.items()}})

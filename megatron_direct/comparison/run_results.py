@@ -66,6 +66,7 @@ class ResultFile:
     composition: dict[str, PoolComposition]
     problem: SolvedProblem | None = None
     repeats: Repeats | None = None
+    version: str | None = None  # of this package; None in one of an older version
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ def _arm(name: str, run: RunResults, before: LossesBefore | None, pool: PoolSumm
         repeats=_repeats(results),
         curve=_curve([r.training_losses for r in results.values()]),
         cost=cost(name, difference.mean, _mean(losses.values()), setting, before, pool),
-        failed={seed: why for seed, why in run.failures[name].items() if seed not in results})
+        failed={seed: why for seed, why in run.failures[name].items() if seed not in results},
+        versions=tuple(sorted({r.file.version for r in results.values() if r.file.version})))
 
 
 def _losses(results: ResultsBySeed, test: str | None = None) -> dict[int, float]:

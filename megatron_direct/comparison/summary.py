@@ -171,6 +171,7 @@ class ArmSummary:
     curve: LossCurve | None
     cost: Cost
     failed: dict[int, str] = field(default_factory=dict)  # of the missing: seed -> why
+    versions: tuple[str, ...] = ()  # of this package, by which the results were made
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def _findings(summary: ComparisonSummary) -> list[str]:
             f"{wording.with_numbers(PAPER_ARM, paper.difference)}, the paper's own objective, "
             f"compared with {summary.reference}: {wording.verdict(paper.difference)}.")
     sentences += [wording.setting_sentence(summary), wording.cost_sentence(summary),
-                  wording.missing_sentence(summary)]
+                  wording.missing_sentence(summary), wording.versions_sentence(summary)]
     return [sentence for sentence in sentences if sentence]
 
 

@@ -21,6 +21,7 @@ from megatron_direct.comparison.summary import (
     YARDSTICKS,
     ArmSummary,
     ComparisonSummary,
+    seeds_that_count,
 )
 from megatron_direct.reports import wording
 from megatron_direct.reports.markdown_blocks import (
@@ -112,8 +113,13 @@ def _over_settings(summaries: Sequence[ComparisonSummary]) -> list[str]:
     def mean_difference(arm: str) -> float:
         return sum(d.mean or 0.0 for d in found[arm].values()) / len(found[arm])
 
-    arms = sorted(found, key=lambda arm: (arm == CEILING, mean_difference(arm)))
-    rows = [[code(arm), *(_marked(found[arm].get(number)) for number in range(len(summaries)))]
+    seeds = [len(seeds_that_count(summary.arms)) for summary in summaries]
+
+    def lacks_seeds(arm: str) -> bool:
+        return all(d.num_pairs < seeds[number] for number, d in found[arm].items())
+
+    arms = sorted(found, key=lambda arm: (arm == CEILING, lacks_seeds(arm), mean_difference(arm)))
+    rows = [[code(arm), *(_marked(found[arm].get(number), of) for number, of in enumerate(seeds))]
             for arm in arms]
     always = {verdict: [arm for arm in arms if all(
         wording.verdict(difference) == verdict for difference in found[arm].values())]
@@ -121,7 +127,8 @@ def _over_settings(summaries: Sequence[ComparisonSummary]) -> list[str]:
     return [
         "## Differences by setting",
         paragraph("Difference from the reference in mean test loss. Bold: better; italic: worse; "
-                  "plain: no clear difference."),
+                  "plain: no clear difference. In brackets the number of seeds of an arm that "
+                  "lacks some: its differences are of those."),
         table(["arm", *map(_name, summaries)], rows, left=[0]),
         bullets([
             f"Better than the reference wherever it has a result: {_arms(always[BETTER])}.",
@@ -131,11 +138,13 @@ def _over_settings(summaries: Sequence[ComparisonSummary]) -> list[str]:
             *filter(None, map(_ceiling, summaries))])]
 
 
-def _marked(difference: PairedDifference | None) -> str:
+def _marked(difference: PairedDifference | None, seeds: int) -> str:
+    """seeds: that the most complete arm has."""
     if difference is None:
         return "-"
     mark = _MARKS[difference.verdict]
-    return f"{mark}{difference.mean:+.3f}{mark}"
+    lacking = f" ({difference.num_pairs})" if difference.num_pairs < seeds else ""
+    return f"{mark}{difference.mean:+.3f}{mark}{lacking}"
 
 
 def _lowest(summary: ComparisonSummary) -> str:
@@ -250,8 +259,8 @@ def _of_setting(summary: ComparisonSummary) -> list[str]:
     rows.insert(len(rows) - (summary.arm(CEILING) is not None),
                 ["(before annealing)", wording.loss(summary.loss_before), *[""] * 5])
     sentences = [wording.setting_sentence(summary), wording.repetition_sentence(summary),
-                 wording.missing_sentence(summary), wording.chance_sentence(summary),
-                 wording.cost_sentence(summary)]
+                 wording.missing_sentence(summary), wording.versions_sentence(summary),
+                 wording.chance_sentence(summary), wording.cost_sentence(summary)]
     return [f"## {_name(summary)}",
             paragraph(" ".join(sentence for sentence in sentences if sentence)),
             table(["arm", "mean test loss", f"arm - {code(summary.reference)}", "interval",

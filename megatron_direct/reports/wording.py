@@ -201,6 +201,18 @@ def missing_sentence(summary: ComparisonSummary) -> str:
                      *([f"Failed: {'; '.join(failed)}."] if failed else [])])
 
 
+def versions_sentence(summary: ComparisonSummary) -> str:
+    """Which results are of which version; empty if all are of one."""
+    arms: dict[tuple[str, ...], list[str]] = {}
+    for arm in summary.arms:
+        if arm.versions:
+            arms.setdefault(arm.versions, []).append(arm.name)
+    if len(set().union(*arms)) < 2:
+        return ""
+    found = [f"{listed(names)} by {listed(of_names)}" for of_names, names in arms.items()]
+    return f"Results were made by several versions of megatron-direct: {'; '.join(found)}."
+
+
 def cost_sentence(summary: ComparisonSummary) -> str:
     """What selecting with the default costs; empty if that is not known."""
     arm = summary.arm(summary.default_arm)

@@ -186,6 +186,8 @@ def test_arms_that_lack_seeds_are_not_ranked_by_means_over_others(tmp_path):
     assert summary.arm("ngrams").mean_loss < summary.arm("descent").mean_loss
     assert [arm.name for arm in summary.ranked] == ["descent", "random"]
     text = _prose(results([summary]))
+    assert _row(results([summary]), "`ngrams`")[1].endswith(" (1)")
+    assert _row(results([summary]), "`descent`")[1].startswith("**")
     assert "Lowest in one: `descent`" in text and "With one seed, and below it" not in text
     assert re.search(r"\| `ngrams` .*\| too few seeds *\| *1 \|", results([summary]))
     assert "with all 3 seeds is that of descent" in lowest_sentence(summary)
@@ -202,6 +204,16 @@ def test_why_an_arm_failed_is_said(tmp_path):
     assert summary.finished
     assert ("No result for flat-energy (seed 2). Failed: flat-energy, seed 2: the loss of "
             "iteration 7 is nan. Lower --lr." in _prose(results([summary])))
+
+
+def test_results_of_several_versions_are_told_apart(tmp_path):
+    folder = write_run(tmp_path / "run", ARMS, default="descent", name="one")
+    assert "several versions" not in results([summarise(folder)])
+    for number, result in enumerate(sorted(folder.glob("arms/descent/*/result.json"))):
+        found = json.loads(result.read_text())
+        result.write_text(json.dumps({**found, "version": f"0.{number % 2 + 1}.0"}))
+    assert ("made by several versions of megatron-direct: descent by 0.1.0 and 0.2.0."
+            in _prose(results([summarise(folder)])))
 
 
 def test_what_else_distinguishes_an_arm_is_said(tmp_path):
