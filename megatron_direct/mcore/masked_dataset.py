@@ -114,5 +114,7 @@ class MaskedGPTDataset(GPTDataset):
 
 def _comes_first() -> bool:
     """Rank 0 builds before all others, so that its check is theirs: they need not read the whole
-    index once more."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    index once more. But nodes may have copies of their own, so the first rank of each looks."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        return True
+    return "0" in (os.environ.get("LOCAL_RANK"), os.environ.get("SLURM_LOCALID"))

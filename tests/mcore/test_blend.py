@@ -18,6 +18,7 @@ from megatron_direct.data import blend_files
 from megatron_direct.data.blend_plan import Blend, BlendRules
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.errors import UserError
+from megatron_direct.runtime import parallel
 
 VOCAB, POISON, LENGTH = 60, 60, 16
 
@@ -227,6 +228,19 @@ def _check_foreign(folder):
 def test_a_mask_of_another_dataset_is_refused(tmp_path):
     with pytest.raises(RankError, match="the mask was made for a dataset with digest"):
         run_on_ranks(1, _check_foreign, tmp_path)
+
+
+def _looks(local_ranks):
+    from megatron_direct.mcore import masked_dataset
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", local_ranks[parallel.rank_and_size()[0]])
+        return masked_dataset._comes_first()
+
+
+def test_the_first_rank_of_each_node_looks_whether_a_mask_belongs_to_its_dataset():
+    assert run_on_ranks(2, _looks, "00") == [True, True]  # a node each
+    assert run_on_ranks(2, _looks, "01") == [True, False]
 
 
 @pytest.mark.parametrize(("given", "prefixes", "weights"), [
