@@ -226,14 +226,18 @@ def _selected(summary: ComparisonSummary) -> Shown:
 
 
 def _measured_seconds(summary: ComparisonSummary) -> str:
-    """What each measurement took, the median over seeds."""
-    measured = []
+    """What each measurement took, the median over seeds; once, where two are one."""
+    measured, told = [], []
     for key, what in (("onset", "sketches at the checkpoint"),
                       ("select", "the measurements of select"),
+                      ("pilot", "a pilot and sketches after it"),
+                      ("merged", "sketches at the average"),
+                      ("proxy", "sketches by the smaller model"),
                       ("adam-sketches", "sketches under Adam's scaling")):
         totals = [sum(of_seed[key].values()) for of_seed in summary.setting.shared_seconds.values()
                   if key in of_seed]
-        if totals:
+        if totals and totals not in told:
+            told.append(totals)
             measured.append(f"{np.median(totals):.0f} s for {what}")
     if summary.setting.annealing_seconds is not None:
         measured.append(f"{summary.setting.annealing_seconds:.0f} s for an annealing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 from page_reader import Page
@@ -120,3 +121,12 @@ def test_one_seed_and_one_test_set(tmp_path):
     assert "Loss by test set" not in page.headings
     assert "No arm shares two seeds with random" in page.text
     assert "Verdict: too few seeds" in page.text
+
+
+def test_a_measurement_that_serves_for_two_is_told_once(run_dir):
+    summary = summarise(run_dir)
+    seconds = {seed: {"onset": {"sketch": 30.0}, "select": {"sketch": 30.0},
+                      "pilot": {"pilot": 5.0, "sketch": 31.0}} for seed in summary.setting.seeds}
+    page = render(replace(summary, setting=replace(summary.setting, shared_seconds=seconds)))
+    assert ("Measured for each seed: 30 s for sketches at the checkpoint, 36 s for a pilot and "
+            "sketches after it and" in " ".join(Page(page).text.split()))
