@@ -165,15 +165,17 @@ _ACCEPTED = {
     "inf": _ANY_TEXT | _FORMED | {"--stiff-budget"},
     # As if it was not given, where that is allowed; preprocess reads "" as the folder it is in,
     # which is neither a file nor holds a tokenizer.
-    "": {"--anneal-load", "--checkpoint", "--data-args-path", "--load", "--materialize",
-         "--measured-file", "--name", "--object-storage-cache-path", "--output", "--proxy-load",
-         "--lm-eval-include-path", "--per-split-data-args-path", "--tokenizer-model", "--input"},
+    "": {"--anneal-load", "--checkpoint", "--data-args-path", "--eod-token", "--load",
+         "--materialize", "--measured-file", "--name", "--object-storage-cache-path", "--output",
+         "--proxy-load", "--lm-eval-include-path", "--per-split-data-args-path",
+         "--tokenizer-model", "--input"},
 }
 
 
 def _is_accepted(command: str, parser: argparse.ArgumentParser, flag: str, value: str) -> bool:
     """Until the command itself begins. Raises unless what is refused is named."""
     others = [word for pair in _NEEDED.get(command, {}).items() if pair[0] != flag for word in pair]
+    others += ["--selection", "random"] if flag == "--size-of" else []
     try:
         found = parser.parse_args([*others, f"{flag}={value}"])
         if command == "preprocess":
