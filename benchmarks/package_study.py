@@ -68,13 +68,13 @@ SETTINGS = {
 }
 # What is run first, of all seeds, before the next: the default, also without contrast, what it has
 # to beat, and averages; what else the default decides; other rivals; how much there is to gain.
-FIRST = ("random", "whole-pool", "perplexity-middle", "ngrams", "gradient-cosine", "direct",
-         "direct-plain", "stable-averaged", "random-averaged", "whole-pool-averaged",
-         "direct-averaged")
+FIRST = ("random", "whole-pool", "perplexity-middle", "ngrams", "ngrams-smoothed",
+         "gradient-cosine", "direct", "direct-plain", "stable-averaged", "random-averaged",
+         "whole-pool-averaged", "direct-averaged")
 DECISIONS = ("direct-textless", "direct-pilot", "direct-plain-pilot", "direct-merged",
              "direct-ungrouped", "direct-half", "direct-quarter", "direct-unshrunk",
              "direct-unnormalized", "direct-undrawn")
-RIVALS = ("ngrams-smoothed", "domain", "oracle", "flat-energy", "direct-rounds", "direct-share",
+RIVALS = ("domain", "oracle", "flat-energy", "direct-rounds", "direct-share",
           "direct-proxy", "influence", "redundancy-draw", "random-constant-averaged",
           "whole-pool-constant-averaged", "direct-constant-averaged", "random-moderate-averaged",
           "direct-moderate-averaged")
