@@ -248,7 +248,8 @@ class ComparisonSummary:
     def ranked(self) -> tuple[ArmSummary, ...]:
         """The arms with a result of every seed that counts, the lowest mean test loss first: means
         over different seeds are not to be compared."""
-        return tuple(arm for arm in self.measured if set(arm.seeds) >= seeds_that_count(self.arms))
+        wanted = seeds_that_count(self.arms)
+        return tuple(arm for arm in self.measured if set(arm.seeds) >= wanted)
 
     @property
     def compared(self) -> tuple[ArmSummary, ...]:

@@ -122,9 +122,10 @@ def _findings(summary: ComparisonSummary) -> list[str]:
 
 def _losses(summary: ComparisonSummary) -> Shown:
     rows: list[list[str | Cell]] = []
+    ranked = summary.ranked  # the first of the arms
     for place, arm in enumerate(summary.arms, start=1):
         found, is_reference = arm.difference, arm.name == summary.reference
-        row: list[str | Cell] = [str(place) if arm in summary.ranked else "",
+        row: list[str | Cell] = [str(place) if place <= len(ranked) else "",
                                  _name(summary, arm), wording.loss(arm.mean_loss)]
         row += [""] * 5 if is_reference or found.mean is None else [
             wording.signed(found.mean), _verdict(found), wording.interval(found),
