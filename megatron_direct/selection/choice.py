@@ -80,7 +80,7 @@ def _may_draw(config: SelectionConfig, evidence: Evidence, limits: Mapping) -> b
 def _sound(config: SelectionConfig, evidence: Evidence, worth: Worth, num_select: int, seed: int,
            ) -> np.ndarray:
     """[N] bool, what may be drawn at random: of positive worth, or in contrast of a score above the
-    mean by gradients alone, since texts hardly tell a shuffled sample from another."""
+    mean by gradients alone."""
     if not config.is_in_contrast:
         return worth.values > 0
     scores = excess_scores(config, evidence, num_select, seed)

@@ -57,7 +57,7 @@ class SelectionConfig(Settings):
         "bargain for the selection, so that none is left behind; 0: their mean alone counts",
         at_least=0)
     text_weight: float = flag(
-        2.0, "--contrast: how much likeness by n-grams, which asks no model, counts beside "
+        2.0, "--contrast: how much likeness by n-grams, which needs no model, counts beside "
         "gradients: the ratio of their spreads over the pool; 0: not at all", at_least=0)
     weight_by_tokens: bool = flag(
         False, "--objective descent --no-contrast: weight each sample by the tokens that it is "

@@ -227,7 +227,8 @@ def _select_and_anneal(folder, layout, name, theta):
 
 def test_the_optimizer_state_is_carried_into_the_annealing(folder, run, annealed):
     run_on_ranks(1, _anneal_afresh, folder, run, "afresh")
-    assert abs(_metrics(folder / "afresh")[1]["loss"] - _metrics(annealed)[1]["loss"]) > 1e-3
+    # Runs that carry it are equal to some 1e-6.
+    assert abs(_metrics(folder / "afresh")[1]["loss"] - _metrics(annealed)[1]["loss"]) > 1e-4
 
 
 def _anneal_afresh(folder, run, name):
