@@ -94,9 +94,9 @@ def write_eigenpairs(folder: Path, key: SpectrumKey, found: Eigenpairs, summary:
 
 
 def _read(folder: Path) -> Eigenpairs:
-    path, remedy = folder / "directions.npz", f"Delete {folder}, and run the command again."
-    names = ("eigenvalues", "sketches", "rank", "max_matvecs", "converged", "total_energy")
-    values, sketches, rank, max_matvecs, converged, total = arrays.read_named(path, names, remedy)
-    asked = arrays.read_npz(path, remedy).get("asked", len(values))  # not in an older version's
+    values, sketches, rank, asked, max_matvecs, converged, total = arrays.read_named(
+        folder / "directions.npz",
+        ("eigenvalues", "sketches", "rank", "asked", "max_matvecs", "converged", "total_energy"),
+        f"Delete {folder}, and run the command again.")
     return Eigenpairs(values, sketches, int(rank), int(asked), int(max_matvecs), bool(converged),
                       None if np.isnan(total) else float(total))
