@@ -79,6 +79,7 @@ RIVALS = ("domain", "oracle", "flat-energy", "direct-rounds", "direct-share",
           "whole-pool-constant-averaged", "direct-constant-averaged", "random-moderate-averaged",
           "direct-moderate-averaged")
 CEILING = ("ceiling",)
+LONG = (*FIRST, "direct-quarter")
 MOST_IMPORTANT = ("noisy", "clean", "shifted", "other")
 
 
@@ -94,8 +95,8 @@ class Stage:
 Piece = tuple[Stage, int, str]
 
 STAGES = (Stage(FIRST, MOST_IMPORTANT), Stage(DECISIONS, MOST_IMPORTANT),
-          Stage(RIVALS, MOST_IMPORTANT), Stage(FIRST, ("long",)), Stage(CEILING, MOST_IMPORTANT),
-          Stage((*DECISIONS, *RIVALS), ("long",)))
+          Stage(RIVALS, MOST_IMPORTANT), Stage(LONG, ("long",)), Stage(CEILING, MOST_IMPORTANT),
+          Stage(tuple(arm for arm in (*DECISIONS, *RIVALS) if arm not in LONG), ("long",)))
 
 
 @dataclass(frozen=True)
@@ -217,13 +218,12 @@ class Study:
         length = dict(zip(self.scale.model[::2], self.scale.model[1::2], strict=True)).get(
             "--seq-length", "256")
         iterations = max(2, round(setting.length * tokens / self.scale.global_batch / int(length)))
-        quarter = ["--num-select", str(round(self.scale.pool / 4))] if name == "long" else []
         self.run("-m", "megatron_direct", "compare", "--load", theta, "--run-dir", run, "--name",
                  name, "--tokenizer-model", self.tokenizer, "--data-path", *pools,
                  "--valid-data-path", *(self.data / f"{d}_valid" for d in setting.target),
                  "--test-data-path", *(self.data / f"{d}_test" for d in setting.target),
                  "--lr-wsd-decay-iters", str(iterations), "--seed", "1", "--num-seeds",
-                 str(num_seeds), *quarter, *self.batch, *flags, ranks=self.ranks)
+                 str(num_seeds), *self.batch, *flags, ranks=self.ranks)
 
 
 def _stop_with_parent() -> None:
