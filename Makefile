@@ -47,6 +47,12 @@ export DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_pool)
 export VALID_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_valid)
 export TEST_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_test)
 
+# What has a GPU in its name runs on the machine's; all else on the CPU, where two ranks cannot be in
+# each other's way, unless GPUS says which (GPUS=0,1).
+ifeq ($(filter %-gpu,$(MAKECMDGOALS)),)
+export CUDA_VISIBLE_DEVICES := $(GPUS)
+endif
+
 # Two ranks, one a core, and sizes that end in ten to twelve minutes on them. The annealing sees
 # 0.43 times the tokens of the pool.
 export GPUS_PER_NODE ?= 2

@@ -33,7 +33,8 @@ FOREIGN_FLAGS = {
     "--dataloader-defer-npy-index-mmap", "--dataloader-fast-cache-load",
     "--dataloader-inter-document-masking", "--hybrid-override-pattern",
     "--per-dataset-sequences-path", "--phase-transition-iterations", "--train-data-path",
-    "--train-samples", "--use-checkpoint-args",
+    "--train-samples", "--use-checkpoint-args", "--ckpt-step", "--exit-on-missing-checkpoint",
+    "--lr-warmup-samples",
     # Megatron-LM: kinds of data that take no masks.
     "--fim-data", "--mock-data", "--sft",
     # torchrun, git and pytest.

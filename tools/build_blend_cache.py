@@ -7,7 +7,8 @@ It needs no GPU. WORLD_SIZE is the number of ranks of the training; Megatron-LM 
 sizes with it. Masks, blend, epochs and tokenizer are checked as in the training, which then finds
 all its indices in DIR. It begins in pretrain_gpt.py, with ``--hybrid-layer-pattern`` in
 pretrain_hybrid.py. With ``--load``, iteration and consumed samples are those of the
-checkpoint, so that the cache fits the training that continues from it.
+checkpoint, the newest or that of --ckpt-step, so that the cache fits the training that continues
+from it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def _continue_from(flags) -> None:
     """Iteration and consumed samples as a training with these flags would begin with them."""
     flags.iteration = 0
     if flags.load and not flags.finetune and checkpoint.latest(flags.load) is not None:
-        found = checkpoint.read_checkpoint(flags.load)
+        folder = flags.load if flags.ckpt_step is None else \
+            f"{flags.load}/iter_{flags.ckpt_step:07d}"
+        found = checkpoint.read_checkpoint(folder)
         flags.iteration = found.iteration
         flags.consumed_train_samples = found.arguments["consumed_train_samples"]
 

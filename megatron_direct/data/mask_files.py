@@ -19,7 +19,8 @@ def find_mask_files(prefixes: Sequence[str], pairs: Sequence[tuple[str, str]] = 
     pairs: ``--sample-mask PREFIX FILE``. folder: ``--sample-masks DIR``, where a prefix's mask is
     called by the last part of its path, as a run directory has it, or by the whole path.
 
-    Raises UserError for a mask that finds no prefix, since that prefix would be seen whole.
+    Raises UserError for a mask that finds no prefix, since that prefix would be seen whole; but not
+    for one in the folder that keeps nothing, whose prefix the blend files of a selection leave out.
     """
     found: dict[str, str] = {}
     for prefix, path in pairs:
@@ -57,7 +58,8 @@ def _from_folder(found: dict[str, str], prefixes: Sequence[str], folder: Path) -
         taken[name] = prefix
         found[prefix] = str(there[name])
     given = {os.path.realpath(path) for path in found.values()}
-    left = [str(path) for path in there.values() if os.path.realpath(path) not in given]
+    left = [str(path) for path in there.values()
+            if os.path.realpath(path) not in given and SampleMask.load(path).num_kept]
     if left:
         raise UserError(
             f"no prefix of the blend matches {', '.join(left)}. Say which dataset each "

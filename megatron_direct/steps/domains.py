@@ -148,8 +148,9 @@ def write_blend(folder: Path, chosen: Chosen, found: FoundGroups) -> Domains:
                          for number in range(len(found.worth_of_clusters)))
     made = Domains(domains, clusters)
     for name, groups in (("domains", domains), ("clusters", clusters)):
-        if groups and all(group.prefix for group in groups):
-            _write_files(blend / name, groups, chosen.valid)
+        used = [group for group in groups if group.weight > 0]
+        if used and all(group.prefix for group in used):
+            _write_files(blend / name, used, chosen.valid)
     files.write_json(blend / "worth.json", typed_json.to_json(made))
     return made
 
@@ -160,9 +161,9 @@ def _cluster(number: int, names: list[str], chosen: Chosen, found: FoundGroups, 
     members = found.of_cluster == number
     domain = int(found.of_domain[members.argmax()])
     name = f"{names[domain]}-c{number}"
-    # A link to files in an object store is none.
-    prefix = "" if is_stored(chosen.samples.prefixes[domain]) else _view(
-        chosen, domain, members, blend / "clusters" / name)
+    # A link to files in an object store is none; a mask without a prefix in the blend is an error.
+    has_view = chosen.counts[members].any() and not is_stored(chosen.samples.prefixes[domain])
+    prefix = _view(chosen, domain, members, blend / "clusters" / name) if has_view else ""
     group = _group(name, prefix, members, chosen, lengths, found.worth_of_clusters[number])
     texts = [_text(chosen, int(chosen.candidates[i])) for i in found.typical[number]]
     return dataclasses.replace(group, typical=tuple(texts))
@@ -200,10 +201,13 @@ def _text(chosen: Chosen, sample: int) -> str:
 
 
 def _write_files(path: Path, groups: Sequence[Group], valid: Sequence[str]) -> None:
-    """The blend in both of Megatron's forms; a group of weight 0 is left out."""
-    line = [word for group in groups if group.weight > 0
-            for word in (f"{group.weight:.6g}", group.prefix)]
+    """The blend in both of Megatron's forms. valid: without weights Megatron would make one epoch
+    of several, which a training that goes on from a checkpoint may have behind it."""
+    line = [word for group in groups for word in (f"{group.weight:.6g}", group.prefix)]
+    tokens = [int(indexed.document_lengths(indexed.open_indexed(prefix)).sum()) for prefix in valid]
+    valid_line = list(valid) if len(valid) == 1 else [
+        word for prefix, count in zip(valid, tokens, strict=True) for word in (str(count), prefix)]
     with files.written_whole(path.with_suffix(".txt"), "w") as file:
         file.write(" ".join(line) + "\n")
-    files.write_json(path.with_suffix(".json"), {"train": line, "valid": list(valid),
+    files.write_json(path.with_suffix(".json"), {"train": line, "valid": valid_line,
                                                  "test": None})

@@ -66,6 +66,21 @@ def test_weights_are_shares_of_the_selected_tokens(run, learnt_folder):
     assert splits["valid"] == [str(learnt_folder / "valid")] and splits["test"] is None
 
 
+def test_what_nothing_is_selected_of_is_no_hindrance(learnt_folder):
+    """One sample: of one pool and one cluster, whose blend files name no other, while masks/ has
+    all pools. Several validation sets have weights, without which Megatron would make one epoch."""
+    valid = tuple(str(learnt_folder / name) for name in ("valid", "test"))
+    run_on_ranks(1, _select, learnt_folder, Layout(), "few",
+                 {"num_select": 1, "valid_data_path": valid})
+    few = selected.selection_folder(learnt_folder / "few", "direct")
+    for name, folder in (("domains", few / "masks"), ("clusters", few / "blend" / "clusters")):
+        prefix, = blend_files.read_data_args(few / "blend" / f"{name}.txt").prefixes
+        assert list(find_mask_files([prefix], folder=str(folder))) == [prefix]
+    splits = blend_files.read_per_split_data_args(few / "blend" / "domains.json")
+    assert tuple(splits["valid"].prefixes) == valid
+    assert splits["valid"].weights == [_lengths(prefix).sum() for prefix in valid]
+
+
 def test_a_selection_gives_way_whole_and_to_one_that_is_found(run, learnt_folder):
     """One that cannot be solved leaves the earlier one; one without clusters leaves none of its."""
     shutil.copytree(run.parents[1], learnt_folder / "replaced")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.mask_files import find_mask_files
 from megatron_direct.errors import UserError
 
@@ -11,7 +13,7 @@ from megatron_direct.errors import UserError
 @pytest.fixture
 def folder(tmp_path):
     for name in ("x", "y"):
-        (tmp_path / f"{name}.mask.npz").touch()
+        SampleMask(np.ones(3, dtype=bool), "0" * 32).save(tmp_path / f"{name}.mask.npz")
     return tmp_path
 
 
@@ -46,6 +48,11 @@ def test_equal_names_are_told_apart_by_the_whole_path(tmp_path):
 def test_a_mask_that_finds_no_prefix_is_refused(folder, prefixes, pairs, match):
     with pytest.raises(UserError, match=match):
         find_mask_files(prefixes, pairs, str(folder))
+
+
+def test_a_mask_that_keeps_nothing_needs_no_prefix(folder):
+    SampleMask(np.zeros(3, dtype=bool), "0" * 32).save(folder / "y.mask.npz")
+    assert list(find_mask_files(["d/x"], folder=str(folder))) == ["d/x"]
 
 
 def test_a_folder_without_masks_is_refused(tmp_path):
