@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from megatron_direct.config import ParallelConfig
 from megatron_direct.mcore import checkpoint, grid
+from megatron_direct.mcore.checkpoint_formats import iteration_folder
 from megatron_direct.mcore.without_gpu import megatron_runtime
 from megatron_direct.plugins import megatron_lm
 from megatron_direct.runtime import parallel
@@ -60,9 +61,8 @@ def _continue_from(flags) -> None:
     """Iteration and consumed samples as a training with these flags would begin with them."""
     flags.iteration = 0
     if flags.load and not flags.finetune and checkpoint.latest(flags.load) is not None:
-        folder = flags.load if flags.ckpt_step is None else \
-            f"{flags.load}/iter_{flags.ckpt_step:07d}"
-        found = checkpoint.read_checkpoint(folder)
+        found = checkpoint.read_checkpoint(flags.load if flags.ckpt_step is None else
+                                           iteration_folder(flags.load, flags.ckpt_step))
         flags.iteration = found.iteration
         flags.consumed_train_samples = found.arguments["consumed_train_samples"]
 

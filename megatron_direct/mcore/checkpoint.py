@@ -29,6 +29,7 @@ from megatron_direct.mcore.checkpoint_formats import (
     FORMAT_FILE,
     PARTS_OF_MODELS,
     TRACKER,
+    iteration_folder,
     iteration_of,
     require_readable,
 )
@@ -59,7 +60,7 @@ def latest(folder: str | os.PathLike) -> Path | None:
         older = ", ".join(sorted(path.name for path in folder.glob("iter_*"))) or "none"
         raise UserError(f"{tracker} holds {text[:40]!r}, where the number of an iteration was "
                         f"expected. Write the one to use into it; there are {older}.")
-    return folder / (text if text == "release" else f"iter_{int(text):07d}")
+    return folder / text if text == "release" else iteration_folder(folder, int(text))
 
 
 def saved_states(folder: str | os.PathLike, last: int = 0, upto: int | None = None) -> list[Path]:
@@ -192,7 +193,7 @@ def write_state(folder: str | os.PathLike, iteration: int, state: dict) -> None:
     """A sharded state dict as the folder's newest checkpoint; every rank calls this."""
     from megatron.core import dist_checkpointing
 
-    target = Path(folder) / f"iter_{iteration:07d}"
+    target = iteration_folder(folder, iteration)
     attendance.at(f"saving {target}")
     compat.start_saver()
     with stopping.postponed():

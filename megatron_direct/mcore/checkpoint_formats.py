@@ -7,6 +7,7 @@ with the others ends in an error that names neither the format nor a way out.
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -23,6 +24,11 @@ PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.", "mtp.")
 OF_ONE_LAYOUT = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
 
 _RESAVE = "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
+
+
+def iteration_folder(training: str | os.PathLike, iteration: int) -> Path:
+    """Of a checkpoint, in the folder of its training."""
+    return Path(training) / f"iter_{iteration:07d}"
 
 
 def iteration_of(folder: Path) -> int | None:

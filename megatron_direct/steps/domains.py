@@ -147,10 +147,11 @@ def write_blend(folder: Path, chosen: Chosen, found: FoundGroups) -> Domains:
         clusters = tuple(_cluster(number, names, chosen, found, lengths, blend)
                          for number in range(len(found.worth_of_clusters)))
     made = Domains(domains, clusters)
+    valid = _valid_line(chosen.valid)
     for name, groups in (("domains", domains), ("clusters", clusters)):
         used = [group for group in groups if group.weight > 0]
         if used and all(group.prefix for group in used):
-            _write_files(blend / name, used, chosen.valid)
+            _write_files(blend / name, used, valid)
     files.write_json(blend / "worth.json", typed_json.to_json(made))
     return made
 
@@ -161,12 +162,12 @@ def _cluster(number: int, names: list[str], chosen: Chosen, found: FoundGroups, 
     members = found.of_cluster == number
     domain = int(found.of_domain[members.argmax()])
     name = f"{names[domain]}-c{number}"
+    group = _group(name, "", members, chosen, lengths, found.worth_of_clusters[number])
     # A link to files in an object store is none; a mask without a prefix in the blend is an error.
-    has_view = chosen.counts[members].any() and not is_stored(chosen.samples.prefixes[domain])
+    has_view = group.weight > 0 and not is_stored(chosen.samples.prefixes[domain])
     prefix = _view(chosen, domain, members, blend / "clusters" / name) if has_view else ""
-    group = _group(name, prefix, members, chosen, lengths, found.worth_of_clusters[number])
     texts = [_text(chosen, int(chosen.candidates[i])) for i in found.typical[number]]
-    return dataclasses.replace(group, typical=tuple(texts))
+    return dataclasses.replace(group, prefix=prefix, typical=tuple(texts))
 
 
 def _group(name: str, prefix: str, members: np.ndarray, chosen: Chosen, lengths: np.ndarray,
@@ -200,14 +201,19 @@ def _text(chosen: Chosen, sample: int) -> str:
     return " ".join(map(str, tokens)) if chosen.decode is None else chosen.decode(tokens)
 
 
+def _valid_line(prefixes: Sequence[str]) -> list[str]:
+    """The validation sets, several of them by their tokens: without weights Megatron would make one
+    epoch of these, which a training that goes on from a checkpoint may have behind it."""
+    if len(prefixes) == 1:
+        return list(prefixes)
+    return [word for prefix in prefixes for word in (
+        str(indexed.document_lengths(indexed.open_indexed(prefix)).sum()), prefix)]
+
+
 def _write_files(path: Path, groups: Sequence[Group], valid: Sequence[str]) -> None:
-    """The blend in both of Megatron's forms. valid: without weights Megatron would make one epoch
-    of several, which a training that goes on from a checkpoint may have behind it."""
+    """The blend in both of Megatron's forms."""
     line = [word for group in groups for word in (f"{group.weight:.6g}", group.prefix)]
-    tokens = [int(indexed.document_lengths(indexed.open_indexed(prefix)).sum()) for prefix in valid]
-    valid_line = list(valid) if len(valid) == 1 else [
-        word for prefix, count in zip(valid, tokens, strict=True) for word in (str(count), prefix)]
     with files.written_whole(path.with_suffix(".txt"), "w") as file:
         file.write(" ".join(line) + "\n")
-    files.write_json(path.with_suffix(".json"), {"train": line, "valid": valid_line,
+    files.write_json(path.with_suffix(".json"), {"train": line, "valid": valid,
                                                  "test": None})

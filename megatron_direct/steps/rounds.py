@@ -24,7 +24,7 @@ from megatron_direct.data import indexed
 from megatron_direct.data.blend_plan import MAX_EPOCHS, Blend, BlendPart, BlendRules
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.mcore import blend, checkpoint, grid, model
-from megatron_direct.mcore.checkpoint_formats import iteration_of
+from megatron_direct.mcore.checkpoint_formats import iteration_folder, iteration_of
 from megatron_direct.runtime import files, parallel, typed_json
 from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.selection.config import SelectionConfig
@@ -142,7 +142,7 @@ class Rounds:
         if number:
             # The learning rate has fallen by then, which is what a pilot would be for.
             settings = dataclasses.replace(settings, pilot=PilotConfig(at="checkpoint"))
-            first = self.folder / "checkpoints" / f"iter_{self.bounds[number]:07d}"
+            first = iteration_folder(self.folder / "checkpoints", self.bounds[number])
             onset = dataclasses.replace(onset, checkpoint=checkpoint.open_checkpoint(first))
         elif self.measured_in is not None:
             measured_in = self.measured_in

@@ -227,8 +227,10 @@ def _select_and_anneal(folder, layout, name, theta):
 
 def test_the_optimizer_state_is_carried_into_the_annealing(folder, run, annealed):
     run_on_ranks(1, _anneal_afresh, folder, run, "afresh")
-    # Runs that carry it are equal to some 1e-6.
-    assert abs(_metrics(folder / "afresh")[1]["loss"] - _metrics(annealed)[1]["loss"]) > 1e-4
+    afresh, carried = _metrics(folder / "afresh"), _metrics(annealed)
+    assert afresh[0]["loss"] == carried[0]["loss"]  # of the same weights and batch
+    # A single update may end with nearly the same loss by chance: 40 times this after two.
+    assert abs(afresh[2]["loss"] - carried[2]["loss"]) > 1e-3
 
 
 def _anneal_afresh(folder, run, name):
