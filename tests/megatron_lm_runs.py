@@ -153,6 +153,12 @@ def _command(layout: Layout, script: str, flags) -> list[str]:
             "--pipeline-model-parallel-size", str(layout.pp), *map(str, flags)]
 
 
+def learning_rates(output: str) -> dict[int, float]:
+    """{iteration: the rate that is printed with it}."""
+    found = re.findall(r" iteration +(\d+)/.* learning rate: (\S+)", output)
+    return {int(iteration): float(rate) for iteration, rate in found}
+
+
 def batches(folder: Path, record: str) -> dict[str, np.ndarray]:
     """Rank 0's (which sees tokens) and the last rank's (which sees labels)."""
     ranks = sorted((folder / record).glob("rank*.npz"))
