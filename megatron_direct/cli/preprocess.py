@@ -50,7 +50,8 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
                        help=f"shares of {', '.join(SPLITS)} (default {default['split']})")
     group.add_argument("--group-key", metavar="KEY",
                        help="key of a record; records with the same value are never divided "
-                            "between pool, valid and test")
+                            "between pool, valid and test, nor, when scores are judged, "
+                            "between halves of the validation set")
     group = parser.add_argument_group("duplicates")
     group.add_argument("--exclude", nargs="+", metavar="PREFIX",
                        help="indexed datasets, such as an earlier validation set, that the output "

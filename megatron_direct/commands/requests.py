@@ -77,6 +77,7 @@ class LossesKey(Key):
     curvature: CurvatureConfig
     problem: SelectionConfig
     precision: Precision = field(default_factory=Precision)
+    valid_sources: str | None = None
 
     @classmethod
     def of(cls: type[_Key], onset: Onset, measure: MeasureSettings, problem: SelectionConfig,
@@ -88,4 +89,5 @@ class LossesKey(Key):
             global_batch_size=job.batch.global_batch_size, model=job.model,
             optimizer=job.optimizer, pilot=measure.pilot,
             sketch=measure.sketch.without_micro_batch(),
-            curvature=measure.curvature, problem=problem, precision=job.precision, **own)
+            curvature=measure.curvature, problem=problem, precision=job.precision,
+            valid_sources=onset.valid.sources_digest, **own)

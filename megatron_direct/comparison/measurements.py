@@ -212,6 +212,7 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
                                samples.dataset_of(here), len(samples.prefixes),
                                np.arange(len(here)), of_valid.rows, measured[name].directions,
                                valid_datasets=valid_samples.dataset_of(of_valid.samples),
+                               valid_sources=valid_samples.sources_of(of_valid.samples),
                                texts=texts)
                 for name, (rows, of_valid) in stored.items()}
     case = Case(evidence, pool.losses[chosen], _domains(samples, here), samples.corrupted[here],

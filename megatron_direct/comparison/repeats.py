@@ -16,8 +16,8 @@ from megatron_direct.comparison.arms import Arm, Case
 from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
 from megatron_direct.selection.auto import FEWEST_VALID
 from megatron_direct.selection.evidence import Evidence, Half
+from megatron_direct.selection.halves import halves_of
 from megatron_direct.selection.problem import Selection
-from megatron_direct.selection.worth import halves_of
 
 # Of what an arm needs: what does not depend on halves of the validation set and of the hashes.
 _ALWAYS_THE_SAME = {"losses", "ceiling"}

@@ -17,6 +17,7 @@ from megatron_direct.data import indexed
 from megatron_direct.data.blend_plan import kept_sequences
 from megatron_direct.data.cards import corrupted_documents, read_card
 from megatron_direct.data.mask import SampleMask
+from megatron_direct.data.sources import read_sources, write_sources
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import files
 
@@ -32,7 +33,8 @@ class Materialized:
 
 
 def materialize(prefix: str, mask: SampleMask, output_prefix: str) -> Materialized:
-    """Writes ``output_prefix`` .bin, .json (the card) and, last, .idx.
+    """Writes ``output_prefix`` .bin, .json (the card) and .sources.npy, where the dataset has them,
+    and, last, .idx.
 
     Raises UserError for a mask of another dataset, for one that keeps nothing, and for an
     ``output_prefix`` that exists already.
@@ -58,6 +60,9 @@ def materialize(prefix: str, mask: SampleMask, output_prefix: str) -> Materializ
     card = _card(prefix, mask, written)
     if card:
         files.write_json(output_prefix + ".json", card)
+    numbers = read_sources(prefix, mask.num_documents)
+    if numbers is not None:
+        write_sources(output_prefix, numbers[documents_in_order(mask)])
     indexed.write_index(output_prefix + ".idx", dataset.dtype, lengths, starts)
     return written
 

@@ -19,8 +19,9 @@ import torch
 
 from megatron_direct.data import indexed
 from megatron_direct.data.cards import corrupted_documents
+from megatron_direct.data.sources import UNKNOWN, read_sources
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import host, sharing
+from megatron_direct.runtime import digests, host, sharing
 from megatron_direct.runtime.sharing import ArrayMaker
 
 # Samples that are sorted by length at once: hundreds of micro-batches for each of a thousand
@@ -213,6 +214,25 @@ class Samples(SampleSource):
         for prefix, (first, last) in zip(self.prefixes, stretches, strict=True):
             result[first + corrupted_documents(prefix, last - first)] = True
         return result
+
+    @functools.cached_property
+    def sources(self) -> np.ndarray | None:
+        """[samples] int64 number of the source of each, UNKNOWN where the dataset has none; None
+        where no dataset has."""
+        of_each = [(read_sources(prefix, last - first), last - first) for prefix, (first, last)
+                   in zip(self.prefixes, itertools.pairwise(self.first.tolist()), strict=True)]
+        if all(numbers is None for numbers, _ in of_each):
+            return None
+        return np.concatenate([np.full(count, UNKNOWN, np.int64) if numbers is None else numbers
+                               for numbers, count in of_each])
+
+    def sources_of(self, samples: np.ndarray) -> np.ndarray | None:
+        """[n] the number of the source of each, as :attr:`sources`."""
+        return None if self.sources is None else self.sources[samples]
+
+    @property
+    def sources_digest(self) -> str | None:
+        return None if self.sources is None else digests.digest(self.sources.tobytes())
 
     def dataset_of(self, samples: np.ndarray) -> np.ndarray:
         """[n] the number of the dataset that each sample is in."""

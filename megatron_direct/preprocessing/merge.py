@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_direct.data import indexed
+from megatron_direct.data import indexed, sources
 from megatron_direct.data.cards import Card
 from megatron_direct.preprocessing import catalogue, duplicates, windows
 from megatron_direct.preprocessing.catalogue import PlannedDataset
@@ -45,35 +45,41 @@ class Merger:
             eod=self.tokenizer.eod if settings.append_eod else None,
             seq_length=settings.seq_length)
         with tempfile.TemporaryFile(dir=settings.folder) as lengths, \
-                tempfile.TemporaryFile(dir=settings.folder) as sources:
+                tempfile.TemporaryFile(dir=settings.folder) as of_documents, \
+                tempfile.TemporaryFile(dir=settings.folder) as numbers:
             with files.written_whole(target.prefix + ".bin") as file:
-                for tokens, sizes in self._candidates(target, card, sources):
+                for tokens, sizes in self._candidates(target, card, of_documents, numbers):
                     file.write(self._corrupted(tokens, sizes, card))
                     lengths.write(sizes.data)
                     card.documents += len(sizes)
                     card.tokens += len(tokens)
-                _unlink(target.prefix, ".idx", ".documents.npy")  # they belong to an older .bin
+                # They belong to an older .bin.
+                _unlink(target.prefix, ".idx", ".documents.npy", sources.SUFFIX)
                 if card.documents:
                     files.write_json(target.prefix + ".json", card.as_json())
             if not card.documents:
                 _unlink(target.prefix, ".bin", ".json")
                 return target, card
             if settings.seq_length:
-                windows.write_lengths(target.prefix, _numbers(sources))
-            indexed.write_index(target.prefix + ".idx", target.dtype, _numbers(lengths))
+                windows.write_lengths(target.prefix, _numbers(of_documents, np.int32))
+            elif settings.group_key is not None:
+                sources.write_sources(target.prefix, _numbers(numbers, np.int64))
+            indexed.write_index(target.prefix + ".idx", target.dtype, _numbers(lengths, np.int32))
         return target, card
 
-    def _candidates(self, target: PlannedDataset, card: Card, sources: BinaryIO
-                    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _candidates(self, target: PlannedDataset, card: Card, of_documents: BinaryIO,
+                    numbers: BinaryIO) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(tokens, lengths) of what the dataset holds, a shard at a time.
 
-        sources: takes the lengths of the documents that windows are cut from.
+        of_documents: takes the lengths of the documents that windows are cut from; numbers: the
+        sources of documents, where these are known.
         """
         seq_length = self.settings.seq_length
         rest = np.empty(0, target.dtype)
-        for tokens, lengths in self._documents(target, card):
+        for tokens, lengths, of_sources in self._documents(target, card):
+            numbers.write(of_sources.data)
             if seq_length:
-                sources.write(lengths.data)
+                of_documents.write(lengths.data)
                 tokens, rest = windows.cut(np.concatenate([rest, tokens]), seq_length)
                 lengths = np.full(len(tokens) // seq_length, seq_length, np.int32)
             if len(lengths):
@@ -81,8 +87,10 @@ class Merger:
         card.tokens_cut, card.rest = len(rest), rest.tolist()
 
     def _documents(self, target: PlannedDataset, card: Card,
-                   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(tokens, lengths) of the documents that are not dropped."""
+                   ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(tokens, lengths, sources) of the documents that are not dropped; no sources without
+        --group-key."""
+        has_sources = self.settings.group_key is not None
         with open(self.settings.folder / duplicates.FLAGS, "rb") as flags_file:
             for entry in catalogue.entries(target):
                 flags_file.seek(entry.first)
@@ -90,11 +98,13 @@ class Merger:
                 card.duplicates += int(np.sum(flags == duplicates.COPY))
                 card.leaked += int(np.sum(flags == duplicates.LEAK))
                 tokens, lengths = entry.file.read_tokens(), entry.file.read_lengths()
+                numbers = entry.file.read_sources() if has_sources else np.empty(0, np.int64)
                 if self.settings.drop_duplicates and flags.any():
                     keep = flags == duplicates.UNIQUE
                     card.dropped += int(np.sum(~keep))
                     tokens, lengths = tokens[np.repeat(keep, lengths)], lengths[keep]
-                yield tokens, lengths
+                    numbers = numbers[keep] if has_sources else numbers
+                yield tokens, lengths, numbers
 
     def _corrupted(self, tokens: np.ndarray, lengths: np.ndarray, card: Card) -> np.ndarray:
         """Some candidates of a pool with their tokens in a random order, as the card lists them.
@@ -116,10 +126,10 @@ class Merger:
         return tokens
 
 
-def _numbers(file: BinaryIO) -> np.ndarray:
+def _numbers(file: BinaryIO, dtype: type) -> np.ndarray:
     """What was written to the file, as a map of it: memory holds what is looked at."""
     file.flush()
-    return np.memmap(file, np.int32, "r") if file.tell() else np.empty(0, np.int32)
+    return np.memmap(file, dtype, "r") if file.tell() else np.empty(0, dtype)
 
 
 def _unlink(prefix: str, *suffixes: str) -> None:

@@ -3,7 +3,8 @@
 A shard is two files in the run's folder of shards:
 
     NAME.bin   for each of its parts: tokens, then lengths [documents] int32 (tokens of each),
-               lines [documents] uint32 (of the shard), hashes [documents] 16 bytes
+               lines [documents] uint32 (of the shard), hashes [documents] 16 bytes, and with
+               --group-key sources [documents] int64
     NAME.json  the manifest: lines, bad lines, and each part's domain, split, documents, tokens and
                byte offset in NAME.bin
 
@@ -59,6 +60,10 @@ class PartFile:
     def read_hashes(self) -> np.ndarray:
         return self._column(8, HASH)
 
+    def read_sources(self) -> np.ndarray:
+        """Of a run with --group-key."""
+        return self._column(8 + HASH.itemsize, np.dtype(np.int64))
+
     def _column(self, bytes_before: int, dtype: np.dtype) -> np.ndarray:
         """bytes_before: those that the columns before this one hold of each document."""
         start = self.part.offset + self.part.tokens * self.dtype.itemsize
@@ -86,6 +91,7 @@ class Columns:
     tokens: list[np.ndarray] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)  # none without --group-key
 
 
 def data_path(folder: Path, name: str) -> Path:
@@ -105,6 +111,7 @@ def write_parts(folder: Path, shard: Shard, parts: dict[tuple[str, str], Columns
             file.write(lengths)
             file.write(np.array(columns.lines, np.uint32))
             file.write(b"".join(columns.hashes))
+            file.write(np.array(columns.sources, np.int64))
     return written
 
 

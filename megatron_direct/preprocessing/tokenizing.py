@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_direct.data.sources import source_number
 from megatron_direct.preprocessing import documents, reading, shards, splits, tokenizer
 from megatron_direct.preprocessing.documents import BadLine, Document
 from megatron_direct.preprocessing.reading import Shard, Stream
@@ -74,4 +75,6 @@ class ShardTokenizer:
             columns.tokens.append(tokens.astype(self._dtype))
             columns.lines.append(document.line)
             columns.hashes.append(shards.document_hash(text, self._end_tokens))
+            if self._settings.group_key is not None:
+                columns.sources.append(source_number(document.group))
         return too_short

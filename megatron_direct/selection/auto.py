@@ -14,6 +14,7 @@ import numpy as np
 from megatron_direct.errors import UserError
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
+from megatron_direct.selection.halves import num_sources
 from megatron_direct.selection.how_many import (
     Gain,
     Values,
@@ -41,7 +42,9 @@ class HowMany:
     """Why so many. Worth is the cosine of a sample's gradient with the validation set's, cross-
     fitted and averaged over tokens; gains are of the value of what the annealing sees
     (how_many.py), both of the num_select samples of greatest worth: which the objective selects is
-    another question. repeats_between, repeats_within: reliability of half of the evidence."""
+    another question. repeats_between, repeats_within: reliability of half of the evidence;
+    valid_sources: of the validation set that its halves are divided by, 0 where they are runs of
+    consecutive samples."""
 
     annealing_tokens: int
     pool_tokens: int
@@ -54,6 +57,7 @@ class HowMany:
     over_random: Gain
     repeats_between: float
     repeats_within: float
+    valid_sources: int = 0
 
     @property
     def is_whole_pool(self) -> bool:
@@ -63,16 +67,26 @@ class HowMany:
         lines = [
             f"how many: {self.num_harmful} of {self.num_candidates} samples have a worth below 0; "
             f"a token of the pool is worth {self.worth_of_pool:.4f} on average, and the annealing "
-            f"sees {self.annealing_tokens / self.pool_tokens:.2f} times the pool's tokens"]
+            f"sees {self.annealing_tokens / self.pool_tokens:.2f} times the pool's tokens",
+            f"  scores from one half of the validation set are judged by the other: "
+            f"{self._halves}"]
         if self.is_whole_pool:
-            return lines[0] + ("\n  nothing to gain: no smaller selection is clearly worth more "
-                               "than the whole pool, which is therefore the selection")
+            return "\n".join([
+                *lines, "  nothing to gain: no smaller selection is clearly worth more than the whole "
+                "pool, which is therefore the selection"])
         return "\n".join([
             *lines,
             f"  a token of the {self.num_select} samples of greatest worth is worth "
             f"{self.worth_of_selection:.4f}; with repetition and variety counted, predicted gain "
             f"over the whole pool {_in_words(self.over_pool)}, over as many samples at random "
             f"{_in_words(self.over_random)} (99.9 % intervals)"])
+
+
+    @property
+    def _halves(self) -> str:
+        if self.valid_sources:
+            return f"{self.valid_sources} sources, each in one of them"
+        return "runs of consecutive documents, whose sources are not known"
 
 
 def _in_words(gain: Gain) -> str:
@@ -161,4 +175,5 @@ def select_auto(config: SelectionConfig, evidence: Evidence, worth: Worth, seed:
         num_select=count, worth_of_pool=float(found.worth[-1]),
         worth_of_selection=float(found.worth[best]), over_pool=values.over_pool(best),
         over_random=values.over_random(best), repeats_between=settled.chosen_by.reliability.between,
-        repeats_within=settled.chosen_by.reliability.within)
+        repeats_within=settled.chosen_by.reliability.within,
+        valid_sources=num_sources(evidence))

@@ -47,7 +47,8 @@ class Evidence:
     the pool, below num_datasets; ids: [n] numbers of the candidates, 0..N-1 over all ranks;
     all_reduce_sum: as solve_selection takes it; valid_rows: [M, k] sketches of the validation
     samples, the same on each rank; valid_datasets: [M] ascending numbers of the datasets that they
-    are from, None for a single one; texts: of the candidates and of the validation samples, None
+    are from, None for a single one; valid_sources: [M] numbers of their sources, below 0 where it
+    is not known, None where none is; texts: of the candidates and of the validation samples, None
     where tokens are not known.
     """
 
@@ -60,6 +61,7 @@ class Evidence:
     directions: Directions
     all_reduce_sum: AllReduceSum = lambda array: array
     valid_datasets: np.ndarray | None = None
+    valid_sources: np.ndarray | None = None
     texts: Texts | None = None
     # Of these rows and no others: what is derived from this evidence begins without any.
     _found: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -123,6 +125,8 @@ class Evidence:
             valid_rows=self.valid_rows[part.valid][:, kept] * scale,
             valid_datasets=(None if self.valid_datasets is None
                             else self.valid_datasets[part.valid]),
+            valid_sources=(None if self.valid_sources is None
+                           else self.valid_sources[part.valid]),
             texts=None if self.texts is None else self.texts.half(part.valid, part.features))
 
 

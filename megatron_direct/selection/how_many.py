@@ -19,7 +19,7 @@ choose by? A candidate counts only if what it is chosen by, cross-fitted, is gre
 the pool by more than chance explains. And how many? The one of the greatest value of those that
 count, or the whole pool, if its value is greater. The error of a difference has two parts, the
 scatter of the mean over blocks of the validation set and what chance does to a mean over so many
-samples.
+samples; intervals are Student's, of as many blocks.
 
 Shapes: N samples, C candidates, B blocks of the validation set.
 """
@@ -29,6 +29,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.stats
 
 from megatron_direct.selection.worth import Fold, Worth, cross_fitted, mean_over_blocks
 
@@ -37,8 +38,8 @@ from megatron_direct.selection.worth import Fold, Worth, cross_fitted, mean_over
 REPETITION_DECAY = 3.0
 # What variety is worth: the exponent of U / P.
 VARIETY = 1 / 3
-# Standard errors on each side of a 99.9 % interval: a dozen candidates and more are looked at.
-_WIDTH = 3.29
+# Of intervals: a dozen candidates and more are looked at.
+_CONFIDENCE = 0.999
 # Shares of the pool's tokens that are looked at.
 _SHARES = (1 / 64, 1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16,
            *(sixteenths / 16 for sixteenths in range(4, 16)))
@@ -88,7 +89,8 @@ def gain_of(by_block: np.ndarray, sizes: np.ndarray, noise: float) -> Gain:
     """by_block: [B] differences; sizes: [B] validation samples; noise: variance beside the scatter
     over blocks."""
     mean, scatter = mean_over_blocks(by_block, sizes)
-    error = _WIDTH * float(np.sqrt(scatter + noise))
+    width = scipy.stats.t.ppf((1 + _CONFIDENCE) / 2, max(len(sizes) - 1, 1))
+    error = float(width * np.sqrt(scatter + noise))
     return Gain(mean, mean - error, mean + error)
 
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, Half
+from megatron_direct.selection.halves import halves_of
 from megatron_direct.selection.treatment import select_by_sketches
-from megatron_direct.selection.worth import halves_of
 
 
 @dataclass(frozen=True)

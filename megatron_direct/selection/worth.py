@@ -3,11 +3,11 @@
 The alignment of sample i with the validation set is the inner product of its unit gradient with the
 mean of the validation set's unit gradients. A score found from such alignments flatters itself: it
 fits the noise of the validation samples, of the sketch's hash, and of the sample's own gradient.
-So it is cross-fitted. The validation set is divided by source into halves A and B, and the
-coordinates of the sketch into halves 1 and 2, which hold the gradient's entries in different parts
-of the model, hashed apart. A score from (A, 1) is judged by the alignment in (B, 2), and so on for
-the four pairs that share neither. What repeats in the other half is worth something; noise does not
-repeat, wherever it comes from.
+So it is cross-fitted. The validation set is divided, by source where sources are known (halves.py),
+into halves A and B, and the coordinates of the sketch into halves 1 and 2, which hold the
+gradient's entries in different parts of the model, hashed apart. A score from (A, 1) is judged by
+the alignment in (B, 2), and so on for the four pairs that share neither. What repeats in the other
+half is worth something; noise does not repeat, wherever it comes from.
 
 With --contrast it is also asked of the *excess* alignment, <g_i, g_val - g_pool>, g_pool being the
 mean unit gradient of the pool, whether it repeats: where validation set and pool are alike, the
@@ -35,32 +35,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_direct.data.ngram_hashes import NUM_FEATURES
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.selection.evidence import Evidence, Half, mean_row
+from megatron_direct.selection.evidence import Evidence, mean_row
+from megatron_direct.selection.halves import first_coordinates, source_blocks
 from megatron_direct.selection.rows import row_blocks, unit_rows
-
-# Blocks of consecutive validation samples, each on one side of the split. More are a finer sample
-# for the error of the mean; fewer keep documents of one source together.
-_BLOCKS = 32
-
-
-def source_blocks(evidence: Evidence) -> np.ndarray:
-    """[M] a block for each validation sample: consecutive samples of one dataset, since documents
-    of one source stand next to each other in an indexed dataset. Even blocks are one half.
-
-    At most _BLOCKS in all. Of each dataset that has two samples some are in either half; where
-    there are more datasets than fit, blocks hold samples of several.
-    """
-    datasets = evidence.datasets_of_valid
-    blocks, first = np.zeros(len(datasets), dtype=np.int64), 0
-    for number in np.unique(datasets):
-        here = np.flatnonzero(datasets == number)
-        pairs = max(1, round(_BLOCKS * len(here) / len(datasets) / 2))
-        count = min(len(here), 2 * pairs)
-        blocks[here] = first + np.arange(len(here)) * count // len(here)
-        first += count
-    return blocks % _BLOCKS
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,21 +82,6 @@ class Side:
         less = 0.0 if self.less is None else self.less[chosen]
         for of_block in self.values:
             yield of_block[chosen] - less
-
-
-def first_coordinates(size: int, seed: int) -> np.ndarray:
-    """[k] bool: half of the coordinates of a sketch, at random."""
-    found = np.zeros(size, dtype=bool)
-    found[np.random.default_rng(seed).permutation(size)[: size // 2]] = True
-    return found
-
-
-def halves_of(evidence: Evidence, seed: int) -> tuple[Half, Half]:
-    """Two halves that share no validation sample's source, no hash and no n-gram."""
-    coordinates = first_coordinates(evidence.rows.shape[1], seed)
-    valid = source_blocks(evidence) % 2 == 0
-    features = first_coordinates(NUM_FEATURES, seed)
-    return Half(coordinates, valid, features), Half(~coordinates, ~valid, ~features)
 
 
 def cluster_numbers(config: SelectionConfig, evidence: Evidence, seed: int) -> np.ndarray:

@@ -51,7 +51,7 @@ from megatron_direct.steps.sketch import SketchConfig
 @dataclass(frozen=True)
 class SelectionKey(Key):
     """What a selection depends on. Left at their defaults: where the rows lie while it is solved,
-    and the tokens of the annealing where the number of samples is given."""
+    and the tokens of the annealing where the number of samples is given. valid_sources: a digest."""
 
     pool_digests: tuple[str, ...]
     sketches_digest: str
@@ -61,6 +61,7 @@ class SelectionKey(Key):
     problem: SelectionConfig
     seed: int
     sketch_share: float = 1.0
+    valid_sources: str | None = None
 
 
 def check_number(config: SelectionConfig, num_usable: int) -> None:
@@ -88,7 +89,7 @@ def selection_key(config: SelectionConfig, curvature: CurvatureConfig, measured:
         anneal_tokens=config.anneal_tokens if config.is_auto else defaults.anneal_tokens)
     return SelectionKey(tuple(measured.pool.digests), measured.sketches, measured.spectrum,
                         curvature.num_eigenpairs, curvature.energy_share, problem, sketch.seed,
-                        sketch.sketch_share)
+                        sketch.sketch_share, measured.valid.samples.sources_digest)
 
 
 def parse_quotas(texts: Sequence[str], names: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -288,6 +289,7 @@ def _evidence(here: _Part, numbers: np.ndarray) -> Evidence:
         here.begins_at(len(numbers)) + np.arange(len(numbers)), valid_sketches.rows,
         here.measured.directions, here.all_reduce_sum,
         valid.samples.dataset_of(valid_sketches.samples),
+        valid.samples.sources_of(valid_sketches.samples),
         Texts.read_from(TokenSource(samples, numbers),
                         TokenSource(valid.samples, valid_sketches.samples)))
 

@@ -14,7 +14,7 @@ from megatron_direct.comparison.repeats import repeats_of
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.worth import source_blocks
+from megatron_direct.selection.halves import source_blocks
 
 N, M, SIZE, K = 400, 32, 256, 100
 

@@ -8,6 +8,7 @@ import pytest
 from preprocess_runs import read
 
 from megatron_direct.data.cards import read_card
+from megatron_direct.data.sources import read_sources, source_number
 
 SPLITS = ("pool", "valid", "test")
 
@@ -49,6 +50,21 @@ def test_pool_valid_and_test_share_no_document_and_no_group(text, tmp_path):
         groups[split] = {group_of[t] for t in text.texts(tmp_path / f"x_notes_{split}")}
         assert len(groups[split]) > 10
     assert sum(map(len, groups.values())) == 150  # no group in two of them
+
+
+def test_the_sources_of_documents_are_kept_beside_them(text, tmp_path):
+    """The group of each, by a number that depends on its name alone; copies are left out."""
+    text.run(tmp_path / "x", "--split", "60,20,20", "--group-key", "file", "--drop-duplicates",
+             "--shard-size", "0.004", "--workers", "2", inputs=[text.notes])
+    group_of = {r["text"]: r["file"] for r in text.records}
+    for split in SPLITS:
+        prefix = f"{tmp_path}/x_notes_{split}"
+        expected = [source_number(str(group_of[t])) for t in text.texts(prefix)]
+        assert read_sources(prefix, len(expected)).tolist() == expected
+        assert len(set(expected)) > 10
+    for flags in ((), ("--group-key", "file", "--samples", "window", "--seq-length", "16")):
+        text.run(tmp_path / "x", "--split", "60,20,20", *flags, inputs=[text.notes])
+        assert not (tmp_path / "x_notes_pool.sources.npy").exists()  # it was of other documents
 
 
 def test_equal_documents_meet_in_one_split(text, tmp_path):

@@ -13,8 +13,9 @@ from megatron_direct.selection.auto import worth_of
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.group_worth import group_worths, members_of, typical_samples
+from megatron_direct.selection.halves import first_coordinates, source_blocks
 from megatron_direct.selection.shrinkage import Partition
-from megatron_direct.selection.worth import first_coordinates, measure_alignments, source_blocks
+from megatron_direct.selection.worth import measure_alignments
 
 DIM = 24
 CONFIG = SelectionConfig(shrinkage_clusters=2)

@@ -16,6 +16,7 @@ from megatron_direct.selection.auto import select_auto, settle, worth_of
 from megatron_direct.selection.choice import choose, drawn_within
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, stiff_costs
+from megatron_direct.selection.halves import first_coordinates, source_blocks
 from megatron_direct.selection.how_many import (
     effective_tokens,
 )
@@ -23,9 +24,7 @@ from megatron_direct.selection.stability import halves, stability
 from megatron_direct.selection.worth import (
     alignments_with_pool,
     cluster_numbers,
-    first_coordinates,
     measure_alignments,
-    source_blocks,
 )
 
 N, M, SIZE, TOKENS = 600, 128, 512, 100
@@ -196,25 +195,6 @@ def test_alignments_written_out():
             expected = 2 * rows[:, some] @ valid[blocks == block][:, some].mean(0)
             # 1e-6: lengths are of float32 rows.
             np.testing.assert_allclose(found.values[part, block], expected, atol=1e-6)
-
-
-def test_blocks_are_runs_within_a_dataset_and_both_halves_have_each_dataset():
-    evidence = dataclasses.replace(made_up(0)[0],
-                                   valid_datasets=np.repeat([0, 1, 2], [100, 26, 2]))
-    blocks = source_blocks(evidence)
-    assert (np.diff(blocks) >= 0).all() and set(np.diff(blocks)) == {0, 1}
-    for dataset in range(3):
-        here = blocks[evidence.valid_datasets == dataset]
-        assert set(here % 2) == {0, 1}
-    assert not set(blocks[:100]) & set(blocks[100:])
-
-
-def test_many_datasets_share_blocks():
-    """What is held of each candidate, one number a block, does not grow with them."""
-    evidence = dataclasses.replace(made_up(0)[0], valid_datasets=np.repeat(np.arange(M // 2), 2))
-    blocks = source_blocks(evidence)
-    np.testing.assert_array_equal(np.unique(blocks), np.arange(32))
-    np.testing.assert_array_equal(blocks.reshape(-1, 2) % 2, [[0, 1]] * (M // 2))
 
 
 def test_effective_tokens_at_the_ends():
