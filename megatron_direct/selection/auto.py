@@ -72,8 +72,8 @@ class HowMany:
             f"{self._halves}"]
         if self.is_whole_pool:
             return "\n".join([
-                *lines, "  nothing to gain: no smaller selection is clearly worth more than the whole "
-                "pool, which is therefore the selection"])
+                *lines, "  nothing to gain: no smaller selection is clearly worth more than the "
+                "whole pool, which is therefore the selection"])
         return "\n".join([
             *lines,
             f"  a token of the {self.num_select} samples of greatest worth is worth "

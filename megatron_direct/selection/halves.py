@@ -1,4 +1,4 @@
-"""Two halves of the evidence that are to share nothing: what is found by one is judged by the other.
+"""Two halves of the evidence that share nothing: what one finds is judged by the other.
 
 Shapes: M validation samples, k sketch coordinates.
 """

@@ -51,7 +51,10 @@ from megatron_direct.steps.sketch import SketchConfig
 @dataclass(frozen=True)
 class SelectionKey(Key):
     """What a selection depends on. Left at their defaults: where the rows lie while it is solved,
-    and the tokens of the annealing where the number of samples is given. valid_sources: a digest."""
+    and the tokens of the annealing where the number of samples is given.
+
+    valid_sources: a digest of them.
+    """
 
     pool_digests: tuple[str, ...]
     sketches_digest: str
