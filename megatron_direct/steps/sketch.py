@@ -17,6 +17,7 @@ from megatron_direct.config import Job, ModelConfig, Precision
 from megatron_direct.curvature.preconditioner import adam_scales
 from megatron_direct.data.samples import MicroBatchLimits
 from megatron_direct.errors import UserError
+from megatron_direct.gradients.append_thread import AppendThread
 from megatron_direct.gradients.per_sample import SAMPLE_LOSSES, GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.gradients.store import DTYPES, Sketches, SketchStore
@@ -186,11 +187,11 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
         parallel.say(f"sketch {drawn.what}: {len(drawn.numbers) - num_left} of "
                      f"{len(drawn.numbers)} samples are already done")
     dataset_numbers = pass_plan.dataset_numbers(store, drawn)
-    writer = store.writer(grid.data_rank()) if grid.is_first_model_rank() else None
     attendance.at(f"sketch {drawn.what}")
     begun = time.perf_counter()
-    with tqdm(total=num_left, desc=f"sketch {drawn.what}", unit="sample",
-              disable=None if parallel.is_rank_zero() else True) as progress:
+    with _writer(store) as writer, \
+            tqdm(total=num_left, desc=f"sketch {drawn.what}", unit="sample",
+                 disable=None if parallel.is_rank_zero() else True) as progress:
         for number, (rows, samples, losses) in enumerate(
                 sketch_samples(gradients, drawn.samples, plan.planned, plan.done)):
             if writer is not None:
@@ -202,8 +203,6 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
             attendance.at(f"sketch {drawn.what}, about {progress.n} of {num_left} samples")
             if number % _PASSES_BETWEEN_STOPS == 0 and grid.copy_stops():
                 parallel.stop()
-    if writer is not None:
-        writer.close()
     parallel.wait_for_all()  # copies of the model exchange nothing in between, and drift apart
     parallel.on_rank_zero(lambda: pass_plan.plan_path(store, drawn).unlink(missing_ok=True))
     left = num_missing(store, drawn)
@@ -214,6 +213,14 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
     seconds = time.perf_counter() - begun
     parallel.say(f"sketch {drawn.what}: {num_left} samples in {seconds:.1f} s "
                  f"({num_left / seconds:.1f} samples/s)")
+
+
+def _writer(store: SketchStore) -> contextlib.AbstractContextManager[AppendThread | None]:
+    """Of this rank's rows, on the rank that speaks for those that see the same samples. However the
+    context is left, what was appended is on the disk then."""
+    if not grid.is_first_model_rank():
+        return contextlib.nullcontext()
+    return contextlib.closing(AppendThread(store.writer(grid.data_rank())))
 
 
 def read_sketches(store: SketchStore, drawn: Drawn, share: int = 0, num_shares: int = 1,
