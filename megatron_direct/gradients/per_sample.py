@@ -43,12 +43,11 @@ def sketch_samples(model: GradientModel, samples: SampleSource, numbers: np.ndar
     """Yields ([n, k] sketches, [n] sample numbers, [n] mean losses), pass by pass.
 
     Each data-parallel rank yields its own share; within a copy of the model every rank yields the
-    same. done: [samples] bool, True for what need not be computed any more. A pass's rows come to
-    the host while the next pass runs.
+    same. done: [samples] bool, True for what need not be computed any more. A pass's rows are
+    summed over the model's ranks, and come to the host, while the next pass runs.
     """
     earlier = None
-    for computed, numbers_of_pass in _passes(model, samples, numbers, done):
-        on_its_way = host.HostCopy(computed), numbers_of_pass
+    for on_its_way in _passes(model, samples, numbers, done):
         if earlier is not None:
             yield _on_host(*earlier)
         earlier = on_its_way
@@ -63,8 +62,8 @@ def _on_host(copy: host.HostCopy, numbers: np.ndarray,
 
 
 def _passes(model: GradientModel, samples: SampleSource, numbers: np.ndarray,
-            done: np.ndarray | None) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    """([n, k + 1] float32 sketches and mean losses on the device, [n] sample numbers)"""
+            done: np.ndarray | None) -> Iterator[tuple[host.HostCopy, np.ndarray]]:
+    """([n, k + 1] float32 sketches and mean losses, [n] sample numbers)"""
     chunks = model.chunks
     with PieceHooks(chunks, model.shards) as hooks:
         for micro_batches in passes.of_samples(chunks, samples, numbers, model.micro_batch, done):
@@ -72,8 +71,8 @@ def _passes(model: GradientModel, samples: SampleSource, numbers: np.ndarray,
 
 
 def _one_pass(model: GradientModel, hooks: PieceHooks, micro_batches: Sequence[MicroBatch],
-              ) -> torch.Tensor:
-    """[n, k + 1] sketches and mean losses, on the device."""
+              ) -> host.HostCopy:
+    """[n, k + 1] sketches and mean losses, of which the sums over the model are under way."""
     size = micro_batches[0].tokens.shape[0]
     own = grid.own_rows(size)  # an expert sees samples of other ranks, too
     at_once = grid.expert_size() * size
@@ -88,6 +87,11 @@ def _one_pass(model: GradientModel, hooks: PieceHooks, micro_batches: Sequence[M
     losses = passes.run_pass(model.chunks, micro_batches, backward=True, weights=weights,
                              before_forward=hooks.begin)
     hooks.begin_pass(None)
-    total = grid.sum_over_model(sums.total()).unflatten(0, (-1, at_once))[:, own]
-    rows = torch.cat([total.flatten(0, 1), losses.flatten()[:, None].float()], dim=1)
-    return rows[host.to_device(passes.sample_rows(micro_batches))]
+    total = grid.begin_sum_over_model(sums.total())
+    which = passes.sample_rows(micro_batches)
+
+    def rows() -> torch.Tensor:
+        sketches = total.wait().unflatten(0, (-1, at_once))[:, own].flatten(0, 1)
+        return torch.cat([sketches, losses.flatten()[:, None].float()], 1)[host.to_device(which)]
+
+    return host.HostCopy(rows)

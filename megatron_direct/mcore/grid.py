@@ -106,6 +106,26 @@ def sum_over_model(tensor: torch.Tensor) -> torch.Tensor:
     return all_reduce(tensor, _groups().get_expert_tensor_model_pipeline_parallel_group())
 
 
+class SumUnderWay:
+    """A sum over a process group, in place, beside which this rank does other work."""
+
+    def __init__(self, tensor: torch.Tensor, group):
+        self._tensor, self._work = tensor, None
+        if dist.get_world_size(group) > 1:
+            self._work = dist.all_reduce(tensor, group=group, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        """The sum. With NCCL the current stream waits for it, not the host."""
+        if self._work is not None:
+            self._work.wait()
+        return self._tensor
+
+
+def begin_sum_over_model(tensor: torch.Tensor) -> SumUnderWay:
+    """As ``sum_over_model``; nobody may touch the tensor before it has been waited for."""
+    return SumUnderWay(tensor, _groups().get_expert_tensor_model_pipeline_parallel_group())
+
+
 def copy_stops() -> bool:
     """Whether the ranks of this copy of the model, which all ask after the same pass, stop there,
     as one of them was asked to."""

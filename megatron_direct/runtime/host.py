@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import psutil
 import torch
@@ -39,22 +42,37 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class HostCopy:
-    """A tensor on its way to the host, behind what the GPU had to do when it was made."""
+    """The tensor that ``make()`` returns, on its way to the host.
 
-    def __init__(self, tensor: torch.Tensor):
-        self._tensor, self._arrived = tensor, None
-        if tensor.is_cuda:
-            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+    A GPU makes it beside what is queued later, once it has done what was queued before; on a CPU it
+    is made when it is wanted.
+    """
+
+    def __init__(self, make: Callable[[], torch.Tensor]):
+        self._make = make  # and with it the tensors that the GPU makes it of
+        self._arrived = None
+        if has_gpu():
+            # At once: with CUDA_DEVICE_MAX_CONNECTIONS=1 it would have to wait for later work.
+            stream = _side_stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                made = make()
+                self._copy = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
+                self._copy.copy_(made, non_blocking=True)
+                self._arrived = torch.cuda.Event()
+                self._arrived.record()
 
     def numpy(self) -> np.ndarray:
         """Waits for this copy, and for nothing that was queued since."""
         if self._arrived is None:
-            return self._tensor.numpy()
+            return self._make().numpy()
         self._arrived.synchronize()
-        return self._tensor.numpy().copy()  # pinned memory is scarce, and the next pass's
+        return self._copy.numpy().copy()  # pinned memory is scarce, and the next pass's
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream(device())
 
 
 def collective_backend() -> str:

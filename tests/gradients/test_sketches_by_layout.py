@@ -28,7 +28,7 @@ from megatron_direct.gradients import hashing
 from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
-from megatron_direct.mcore import grid
+from megatron_direct.mcore import grid, passes
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import ParameterShard, parameter_shards
 
@@ -164,6 +164,39 @@ def test_sketches_and_fisher_products(name, layout, prefix):
     if name == "hybrid-latent" and not has_hybrid_latent_layers():
         pytest.skip("hybrid models have latent attention since megatron-core 0.19")
     _check(on_layout(layout, _on_ranks, MODELS[name], prefix), name, prefix)
+
+
+def _order_of_work(model, layout, prefix):
+    """Passes as they begin, and their sums as they are waited for."""
+    chunks = models.build(Job(model, layout))
+    shards = parameter_shards(chunks)
+    samples = Samples([prefix], model.seq_length, VOCAB_SIZE)
+    gradients = GradientModel(chunks, shards, Sketch(shards, SKETCH_SIZE, SEED),
+                              micro_batch=MICRO_BATCH)
+    order = []
+    run_pass, wait = passes.run_pass, grid.SumUnderWay.wait
+
+    def passing(*arguments, **keywords):
+        order.append("pass")
+        return run_pass(*arguments, **keywords)
+
+    def waiting(total):
+        order.append("sum")
+        return wait(total)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "run_pass", passing)
+        patch.setattr(grid.SumUnderWay, "wait", waiting)
+        for _ in sketch_samples(gradients, samples, samples.usable[:30]):
+            pass
+    return order
+
+
+def test_a_passs_sums_are_waited_for_when_the_next_pass_is_done(prefix):
+    for order in on_layout(Layout(tp=2), _order_of_work, MODELS["llama-tied"], prefix):
+        num_passes = order.count("pass")
+        assert num_passes > 2
+        assert order == ["pass", *(num_passes - 1) * ["pass", "sum"], "sum"]
 
 
 def _refuse_latent_layers(model, layout):

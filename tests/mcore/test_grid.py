@@ -31,6 +31,23 @@ def test_sums_run_over_the_right_ranks():
         (1.0, 2.0, 0), (1.0, 4.0, 0), (5.0, 2.0, 1), (5.0, 4.0, 1)]
 
 
+def _sums_under_way(model, layout):
+    """Two of them, and a sum and a question of the same group before either is waited for."""
+    rank = torch.distributed.get_rank()
+    first, second = (grid.begin_sum_over_model(torch.full((1000,), scale * rank))
+                     for scale in (1.0, 10.0))
+    between = float(grid.sum_over_model(torch.tensor([100.0 * rank])))
+    assert not grid.copy_stops()
+    return float(second.wait().mean()), float(first.wait().mean()), between
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, dp=2), Layout(dp=2, ep=2)], ids=str)
+def test_sums_under_way_go_on_beside_others(layout):
+    found = on_layout(layout, _sums_under_way, MODEL)
+    copies = {1: [0], 4: [1, 1, 5, 5], 2: [1, 1]}[layout.world_size]  # of ranks' numbers
+    assert found == [(10.0 * total, 1.0 * total, 100.0 * total) for total in copies]
+
+
 def _fail_on_rank_zero():
     def work():
         raise UserError("only rank 0 can see this")
