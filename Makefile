@@ -72,7 +72,7 @@ QUICK := "not slow and not slurm and not nodes"
 .PHONY: anneal data theta clean lint \
 	compare evaluate how-many megatron-lm-checkout study study-gpu study-packages \
 	test test-agreement test-checkpoints test-faults test-fuzz test-gpu test-image \
-	test-megatron test-megatron-bridge test-megatron-lm test-nodes test-slow test-slurm \
+	test-lm-eval test-megatron test-megatron-bridge test-megatron-lm test-nodes test-slow test-slurm \
 	bench-curvature bench-data bench-estimates bench-gpu bench-peers bench-scale \
 	bench-select bench-sketch bench-solver
 
@@ -129,6 +129,12 @@ test-image: $(READY)
 	$(BIN)/python -m pytest tests/launch/test_pytorchjob.py tests/tools/test_try_dockerfile.py
 	$(BIN)/python tools/try_dockerfile.py --folder $(BUILD)/image \
 		--build-arg CORE=$(CORE) --build-arg CONSTRAINTS=$(CONSTRAINTS) $(FLAGS)
+
+# lm-evaluation-harness on local tasks, without a network but for its installation, which may need
+# other versions of some packages than the constraints have.
+test-lm-eval: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[eval]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/commands/test_lm_eval.py
 
 # Kills, full disks, lost ranks (docs/faults.md); resumes, and prints a table. About FAULT_MINUTES.
 FAULT_MINUTES ?= 25

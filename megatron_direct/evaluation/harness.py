@@ -36,10 +36,14 @@ class HarnessConfig(Settings):
         at_least=0)
     limit: int | None = flag(None, "--lm-eval: examples of each task; default: all", type=int,
                              at_least=1)
+    confirm_run_unsafe_code: bool = flag(
+        False, "--lm-eval: run tasks that execute what the model writes, such as HumanEval; rank 0 "
+        "runs it with your rights")
 
     def check(self) -> None:
         if not self.lm_eval:
-            require_defaults(self, "lm_eval", ("lm_eval_include_path", "num_fewshot", "limit"))
+            require_defaults(self, "lm_eval", (
+                "lm_eval_include_path", "num_fewshot", "limit", "confirm_run_unsafe_code"))
 
 
 def require_harness() -> None:
@@ -72,12 +76,30 @@ def evaluate_tasks(config: HarnessConfig, manager: Any, ask: Ask, tokenizer: Any
 
     # Its bootstrap would fork this process, which has threads of torch and of its process groups.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    found = simple_evaluate(
-        model=model_class()(ask, tokenizer, seq_length), tasks=list(config.lm_eval),
-        task_manager=manager, num_fewshot=config.num_fewshot, limit=config.limit,
-        bootstrap_iters=_RESAMPLES)
+    try:
+        found = simple_evaluate(
+            model=model_class()(ask, tokenizer, seq_length), tasks=list(config.lm_eval),
+            task_manager=manager, num_fewshot=config.num_fewshot, limit=config.limit,
+            bootstrap_iters=_RESAMPLES, confirm_run_unsafe_code=config.confirm_run_unsafe_code)
+    except ValueError as error:
+        _refuse_unsafe_code(error)
+        raise
     assert found is not None  # which it is on ranks other than lm_eval's first
     return found
+
+
+def _refuse_unsafe_code(error: ValueError) -> None:
+    """Raises UserError where the harness, or a metric that it loads, will not run a model's code;
+    both name what they wait for in their message."""
+    if "confirm_run_unsafe_code" in str(error):
+        raise UserError(f"a task of --lm-eval runs code that the model writes: {error} With "
+                        "this command: add --confirm-run-unsafe-code, where such code can do no "
+                        "harm, or leave the task out.") from error
+    if "HF_ALLOW_CODE_EVAL" in str(error):
+        raise UserError("a task of --lm-eval has the metric code_eval, which runs code that the "
+                        "model writes only where the environment variable HF_ALLOW_CODE_EVAL is "
+                        "1. Set it and add --confirm-run-unsafe-code, where such code can do no "
+                        "harm, or leave the task out.") from error
 
 
 def model_class() -> type:

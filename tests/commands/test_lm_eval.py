@@ -1,4 +1,5 @@
-"""lm-evaluation-harness on the sharded model: local tasks of all three kinds, in three layouts.
+"""lm-evaluation-harness on the sharded model: local tasks of all three kinds, and in the forms of
+GSM8K and HumanEval, in three layouts.
 
 Skipped where ``lm_eval`` is not installed. Truth: ``--tasks`` on the same questions, and PlainGPT
 in double precision.
@@ -86,10 +87,10 @@ _FORMS = {
 }
 
 
-def _write(folder, name, records):
+def _write(folder, name, records, form):
     file = folder / f"{name}.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / f"{name}.yaml").write_text(_TASK.format(name=name, file=file, rest=_FORMS[name]))
+    (folder / f"{name}.yaml").write_text(_TASK.format(name=name, file=file, rest=form))
 
 
 def _save(folder):
@@ -117,16 +118,17 @@ class _Plain:
         tokens = [self.tokens.eod, *self.tokens.encode([text])[0].tolist()]
         return float(self.log_probs(tokens)[range(len(tokens) - 1), tokens[1:]].sum())
 
-    def continuation(self, context):
+    def continuation(self, context, stop=STOP):
         tokens, new = self.tokens.encode([context])[0].tolist(), []
         for _ in range(NEW_TOKENS):
-            token = int(self.log_probs([*tokens, *new, 0])[-1, :VOCAB_SIZE].argmax())
+            seen = [*tokens, *new][-MODEL.seq_length:]
+            token = int(self.log_probs([*seen, 0])[-1, :VOCAB_SIZE].argmax())
             if token == self.tokens.eod:
                 break
             new.append(token)
-            if STOP in self.tokens.decode(np.array(new)):
+            if stop in self.tokens.decode(np.array(new)):
                 break
-        return self.tokens.decode(np.array(new, int)).split(STOP)[0]
+        return self.tokens.decode(np.array(new, int)).split(stop)[0]
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +143,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(folder):
     plain = _Plain(folder, assemble(run_on_ranks(1, _save, folder)))
-    _write(folder, "local_choices", _questions())
-    _write(folder, "local_texts", [{"text": text} for text in _texts()])
+    _write(folder, "local_choices", _questions(), _FORMS["local_choices"])
+    _write(folder, "local_texts", [{"text": text} for text in _texts()], _FORMS["local_texts"])
     contexts = [question["context"] for question in _questions()]
     # Every other answer is a wrong one.
     _write(folder, "local_answers", [
         {"context": context, "continued": "never" if number % 2 else plain.continuation(context)}
-        for number, context in enumerate(contexts)])
+        for number, context in enumerate(contexts)], _FORMS["local_answers"])
     return plain
 
 
@@ -195,6 +197,143 @@ def test_layouts_agree_on_texts_longer_than_the_sequence(scores):
     values = [scores(layout)["lm_eval"]["results"]["local_texts"]["byte_perplexity,none"]
               for layout in LAYOUTS]
     assert values == pytest.approx([values[0]] * len(LAYOUTS), rel=1e-5)
+
+
+# --- the forms of published tasks -------------------------------------------------------------
+
+# As gsm8k.yaml of the harness, with letters for digits.
+_REASONING = """output_type: generate_until
+num_fewshot: 1
+fewshot_config:
+  sampler: first_n
+  samples:
+    - {question: the sky, answer: "blue #### b"}
+doc_to_text: "question: {{question}}\\nanswer:"
+doc_to_target: "{{answer}}"
+generation_kwargs:
+  until: ["question:", "</s>"]
+  max_gen_toks: NEW_TOKENS
+  do_sample: false
+  temperature: 0.0
+repeats: 1
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+    ignore_case: true
+    regexes_to_ignore: [",", "(?s).*#### "]
+filter_list:
+  - name: strict-match
+    filter:
+      - function: regex
+        regex_pattern: "#### ([a-z]+)"
+      - function: take_first
+  - name: flexible-extract
+    filter:
+      - function: regex
+        group_select: -1
+        regex_pattern: "([a-z])"
+      - function: take_first
+""".replace("NEW_TOKENS", str(NEW_TOKENS))
+# As humaneval.yaml and its utils.py, whose metric `code_eval` would be downloaded.
+_CODE = """unsafe_code: true
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{test}}\\ncheck({{entry_point}})"
+generation_kwargs:
+  until: [STOP]
+  max_gen_toks: NEW_TOKENS
+  do_sample: false
+repeats: 1
+num_fewshot: 0
+metric_list:
+  - metric: !function run_programs.pass_at_k
+    aggregation: mean
+    higher_is_better: true
+    k: [1]
+filter_list:
+  - name: create_test
+    filter:
+      - function: custom
+        filter_fn: !function run_programs.build_predictions
+""".replace("STOP", STOP).replace("NEW_TOKENS", str(NEW_TOKENS))
+_RUN_PROGRAMS = """import subprocess
+import sys
+
+
+def pass_at_k(references, predictions, k):
+    assert k == [1]
+    passed = [subprocess.run([sys.executable, "-c", f"{program}\\n{test}"]).returncode == 0
+              for test, programs in zip(references, predictions, strict=True)
+              for program in programs]
+    return {"pass@1": sum(passed) / len(passed)}
+
+
+def build_predictions(resps, docs):
+    # What a model of random weights writes is not Python: it is quoted.
+    return [[doc["prompt"] + repr(answer) for answer in answers]
+            for answers, doc in zip(resps, docs, strict=True)]
+"""
+
+
+def _write_reasoning(folder, plain):
+    """Every third answer is a wrong one. Returns the share of right ones."""
+    questions = [question["context"] for question in _questions()]
+    answers = []
+    for number, question in enumerate(questions):
+        letters = re.findall("[a-z]", plain.continuation(
+            f"question: the sky\nanswer: blue #### b\n\nquestion: {question}\nanswer:",
+            "question:"))
+        answers.append(letters[-1] if letters and number % 3 else "wrong")
+    _write(folder, "local_reasoning", [
+        {"question": question, "answer": f"so #### {answer}"}
+        for question, answer in zip(questions, answers, strict=True)], _REASONING)
+    return np.mean([answer != "wrong" for answer in answers])
+
+
+def _write_code(folder, plain):
+    """Every third test fails. Returns the share of the others."""
+    (folder / "run_programs.py").write_text(_RUN_PROGRAMS)
+    prompts = [f"# {question['context']}\nsaid = " for question in _questions()]
+    _write(folder, "local_code", [
+        {"prompt": prompt, "entry_point": "said", "test": "def check(said):\n    assert said == "
+         + repr(plain.continuation(prompt) if number % 3 else "never")}
+        for number, prompt in enumerate(prompts)], _CODE)
+    return np.mean([number % 3 > 0 for number in range(len(prompts))])
+
+
+@needs_harness
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_tasks_in_the_forms_of_gsm8k_and_humaneval(folder, plain, layout):
+    reasoning, code = _write_reasoning(folder, plain), _write_code(folder, plain)
+    run_on_ranks(layout.world_size, _evaluate, folder, layout, "forms.json", {
+        "lm_eval": ("local_reasoning", "local_code"), "tasks": (),
+        "confirm_run_unsafe_code": True})
+    found = json.loads((folder / "forms.json").read_text())["lm_eval"]["results"]
+    assert 0.5 < reasoning < 0.7
+    assert found["local_reasoning"]["exact_match,flexible-extract"] == pytest.approx(reasoning)
+    # Random weights do not write "#### ".
+    assert found["local_reasoning"]["exact_match,strict-match"] == 0
+    assert found["local_code"]["pass@1,create_test"] == pytest.approx(code)
+
+
+@needs_harness
+def test_code_of_a_model_runs_only_where_that_is_confirmed(folder, plain):
+    _write_code(folder, plain)
+    with pytest.raises(RankError, match="local_code which is marked as unsafe.*"
+                       "add --confirm-run-unsafe-code"):
+        run_on_ranks(2, _evaluate, folder, Layout(dp=2), "no.json",
+                     {"lm_eval": ("local_code",), "tasks": ()})
+    assert not (folder / "no.json").exists()
+
+
+def test_refusals_of_the_harness_and_its_metric_name_the_flag():
+    """evaluate's code_eval raises the second, when the task that has it is read."""
+    for refusal in ("Set confirm_run_unsafe_code=True to run this task.",
+                    'To use "code_eval", set the environment variable HF_ALLOW_CODE_EVAL="1".'):
+        with pytest.raises(UserError, match="--confirm-run-unsafe-code"):
+            harness._refuse_unsafe_code(ValueError(refusal))
+    harness._refuse_unsafe_code(ValueError("of another kind"))
 
 
 class _Merging:
@@ -274,3 +413,5 @@ def test_flags_of_the_harness_need_it():
         evaluate(EvaluateRequest(EvaluateConfig(load="a", tokenizer_model="b", output="c")))
     with pytest.raises(UserError, match="--limit 3 has no effect without --lm-eval"):
         harness.HarnessConfig(limit=3)
+    with pytest.raises(UserError, match="--confirm-run-unsafe-code.* has no effect"):
+        harness.HarnessConfig(confirm_run_unsafe_code=True)
