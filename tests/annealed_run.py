@@ -50,6 +50,12 @@ def write_annealed_run(folder: Path, *, arms=("direct", "random"), domains=DOMAI
         "mean_loss": {"pool": 4.18, "selected": 3.99}, "composition": compositions["direct"],
         "mask_digests": {},
         "stability": {"samples": 0.62, "by_chance": 0.41, "clusters": 0.97},
+        "draw": {
+            "whole": _drawn_of(300, 33, 20, 13), "repeated_tokens": 0.64, "drawn_tokens": 0.36,
+            "pools": {name: _drawn_of(100, 10 + i, 5 + i, 5) for i, name in enumerate(
+                names["pool"])},
+            "clusters": {f"{names['pool'][0]}-c0": _drawn_of(60, 10, 5, 5),
+                         f"{names['pool'][0]}-c1": _drawn_of(40, 0, 0, 0)}},
         "how_many": {
             "annealing_tokens": 65_000, "pool_tokens": 130_000, "num_candidates": 1298,
             "num_harmful": 311, "num_select": 33, "worth_of_pool": 0.0123,
@@ -69,6 +75,10 @@ def write_annealed_run(folder: Path, *, arms=("direct", "random"), domains=DOMAI
         if arm == "random":
             files.write_json(folder / "anneal" / arm / "composition.json", compositions[arm])
     return folder
+
+
+def _drawn_of(candidates: int, selected: int, repeated: int, drawn: int) -> dict[str, int]:
+    return {"candidates": candidates, "selected": selected, "repeated": repeated, "drawn": drawn}
 
 
 def write_arm(folder: Path, arm: str, names: dict, kinds, num_domains: int, losses_after=None,

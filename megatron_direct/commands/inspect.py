@@ -39,6 +39,9 @@ class InspectConfig(Settings):
     data_path: tuple = flag(
         (), "the datasets that the masks belong to, in any order; needed to count tokens",
         nargs="+")
+    list_documents: bool = flag(
+        False, "print, in place of statistics, the numbers of the documents that the mask keeps, "
+        "one a line; needs one mask, or --operation")
     materialize: str = flag(
         "", "prefix of a new indexed dataset with the documents that the mask keeps; needs one "
         "mask, or --operation, and its dataset in --data-path")
@@ -46,8 +49,9 @@ class InspectConfig(Settings):
     def check(self) -> None:
         if not self.mask and not self.checkpoint:
             raise UserError("--mask and --checkpoint are both missing. Give one of them.")
-        of_masks = [flag_name(name) for name in ("operation", "output", "data_path", "materialize")
-                    if getattr(self, name)]
+        of_masks = [flag_name(name) for name in (
+            "operation", "output", "data_path", "list_documents", "materialize")
+            if getattr(self, name)]
         if of_masks and not self.mask:
             raise UserError(f"{of_masks[0]} is about masks. Add --mask.")
 
@@ -59,7 +63,8 @@ class InspectRequest:
 
 
 def inspect(request: InspectRequest) -> None:
-    """Prints a line of statistics for each mask; writes what the flags ask for."""
+    """Prints a line of statistics for each mask, or the documents of one; writes what the flags
+    ask for."""
     if request.masks.checkpoint:
         _inspect_checkpoint(request.masks.checkpoint)
     if request.masks.mask:
@@ -93,12 +98,16 @@ def _inspect_masks(config: InspectConfig) -> None:
         if config.output:
             made.save(config.output)
     datasets = _datasets(config.data_path, masks)
-    print(text_table(statistics(masks, datasets)), flush=True)
-    if config.materialize:
-        _, mask = masks[-1]
-        if len(masks) > 1 and config.operation is None:
-            raise UserError("--materialize writes the documents of one mask, but several were "
+    _, mask = masks[-1]
+    for name in ("list_documents", "materialize"):
+        if getattr(config, name) and len(masks) > 1 and config.operation is None:
+            raise UserError(f"{flag_name(name)} is for the documents of one mask, but several were "
                             "given. Give one, or combine them with --operation.")
+    if config.list_documents:
+        print("".join(f"{number}\n" for number in np.flatnonzero(mask.keep)), end="", flush=True)
+    else:
+        print(text_table(statistics(masks, datasets)), flush=True)
+    if config.materialize:
         prefix = datasets.get(mask.dataset_digest)
         if prefix is None:
             raise UserError("--materialize needs the dataset that the mask belongs to. Give it "

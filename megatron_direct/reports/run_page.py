@@ -12,6 +12,7 @@ from megatron_direct.reports.run_files import Density, RunReport
 from megatron_direct.reports.tables import Cell, Table, make_table
 from megatron_direct.steps.annealed import Losses
 from megatron_direct.steps.domains import Domains
+from megatron_direct.steps.draw import Draw
 from megatron_direct.steps.selected import SelectionSummary
 
 _ALL = "all"  # the losses over the tokens of all datasets
@@ -37,6 +38,7 @@ class RunPage:
     trace: str
     selected: list[str]
     composition: Table
+    draws: list[tuple[str, Table]]
     domains: list[tuple[str, Table]]
     problem: Table
     commands: Table
@@ -61,6 +63,8 @@ def _page(run: RunReport) -> RunPage:
         trace=_trace(density) if density else "",
         selected=[_selected(name, found) for name, found in run.selections.items()],
         composition=_composition(run),
+        draws=[(name, _draw(found.draw)) for name, found in run.selections.items()
+               if found.draw is not None],
         domains=[(name, _domains(found)) for name, found in run.domains.items()],
         problem=_problem(run), commands=_commands(run))
 
@@ -167,8 +171,8 @@ def _selected(name: str, found: SelectionSummary) -> str:
             f"{counts.too_short:,} were too short, and {counts.not_finite:,} had no finite "
             f"gradient. Mean loss before annealing: {found.mean_loss.selected:.3f} for the "
             f"selected samples, {found.mean_loss.pool:.3f} for the pool."
-            + "".join(f" {_sentence(str(part))}" for part in (found.how_many, found.stability)
-                      if part is not None))
+            + "".join(f" {_sentence(str(part))}" for part in (
+                found.how_many, found.stability, found.draw) if part is not None))
 
 
 def _sentence(text: str) -> str:
@@ -192,6 +196,15 @@ def _composition(run: RunReport) -> Table:
                      *(f"{getattr(of_selection[pool], key):,}" if pool in of_selection else "-"
                        for of_selection in run.compositions.values() for _, key in keys)])
     return make_table(header, rows)
+
+
+def _draw(found: Draw) -> Table:
+    """A row for each pool, and below it for each of its clusters; then one for all of them."""
+    rows = [[name, f"{of.candidates:,}", f"{of.selected:,}", f"{of.selected - of.drawn:,}",
+             f"{of.drawn:,}", f"{of.repeated / of.selected:.0%}" if of.selected else "-"]
+            for name, of in (*sorted([*found.pools.items(), *found.clusters.items()],
+                                     key=lambda row: row[0]), ("all", found.whole))]
+    return make_table(["pool or cluster", "samples", "selected", "kept", "drawn", "repeats"], rows)
 
 
 def _domains(found: Domains) -> Table:

@@ -23,7 +23,7 @@ from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.objectives import OBJECTIVES
 from megatron_direct.selection.problem import Selection
-from megatron_direct.selection.stability import Stability, halves, stability
+from megatron_direct.selection.stability import Repeating, Stability, halves, stability
 from megatron_direct.selection.treatment import CostRange, select_by_sketches
 from megatron_direct.selection.valid_weights import excess_scores
 from megatron_direct.selection.worth import Worth
@@ -33,12 +33,13 @@ from megatron_direct.selection.worth import Worth
 class Choice:
     """selection: what is selected; its objective, upper bound and status are of the selection that
     was solved for, before what does not repeat was drawn. costs: what so many samples cost;
-    how_many: None if K was given; stability: None where there was nothing to draw."""
+    how_many: None if K was given; stability, repeating: None where there was nothing to draw."""
 
     selection: Selection
     costs: CostRange
     how_many: HowMany | None
     stability: Stability | None
+    repeating: Repeating | None
 
 
 def choose(config: SelectionConfig, evidence: Evidence, seed: int, limits: Mapping) -> Choice:
@@ -55,20 +56,21 @@ def choose(config: SelectionConfig, evidence: Evidence, seed: int, limits: Mappi
         solved, costs = select_by_sketches(config, evidence, int(config.num_select), seed, **limits)
         how_many = None
     if len(solved.indices) == num_samples or worth is None or not may_draw:
-        return Choice(solved, costs, how_many, None)
+        return Choice(solved, costs, how_many, None, None)
     first, second = halves(config, evidence, len(solved.indices), seed)
     chosen = np.zeros(num_samples, dtype=bool)
     chosen[solved.indices] = True
+    repeating = Repeating(chosen & first & second, worth.clusters, config.draw_unstable)
     if config.draw_unstable:
         indices = np.flatnonzero(drawn_within(
-            chosen, chosen & first & second,
+            chosen, repeating.again,
             chosen | _sound(config, evidence, worth, len(solved.indices), seed), worth.clusters,
             seed))
         solved = dataclasses.replace(solved, indices=indices,
                                      stiff_cost=evidence.share().from_leader(
                                          lambda whole: math.fsum(whole[indices].tolist()),
                                          evidence.stiff_costs()))
-    return Choice(solved, costs, how_many, stability(first, second, worth.clusters))
+    return Choice(solved, costs, how_many, stability(first, second, worth.clusters), repeating)
 
 
 def _may_draw(config: SelectionConfig, evidence: Evidence, limits: Mapping) -> bool:

@@ -37,6 +37,16 @@ class Stability:
                 "clusters")
 
 
+@dataclass(frozen=True, eq=False)
+class Repeating:
+    """again: [N] bool, what is selected from all of the evidence and from both halves; clusters:
+    [N] numbers; others_drawn: whether the rest of the selection was drawn at random."""
+
+    again: np.ndarray
+    clusters: np.ndarray
+    others_drawn: bool
+
+
 def halves(config: SelectionConfig, evidence: Evidence, num_select: int, seed: int,
            ) -> tuple[np.ndarray, np.ndarray]:
     """[N] bool each: what is selected from the two halves of the evidence; all ranks call this."""

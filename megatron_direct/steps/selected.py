@@ -18,6 +18,7 @@ from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.selection.auto import HowMany
 from megatron_direct.selection.distilled import Distilled
 from megatron_direct.selection.stability import Stability
+from megatron_direct.steps.draw import Draw
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ class MeanLoss:
 class SelectionSummary:
     """``selection.json``. composition, mask_digests: by pool; not_finite: numbers of the samples
     that can never be selected; history: the solver's steps; how_many: why so many, None if the
-    number was given; stability: None where there was nothing to choose; distilled: None where all
-    samples have sketches. With it, costs, mean losses, how_many and stability are of those that
-    have."""
+    number was given; stability, draw: None where there was nothing to choose; distilled: None where
+    all samples have sketches. With it, costs, mean losses, how_many and stability are of those that
+    have, and so is draw but for ``predicted``."""
 
     objective: str
     num_select: int
@@ -124,6 +125,7 @@ class SelectionSummary:
     how_many: HowMany | None = None
     stability: Stability | None = None
     distilled: Distilled | None = None
+    draw: Draw | None = None
 
     @classmethod
     def read(cls, folder: Path) -> SelectionSummary:
@@ -141,7 +143,7 @@ class SelectionSummary:
             corrupted = (f" (corrupted: {part.selected_corrupted} of {part.corrupted})"
                          if part.corrupted else "")
             lines.append(f"  {name}: {part.selected} of {part.samples}{corrupted}")
-        lines += [str(part) for part in (self.how_many, self.stability, self.distilled)
+        lines += [str(part) for part in (self.how_many, self.stability, self.draw, self.distilled)
                   if part is not None]
         return "\n".join(lines)
 
@@ -154,16 +156,17 @@ def masks_of(samples: Samples, digests: Sequence[str], chosen: np.ndarray) -> di
             for i, (prefix, digest) in enumerate(zip(samples.prefixes, digests, strict=True))}
 
 
-def write_masks(folder: Path, masks: Mapping[str, SampleMask]) -> dict[str, str]:
+def write_masks(folder: Path, masks: Mapping[str, SampleMask], subfolder: str = "masks",
+                ) -> dict[str, str]:
     """{name of the pool: digest of its mask}, of masks that name the folder as their origin."""
     names = indexed.prefix_names(list(masks))
     for prefix, mask in masks.items():
-        mask.with_run(str(folder)).save(mask_path(folder, names[prefix]))
+        mask.with_run(str(folder)).save(mask_path(folder, names[prefix], subfolder))
     return {names[prefix]: mask.digest for prefix, mask in masks.items()}
 
 
-def mask_path(folder: Path, name: str) -> Path:
-    return folder / "masks" / f"{name}{mask_files.SUFFIX}"
+def mask_path(folder: Path, name: str, subfolder: str = "masks") -> Path:
+    return folder / subfolder / f"{name}{mask_files.SUFFIX}"
 
 
 def load_masks(folder: Path, prefixes: Sequence[str], digests: Mapping[str, str],

@@ -35,6 +35,7 @@ from megatron_direct.selection.worth import Worth
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature_config import CurvatureConfig
 from megatron_direct.steps.domains import Chosen, FoundGroups, find_domains, write_blend
+from megatron_direct.steps.draw import find_draw
 from megatron_direct.steps.extend import SolvedShare, is_share, problem_of_share
 from megatron_direct.steps.measure import Measured
 from megatron_direct.steps.selected import (
@@ -169,7 +170,8 @@ def in_terms_of_flags() -> Iterator[None]:
 def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, folder: Path, *,
                     begin: Callable[[], object],
                     decode: Callable[[np.ndarray], str] | None = None) -> None:
-    """Writes ``selection.json``, ``masks/`` and ``blend/`` into ``folder``; all ranks call this.
+    """Writes ``selection.json``, ``masks/``, ``drawn/`` and ``blend/`` into ``folder``; all ranks
+    call this.
 
     begin: on rank 0, once there is a selection to write: until then an earlier one in ``folder`` is
     left alone. decode: of tokens into text, on rank 0, if there is a tokenizer.
@@ -181,7 +183,7 @@ def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, fold
 
     def write(solved: _Solved) -> None:
         begin()
-        for name in ("masks", "blend"):  # of an earlier selection: of more pools or clusters
+        for name in ("masks", "drawn", "blend"):  # of an earlier one: of more pools or clusters
             shutil.rmtree(folder / name, ignore_errors=True)
         _write(folder, _Run(config, measured, seed, decode), solved)
 
@@ -318,21 +320,29 @@ def _write(folder: Path, run: _Run, solved: _Solved) -> None:
         if len(not_finite) else pool.numbers
     counts, domains = np.bincount(indices, minlength=len(candidates)), solved.domains
     numbers, distilled = _in_numbers(run.config, solved.choice.selection, solved.choice.costs), None
+    repeating = solved.choice.repeating
+    drawn = None if repeating is None else find_draw(samples, candidates, counts > 0, repeating)
     if solved.worth is not None:
         extended = SolvedShare(candidates, counts > 0, not_finite, solved.worth, domains).extend(
             run.config, run.measured, run.seed)
+        if drawn is not None:
+            drawn = drawn.with_predicted(np.setdiff1d(
+                extended.candidates[extended.counts > 0], candidates, assume_unique=True))
         candidates, counts, domains = extended.candidates, extended.counts, extended.domains
         distilled = extended.distilled
         numbers["num_select"] = distilled.num_select
     chosen = np.repeat(candidates, counts)
     masks = masks_of(samples, pool.digests, chosen)
+    if drawn is not None:
+        write_masks(folder, masks_of(samples, pool.digests, drawn.numbers), "drawn")
     summary = SelectionSummary(
         **numbers, num_stiff=run.measured.directions.num_stiff,
         samples=SampleCounts(len(samples), samples.num_unusable, samples.cut.samples,
                              samples.cut.tokens, len(not_finite)),
         mean_loss=solved.mean_loss, composition=composition(samples, chosen),
         mask_digests=write_masks(folder, masks), not_finite=tuple(not_finite.tolist()),
-        how_many=solved.choice.how_many, stability=solved.choice.stability, distilled=distilled)
+        how_many=solved.choice.how_many, stability=solved.choice.stability, distilled=distilled,
+        draw=None if drawn is None else drawn.draw)
     made = write_blend(folder, Chosen(samples, candidates, counts, pool.digests,
                                       run.measured.valid.samples.prefixes, run.decode), domains)
     summary.write(folder)

@@ -67,9 +67,17 @@ def test_materialize(files, tmp_path, capsys):
     assert f"some: 5 documents, {sum(expected)} tokens" in capsys.readouterr().out
 
 
+def test_the_documents_of_a_mask_are_listed(files, capsys):
+    _, paths = files
+    inspect(InspectRequest(InspectConfig(mask=(paths[1], paths[0]), operation="minus",
+                                         list_documents=True)))
+    assert capsys.readouterr().out == "".join(f"{i}\n" for i in range(10, 30, 2))
+
+
 @pytest.mark.parametrize(("settings", "match"), [
     ({"output": "x"}, "--output is for the mask that --operation makes"),
-    ({"materialize": "x"}, "--materialize writes the documents of one mask, but several"),
+    ({"materialize": "x"}, "--materialize is for the documents of one mask, but several"),
+    ({"list_documents": True}, "--list-documents is for the documents of one mask, but several"),
     ({"materialize": "x", "operation": "or"}, "--materialize needs the dataset .* --data-path"),
 ])
 def test_flags_that_say_nothing_are_refused(files, settings, match):

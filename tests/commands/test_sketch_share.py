@@ -40,9 +40,15 @@ def _select(folder, name, flags=None, layout=None):
 
 def _found(folder, name):
     run = folder / name / "selections" / "direct"
-    masks = np.concatenate([SampleMask.load(run / "masks" / f"{pool}.mask.npz").keep
-                            for pool in "ab"])
-    return masks, json.loads((run / "selection.json").read_text())
+    return _masks(run / "masks"), json.loads((run / "selection.json").read_text())
+
+
+def _drawn(folder, name):
+    return _masks(folder / name / "selections" / "direct" / "drawn")
+
+
+def _masks(folder):
+    return np.concatenate([SampleMask.load(folder / f"{pool}.mask.npz").keep for pool in "ab"])
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,14 @@ def test_a_share_is_sketched_and_all_are_candidates(folder, shared):
     assert distilled["num_candidates"] == len(usable)
     # Of those that have sketches as many as their share asks for; the others make up the rest.
     assert masks[sketched].sum() == round(40 * len(sketched) / len(usable))
+    # Two halves of the evidence say which of the sketched are a choice; all others were drawn.
+    draw, is_drawn = summary["draw"], _drawn(folder, "shared")
+    assert draw["whole"]["candidates"] == len(sketched)
+    assert draw["whole"]["selected"] == masks[sketched].sum()
+    assert draw["predicted"] == 40 - draw["whole"]["selected"]
+    assert (is_drawn <= masks).all()
+    assert is_drawn.sum() == draw["whole"]["drawn"] + draw["predicted"]
+    assert is_drawn[sketched].sum() == draw["whole"]["drawn"]
     blend = json.loads((folder / "shared" / "selections" / "direct" / "blend" / "worth.json"
                         ).read_text())
     assert sum(group["samples"] for group in blend["domains"]) == len(usable)

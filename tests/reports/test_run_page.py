@@ -103,9 +103,27 @@ def test_pools_of_all_selections_have_a_row(tmp_path):
     assert [of_pool[name][5] for name in of_pool] == ["10", "-", "12", "11"]
 
 
+def test_what_was_chosen_and_what_was_drawn_by_cluster(page, tmp_path):
+    assert "Draw: 20 kept (64% of the tokens), 13 drawn at random within their clusters (36%)." \
+        in page.text
+    rows = page.tables[3]
+    assert rows[0] == ["pool or cluster", "samples", "selected", "kept", "drawn", "repeats"]
+    assert rows[1:4] == [["embedded_docstrings_pool", "100", "10", "5", "5", "50%"],
+                         ["embedded_docstrings_pool-c0", "60", "10", "5", "5", "50%"],
+                         ["embedded_docstrings_pool-c1", "40", "0", "0", "0", "-"]]
+    assert rows[-1] == ["all", "300", "33", "20", "13", "61%"]
+    # A selection of a version that did not record it.
+    run = write_annealed_run(tmp_path / "run")
+    path = run / "selections" / "direct" / "selection.json"
+    summary = json.loads(path.read_text())
+    del summary["draw"]
+    path.write_text(json.dumps(summary))
+    assert "Chosen or drawn: direct" not in _page(run).headings
+
+
 def test_the_rest_of_the_page(page):
-    assert page.headings[2:] == ["Annealing", "Spectrum", "Selected samples", "Selection problem",
-                                 "Run record"]
+    assert page.headings[2:] == ["Annealing", "Spectrum", "Selected samples",
+                                 "Chosen or drawn: direct", "Selection problem", "Run record"]
     assert page.tags.count("img") == 2
     assert "33 of 1,300 samples. 1,250 samples were cut at the sequence length" in page.text
     assert "How many: 311 of 1298 samples have a worth below 0" in page.text
@@ -116,8 +134,8 @@ def test_the_rest_of_the_page(page):
     assert composition[0] == ["pool", "samples", "corrupted", "direct: selected",
                               "direct: corrupted", "random: selected", "random: corrupted"]
     assert composition[2] == ["source", "100", "20", "11", "0", "11", "2"]
-    assert ["stiff budget", "-"] in page.tables[3] and ["stiff cost", "12.5"] in page.tables[3]
-    assert page.tables[4][1] == ["select", "TP 2, PP 1", "megatron-direct 0.2.0, torch 2.6.0"]
+    assert ["stiff budget", "-"] in page.tables[4] and ["stiff cost", "12.5"] in page.tables[4]
+    assert page.tables[5][1] == ["select", "TP 2, PP 1", "megatron-direct 0.2.0, torch 2.6.0"]
 
 
 def test_it_needs_no_other_file(page):

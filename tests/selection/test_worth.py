@@ -327,6 +327,9 @@ def test_a_choice_draws_only_what_does_not_repeat():
     repeats = np.intersect1d(solved.selection.indices, np.flatnonzero(first & second))
     assert set(repeats) <= set(drawn.selection.indices) and len(drawn.selection.indices) == 300
     assert len(repeats) < len(shared) < 300 and harms[drawn.selection.indices].mean() < 0.02
+    np.testing.assert_array_equal(np.flatnonzero(drawn.repeating.again), repeats)
+    np.testing.assert_array_equal(np.flatnonzero(solved.repeating.again), repeats)
+    assert drawn.repeating.others_drawn and not solved.repeating.others_drawn
     assert drawn.stability == solved.stability and drawn.stability.samples > 0.3
     costs = stiff_costs(evidence.rows, evidence.directions)
     assert drawn.selection.stiff_cost == pytest.approx(costs[drawn.selection.indices].sum())
