@@ -2,7 +2,9 @@
 
 The arm chooses twice more, each time from half of the validation set, of each sketch's coordinates
 and of the n-grams of texts, and with a seed of its own, so that the two choices share neither
-validation samples nor hashes. What both take is a choice; the rest is chance.
+validation samples nor coordinates. The coordinates are those of one sketch, whose halves hold
+different entries of the gradient: no second hash of the same entries is drawn. What both take is a
+choice; the rest is chance.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from megatron_direct.selection.evidence import Evidence, Half
 from megatron_direct.selection.halves import halves_of
 from megatron_direct.selection.problem import Selection
 
-# Of what an arm needs: what does not depend on halves of the validation set and of the hashes.
+# Of what an arm needs: what does not depend on halves of the validation set and of the sketch.
 _ALWAYS_THE_SAME = {"losses", "ceiling"}
 
 

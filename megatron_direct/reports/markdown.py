@@ -78,9 +78,9 @@ def _how_to_read(summaries: Sequence[ComparisonSummary]) -> str:
         "seeds it cannot be small, whatever the difference. *tokens* are those that an arm is "
         "trained on after the checkpoint; *choosing* is what its choice costs, as a share of the "
         "annealing; *repeats* is the share of its choice that is the same when it is made from "
-        "either half of the validation set with another hash and seed, and in brackets what two "
-        "random selections of that size share. This text is written from the numbers by "
-        "`megatron-direct compare`.")
+        "either half of the validation set and of the sketch's coordinates, with another seed, and "
+        "in brackets what two random selections of that size share. This text is written from the "
+        "numbers by `megatron-direct compare`.")
 
 
 # What else distinguishes an arm of such a name.

@@ -99,8 +99,8 @@ def first_coordinates(size: int, seed: int) -> np.ndarray:
 
 
 def halves_of(evidence: Evidence, seed: int) -> tuple[Half, Half]:
-    """Two halves that share no source of validation samples, as far as these are known, no hash and
-    no n-gram."""
+    """Two halves that share no source of validation samples, as far as these are known, no
+    coordinate and no n-gram."""
     coordinates = first_coordinates(evidence.rows.shape[1], seed)
     valid = source_blocks(evidence) % 2 == 0
     features = first_coordinates(NUM_FEATURES, seed)
