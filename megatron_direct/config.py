@@ -23,6 +23,10 @@ class ParallelConfig(Settings):
         False, "split norms and residuals over the tensor-parallel ranks along the sequence")
     distributed_timeout_minutes: int = flag(
         10, "minutes that a collective waits for a lost rank", at_least=1)
+    distributed_backend: str | None = flag(
+        None, "what carries collectives; default: nccl where there is a GPU, else gloo. On GPUs "
+        "gloo is for trying tensor parallelism on a single one (docs/launching.md)",
+        type=str, choices=("nccl", "gloo"))
     expert_model_parallel_size: int = flag(
         1, "data-parallel ranks that share one set of experts", at_least=1)
     moe_token_dispatcher_type: str = flag(

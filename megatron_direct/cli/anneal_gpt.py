@@ -46,7 +46,7 @@ _ARMS = "ARMS"  # those to anneal, parted by spaces
 def main(arguments: list[str] | None = None) -> None:
     cli.quiet_imports()
     found = make_parser().parse_args(arguments)
-    sys.exit(cli.run(lambda: _run(found), getattr(found, "distributed_timeout_minutes", None)))
+    sys.exit(cli.run(lambda: _run(found), found))
 
 
 def make_parser() -> argparse.ArgumentParser:

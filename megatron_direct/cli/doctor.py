@@ -60,7 +60,8 @@ def _examine(config: DoctorConfig, speaks: bool) -> int:
             _show_remedies([*findings, *tried])
         require_sound([*findings, *tried])
 
-    ranks_of_this_launch = parallel.process_group(config.distributed_timeout_minutes)
+    ranks_of_this_launch = parallel.process_group(config.distributed_timeout_minutes,
+                                                   config.distributed_backend)
     return outcome.exit_status(work, ranks_of_this_launch, _PROG)
 
 

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         importlib.import_module(_ENTRIES[arguments[0]][1]).main(arguments[1:])
         return
     found = make_parser(arguments[:1]).parse_args(arguments)
-    sys.exit(run(lambda: call(found), getattr(found, "distributed_timeout_minutes", None)))
+    sys.exit(run(lambda: call(found), found))
 
 
 def quiet_imports() -> None:
@@ -75,21 +75,24 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
                              "selection would take; write nothing into the run directory")
 
 
-def run(work: Callable[[], None], timeout_minutes: int | None = None) -> int:
+def run(work: Callable[[], None], found: argparse.Namespace | None = None) -> int:
     """``work()`` on all ranks, in Megatron's runtime and a process group; returns the exit status:
     0, 1 after an error, or that of a process that a signal ended.
 
-    An error is reported once: by rank 0 if it met it, else by the first rank that did.
+    found: parsed flags, of which those of the process group count. An error is reported once: by
+    rank 0 if it met it, else by the first rank that did.
     """
     from megatron_direct.cli import outcome
 
-    return outcome.exit_status(work, _connected(max(1, timeout_minutes or 10)), "megatron-direct")
+    minutes = max(1, getattr(found, "distributed_timeout_minutes", 10))  # it is checked later
+    backend = getattr(found, "distributed_backend", None)
+    return outcome.exit_status(work, _connected(minutes, backend), "megatron-direct")
 
 
 @contextlib.contextmanager
-def _connected(timeout_minutes: int) -> Iterator[None]:
+def _connected(timeout_minutes: int, backend: str | None) -> Iterator[None]:
     from megatron_direct.mcore.without_gpu import megatron_runtime
     from megatron_direct.runtime import parallel
 
-    with megatron_runtime(), parallel.process_group(timeout_minutes):
+    with megatron_runtime(), parallel.process_group(timeout_minutes, backend):
         yield

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import attendance, files, parallel, ranks, stopping
+
+# More than lies between ranks that were started together.
+_SECONDS_TO_SPEAK = 5.0
 
 
 class _Ended(Exception):
@@ -79,3 +83,5 @@ def _say_on_each_node(text: str) -> None:
         speaks = True
     if speaks:
         print(text, file=sys.stderr, flush=True)
+    else:
+        time.sleep(_SECONDS_TO_SPEAK)  # a launcher ends all ranks as soon as one has ended

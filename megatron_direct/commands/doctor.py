@@ -31,6 +31,9 @@ class DoctorConfig(Settings):
                               "is written there and removed")
     distributed_timeout_minutes: int = flag(
         1, "minutes that a rank waits for the others", at_least=1)
+    distributed_backend: str | None = flag(
+        None, "what carries collectives; default: nccl where there is a GPU, else gloo",
+        type=str, choices=("nccl", "gloo"))
 
 
 @dataclass(frozen=True)

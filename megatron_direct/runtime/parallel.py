@@ -55,11 +55,11 @@ def collective_timeout_minutes() -> int:
 
 
 @contextlib.contextmanager
-def process_group(timeout_minutes: int = 10, backend: str = ""):
+def process_group(timeout_minutes: int = 10, backend: str | None = None):
     """torch.distributed for the ranks that were launched, or for this process alone.
 
-    backend: of collectives; left out, the one of this host's devices. Raises UserError where the
-    ranks do not find each other.
+    backend: of collectives; left out, the one of this host's devices. Raises UserError where it
+    needs a GPU that is not there, or the ranks do not find each other.
     """
     if dist.is_initialized():
         yield
@@ -68,6 +68,10 @@ def process_group(timeout_minutes: int = 10, backend: str = ""):
     _timeout_minutes, timeout = timeout_minutes, datetime.timedelta(minutes=timeout_minutes)
     backend = backend or host.collective_backend()
     here = ranks.discover()
+    if backend == "nccl" and not host.has_gpu():
+        raise UserError("--distributed-backend nccl needs a GPU for each rank, but torch sees none "
+                        f"on {socket.gethostname()}. Leave the flag out: without a GPU it is gloo. "
+                        "If there should be one, `megatron-direct doctor` says what is missing.")
     # The device is named where there is one, so that NCCL need not guess it at the first barrier.
     device: dict[str, Any] = {}
     if backend == "nccl":

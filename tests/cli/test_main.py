@@ -79,6 +79,25 @@ def test_an_error_of_one_rank_alone_is_reported_too(tmp_path):
     assert done.stderr.count("megatron-direct: error: only rank 1 met") == 1
 
 
+@pytest.mark.parametrize("command", ["select", "doctor"])
+def test_a_backend_that_there_is_no_gpu_for_is_refused_once(tmp_path, command):
+    flags = () if command == "doctor" else (
+        "--load", str(tmp_path), "--data-path", str(tmp_path / "a"), "--valid-data-path",
+        str(tmp_path / "v"), "--run-dir", str(tmp_path / "run"))
+    done = _torchrun("-m", "megatron_direct", command, *flags, "--distributed-backend", "nccl",
+                     environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode != 0
+    assert done.stderr.count("error: --distributed-backend nccl needs a GPU for each rank") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backend_that_is_asked_for_carries_the_collectives(tmp_path):
+    done = _torchrun("-m", "megatron_direct", "doctor", "--shared-folder", str(tmp_path),
+                     "--distributed-backend", "gloo")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"collectives: +gloo, \d+ sums", done.stdout)
+
+
 def test_launch_script_runs_under_bash_and_names_what_is_missing():
     environment = {k: v for k, v in os.environ.items()
                    if k not in ("CHECKPOINT_PATH", "DATA_PATH", "RUN_DIR")}

@@ -1,4 +1,7 @@
-"""Pre-training, selection with a pilot, and annealing on one GPU, by the real command."""
+"""Pre-training, selection with a pilot, and annealing on one GPU, by the real command.
+
+Two tensor-parallel ranks share the GPU over gloo: NCCL wants one for each rank.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch
 from indexed_files import random_documents, write_dataset
 
 from megatron_direct.data.mask import SampleMask
+from megatron_direct.gradients.store import Sketches, SketchStore
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -24,18 +28,21 @@ _MODEL = ("--num-layers 2 --hidden-size 64 --num-attention-heads 4 --num-query-g
 _BATCH = "--micro-batch-size 4 --global-batch-size 8".split()
 
 
-def _run(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "megatron_direct", *arguments], cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
-                          text=True, timeout=240)
+_TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def _run(*arguments: str, launcher: tuple[str, ...] = ()) -> None:
+    done = subprocess.run([sys.executable, *launcher, "-m", "megatron_direct", *arguments],
+                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
-def _select(folder: Path, name: str) -> None:
+def _select(folder: Path, name: str, *flags: str, launcher: tuple[str, ...] = ()) -> None:
     _run("select", "--load", str(folder / "theta"), "--data-path", str(folder / "pool"),
          "--valid-data-path", str(folder / "valid"), "--run-dir", str(folder / name),
          "--pilot-iters", "3", "--sketch-size", "256", "--num-select", "20",
-         "--num-eigenpairs", "6", *_BATCH[:2])
+         "--num-eigenpairs", "6", *_BATCH[:2], *flags, launcher=launcher)
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +82,22 @@ def test_a_selection_is_made_again_with_the_same_bytes(folder):
     masks = [sorted((path / "masks").glob("*.npz")) for path in selections]
     for first, second in zip(*masks, strict=True):
         np.testing.assert_array_equal(SampleMask.load(first).keep, SampleMask.load(second).keep)
+
+
+def _in_float32(folder: Path, name: str, *flags: str, launcher: tuple[str, ...] = ()) -> Sketches:
+    """Sketches at the checkpoint itself, whose weights are then the same in every layout."""
+    _select(folder, name, "--pilot-iters", "0", "--no-bf16", *flags, launcher=launcher)
+    store = SketchStore(folder / name / "sketches", 256)
+    entries = store.entries()
+    return store.read(entries, 1000 * entries.dataset + entries.document)
+
+
+def test_two_tensor_parallel_ranks_share_the_gpu_over_gloo(folder):
+    """They end with the rows of one rank: float32 sums in another order, as between layouts on a
+    CPU."""
+    one = _in_float32(folder, "one-rank")
+    two = _in_float32(folder, "two-ranks", "--tensor-model-parallel-size", "2",
+                      "--distributed-backend", "gloo", launcher=_TWO_RANKS)
+    np.testing.assert_array_equal(two.samples, one.samples)
+    errors = np.linalg.norm(two.rows - one.rows, axis=1) / np.linalg.norm(one.rows, axis=1)
+    assert errors.max() < 1e-4

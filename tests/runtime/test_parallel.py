@@ -8,10 +8,11 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch.distributed as dist
 from ranks import run_on_ranks
 
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import parallel
+from megatron_direct.runtime import host, parallel
 
 
 def test_a_rank_alone_speaks(capsys):
@@ -36,6 +37,20 @@ def test_the_limit_of_a_launch_is_known_to_other_groups(monkeypatch):
     monkeypatch.setattr(parallel, "_timeout_minutes", 10)
     with parallel.process_group(timeout_minutes=7):
         assert parallel.collective_timeout_minutes() == 7
+
+
+def test_the_backend_is_the_one_that_is_asked_for():
+    with parallel.process_group(backend="gloo"):
+        assert dist.get_backend() == "gloo"
+
+
+def test_nccl_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(host, "has_gpu", lambda: False)
+    with pytest.raises(UserError, match="--distributed-backend nccl needs a GPU for each rank, but "
+                                        "torch sees none on .* Leave the flag out.*doctor"), \
+            parallel.process_group(backend="nccl"):
+        pass
+    assert not dist.is_initialized()
 
 
 def _give_up(others_wait):
