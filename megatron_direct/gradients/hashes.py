@@ -59,6 +59,12 @@ class AxisHash:
         return index, signs, signs.to(torch.bfloat16)
 
     @cached_property
+    def _rounds(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(index [k], sign in float32 [k]) of each bucket's first entry, its second, and so on."""
+        index, signs, _ = self._table
+        return list(zip(index.split(self.size), signs.split(self.size), strict=True))
+
+    @cached_property
     def _slices(self) -> torch.Tensor | None:
         """The same for the kernel of a GPU; None if it does not take so large a k."""
         from megatron_direct.gradients import count_sketch_kernel
@@ -87,16 +93,27 @@ class AxisHash:
                 self._write(of_sample, out)
 
     def _write(self, values: torch.Tensor, out: torch.Tensor) -> None:
-        index, in_float32, in_bf16 = self._table
-        signs = in_bf16 if values.dtype == torch.bfloat16 else in_float32
+        if values.dtype == torch.bfloat16:
+            self._write_in_bf16(values, out)
+            return
+        at_once = parts_of(values, self.size * values[:1, ..., 0].numel())
+        further = torch.empty_like(out[:at_once]) if self.rounds > 1 else out
+        (index, signs), *others = self._rounds
+        for part, sums in zip(values.split(at_once), out.split(at_once), strict=True):
+            torch.index_select(part, -1, index, out=sums)
+            sums.mul_(signs)
+            for other_index, other_signs in others:
+                gathered = further[:len(part)]
+                torch.index_select(part, -1, other_index, out=gathered)
+                sums.addcmul_(gathered, other_signs)
+
+    def _write_in_bf16(self, values: torch.Tensor, out: torch.Tensor) -> None:
+        """All rounds at once: ``sum`` adds up in float32, where round by round loses digits."""
+        index, _, signs = self._table
         at_once = parts_of(values, len(index) * values[:1, ..., 0].numel())
         for part, sums in zip(values.split(at_once), out.split(at_once), strict=True):
-            if self.rounds == 1:
-                torch.index_select(part, -1, index, out=sums)
-                sums.mul_(signs)
-            else:
-                gathered = part.index_select(-1, index).mul_(signs)
-                torch.sum(gathered.unflatten(-1, (self.rounds, self.size)), -2, out=sums)
+            gathered = part.index_select(-1, index).mul_(signs)
+            torch.sum(gathered.unflatten(-1, (self.rounds, self.size)), -2, out=sums)
 
     def count_sketch_of_rows(self, matrices: torch.Tensor) -> torch.Tensor:
         """[..., k, c] count sketches of the c columns of float32 matrices [..., width, c]."""

@@ -100,7 +100,10 @@ def _norm_grads(inputs: torch.Tensor, output_grads: torch.Tensor, eps: float | N
 
         if inputs.shape[-1] <= norm_kernel.WIDEST:
             return norm_kernel.sums_over_tokens(inputs, output_grads, eps, centred)
-    of_weight = over_tokens(output_grads * normalised(inputs, eps, centred))
+    inputs, scale = _scaling(inputs, eps, centred)
+    # sum of scale * x * dy as a product of matrices, so that x * dy is the only array as large as x
+    products, scale = (_by_sample(values) for values in (output_grads * inputs, scale))
+    of_weight = torch.bmm(scale.mT, products)[:, 0]
     return of_weight, over_tokens(output_grads) if centred else None
 
 
@@ -109,16 +112,29 @@ def normalised(inputs: torch.Tensor, eps: float | None, centred: bool) -> torch.
 
     In float32 at least, as norms compute them; eps None means that of the inputs' own dtype.
     """
+    inputs, scale = _scaling(inputs, eps, centred)
+    return inputs * scale
+
+
+def _scaling(inputs: torch.Tensor, eps: float | None, centred: bool,
+             ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(inputs, centred if asked, [..., 1] factors that normalise them)."""
     eps = torch.finfo(inputs.dtype).eps if eps is None else eps
     inputs = inputs.to(_at_least_float32(inputs))
     if centred:
         inputs = inputs - inputs.mean(-1, keepdim=True)
-    return inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + eps)
+    root = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True)
+    return inputs, torch.rsqrt(root.square_().div_(inputs.shape[-1]).add_(eps))
 
 
 def over_tokens(values: torch.Tensor) -> torch.Tensor:
     """[b, h] sums of [s, b, ..., h] over everything but samples and width."""
-    return summed(values.transpose(0, 1).flatten(1, -2), 1)
+    return summed(_by_sample(values), 1)
+
+
+def _by_sample(values: torch.Tensor) -> torch.Tensor:
+    """[b, s * ..., h] values of [s, b, ..., h]."""
+    return values.transpose(0, 1).flatten(1, -2)
 
 
 def summed(values: torch.Tensor, axis: int) -> torch.Tensor:

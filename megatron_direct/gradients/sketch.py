@@ -27,6 +27,7 @@ from megatron_direct.gradients.kernels.entries import sketch_of_matrix
 from megatron_direct.gradients.kernels.kernel import Kernel
 from megatron_direct.gradients.pieces import Entries, Piece, RoutedOuterProducts, RowSums
 from megatron_direct.mcore.shards import ParameterShard
+from megatron_direct.mcore.without_gpu import operations_of_torch
 from megatron_direct.runtime import host
 
 
@@ -89,7 +90,8 @@ class SketchSums:
         kind = cheapest(piece, hashes, self._device.type, scaled=scale is not None)
         if kind not in self._kernels:
             self._kernels[kind] = kind(self._num_samples, self._size, self._device)
-        self._kernels[kind].add(first, piece, hashes, scale)
+        with operations_of_torch():
+            self._kernels[kind].add(first, piece, hashes, scale)
 
     def total(self) -> torch.Tensor:
         """[n, k]"""

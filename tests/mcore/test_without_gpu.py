@@ -20,3 +20,11 @@ def test_what_is_replaced_is_put_back():
         raise RuntimeError("inside")
     assert all(getattr(owner, name) is original for owner, name, original in replaced)
     assert torch.zeros(2).type() == "torch.FloatTensor"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where there is a GPU")
+def test_operations_of_torch_are_left_alone_where_asked():
+    with without_gpu.megatron_runtime():
+        with without_gpu.operations_of_torch():
+            assert torch.zeros(2).type() == "torch.FloatTensor"
+        assert torch.zeros(2).type() == "torch.cuda.FloatTensor"

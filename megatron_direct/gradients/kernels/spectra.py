@@ -18,13 +18,7 @@ from megatron_direct.gradients.kernels.costs import Coefficients
 from megatron_direct.gradients.kernels.factors import count_sketched
 from megatron_direct.gradients.kernels.kernel import Kernel, Work
 from megatron_direct.gradients.kernels.segments import Segments
-from megatron_direct.gradients.pieces import (
-    Entries,
-    OuterProducts,
-    Piece,
-    RoutedOuterProducts,
-    RowSums,
-)
+from megatron_direct.gradients.pieces import Entries, Piece, RoutedOuterProducts
 
 _CALLS = 8  # operations on tensors, about
 
@@ -55,15 +49,15 @@ class BySpectra(Kernel):
             self._add_routed(spectra, piece, hashes)
             return
         assert not isinstance(piece, Entries), "refused by takes()"
-        at_once = parts_of(spectra, len(spectra) * self._size)
-        for token in range(0, len(piece.output_grads), at_once):
-            spectra += self._spectra_of(piece.part(slice(token, token + at_once)), hashes)
-
-    def _spectra_of(self, piece: OuterProducts | RowSums, hashes: Hashes) -> torch.Tensor:
-        factors = self._spectra.real.new_empty(2, *piece.output_grads.shape[:2], self._size)
-        count_sketched(piece, hashes, *factors)
-        left, right = rfft(factors)
-        return left.mul_(right).sum(0)
+        num_tokens, num_samples = piece.output_grads.shape[:2]
+        at_once = min(num_tokens, parts_of(spectra, 2 * num_samples * self._size))  # both factors
+        factors = spectra.real.new_empty(2, at_once, num_samples, self._size)
+        for token in range(0, num_tokens, at_once):
+            part = piece.part(slice(token, token + at_once))
+            places = factors[:, :len(part.output_grads)]
+            count_sketched(part, hashes, *places)
+            left, right = rfft(places)
+            spectra += left.mul_(right).sum(0)
 
     def _add_routed(self, spectra: torch.Tensor, piece: RoutedOuterProducts, hashes: Hashes,
                     ) -> None:
