@@ -249,9 +249,12 @@ WHEELS ?=
 PACKAGES := $(BUILD)/packages
 WITH_PACKAGES := PYTHONPATH=$(CURDIR):$(abspath $(PACKAGES)):$$PYTHONPATH
 
+# The files of tests/mcore that have such tests: the others import more than a GPU's machine need have.
+GPU_TESTS := tests/gpu tests/gradients tests/mcore/test_fused_kernels.py \
+	tests/mcore/test_transformer_engine.py
 test-gpu: $(PACKAGES)/.done
 	$(WITH_PACKAGES) $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider --durations=0 \
-		tests/gpu tests/gradients $(FLAGS)
+		$(GPU_TESTS) $(FLAGS)
 
 bench-gpu: $(PACKAGES)/.done
 	$(WITH_PACKAGES) $(GPU_PYTHON) benchmarks/gpu.py --output $(BUILD)/gpu.json $(FLAGS)

@@ -21,6 +21,7 @@ from megatron_direct.mcore.shards import ParameterShard, parameter_shards
 from megatron_direct.runtime import gpu_kernels
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
