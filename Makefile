@@ -49,7 +49,8 @@ export TEST_DATA_PATH ?= $(DOMAINS:%=$(EMBEDDED)_%_test)
 
 # What has a GPU in its name runs on the machine's; all else on the CPU, where two ranks cannot be in
 # each other's way, unless GPUS says which (GPUS=0,1).
-ifeq ($(filter %-gpu,$(MAKECMDGOALS)),)
+FOR_GPU := $(filter %-gpu,$(MAKECMDGOALS))
+ifeq ($(FOR_GPU),)
 export CUDA_VISIBLE_DEVICES := $(GPUS)
 endif
 
@@ -261,7 +262,7 @@ bench-gpu: $(PACKAGES)/.done
 
 # On one GPU; it begins no further seed of a setting after eight minutes, and the same command
 # carries on.
-study-gpu: $(PACKAGES)/.done
+study-gpu: $(PACKAGES)/.done $(STUDY_TEXT)/corpus.json
 	$(WITH_PACKAGES) $(GPU_PYTHON) benchmarks/package_study.py --scale gpu --text $(STUDY_TEXT) \
 		--seconds 480 --at-once 4 --results $(BUILD)/results-gpu.md $(FLAGS)
 
@@ -281,8 +282,10 @@ $(PACKAGES)/.done: $(if $(WHEELS),$(wildcard $(WHEELS)/*.whl))
 		megatron-core==$(CORE) -e ".[dev]"
 	touch $@
 
-$(BUILD)/package-text/corpus.json: $(READY) tools/pypi_text.py tools/pypi_packages.txt
-	$(BIN)/python tools/pypi_text.py --output-dir $(@D)
+# pip is all that it needs: for a GPU, that of its Python.
+$(BUILD)/package-text/corpus.json: $(if $(FOR_GPU),,$(READY)) tools/pypi_text.py \
+		tools/pypi_packages.txt
+	$(if $(FOR_GPU),$(GPU_PYTHON),$(BIN)/python) tools/pypi_text.py --output-dir $(@D)
 
 $(TEXT): $(READY) tools/embedded_text.py
 	$(BIN)/python tools/embedded_text.py --output-dir $(@D) $(TEXT_FLAGS)

@@ -118,6 +118,11 @@ class Scale:
     num_states: int = 80
     stages: tuple[Stage, ...] = STAGES
 
+    @property
+    def seq_length(self) -> int:
+        return int(dict(zip(self.model[::2], self.model[1::2], strict=True)).get(
+            "--seq-length", "256"))
+
 
 SCALES = {
     "cpu": Scale(
@@ -129,7 +134,7 @@ SCALES = {
          "--seq-length", "512"),
         ("--num-layers", "4", "--hidden-size", "256", "--seq-length", "512"), vocab_size=16384,
         pool=7000, held_out=512,
-        stable=900, global_batch=32, micro_batch=32, num_seeds=3, precision=("--bf16",),
+        stable=740, global_batch=32, micro_batch=32, num_seeds=3, precision=("--bf16",),
         # Half a gigabyte each.
         num_states=9, stages=STAGES[:1]),
     "tiny": Scale(
@@ -215,9 +220,8 @@ class Study:
         pools = [str(self.data / name / f"{domain}_pool") for domain in setting.shares]
         tokens = sum(int(indexed.document_lengths(indexed.open_indexed(pool)).sum())
                      for pool in pools)
-        length = dict(zip(self.scale.model[::2], self.scale.model[1::2], strict=True)).get(
-            "--seq-length", "256")
-        iterations = max(2, round(setting.length * tokens / self.scale.global_batch / int(length)))
+        iterations = max(2, round(setting.length * tokens / self.scale.global_batch
+                                  / self.scale.seq_length))
         self.run("-m", "megatron_direct", "compare", "--load", theta, "--run-dir", run, "--name",
                  name, "--tokenizer-model", self.tokenizer, "--data-path", *pools,
                  "--valid-data-path", *(self.data / f"{d}_valid" for d in setting.target),

@@ -34,6 +34,16 @@ def test_every_setting_has_every_arm_and_seed_once():
             *study.FIRST, *study.DECISIONS, *study.RIVALS, *study.CEILING}
 
 
+@pytest.mark.parametrize("scale", study.SCALES)
+def test_an_annealing_is_at_least_a_tenth_of_the_stable_phase(scale):
+    """In tokens, of which a document of the studies that were run has 357 or more: 2.5 M in 7,000,
+    with the larger vocabulary (docs/results.md)."""
+    size = study.SCALES[scale]
+    stable = size.stable * size.global_batch * size.seq_length
+    for setting in study.SETTINGS.values():
+        assert setting.length * size.pool * 357 >= 0.1 * stable
+
+
 @pytest.mark.parametrize("settings", [list(study.SETTINGS), ["other", "noisy"]])
 def test_the_first_stage_has_all_seeds_before_the_next_begins(settings):
     plan = list(study.order(study.STAGES, 3, settings))
