@@ -18,11 +18,14 @@ import flat_requests
 import megatron_lm_runs as runs
 import numpy as np
 import pytest
+from indexed_files import write_dataset
 from megatron_lm_runs import POISON, ROOT, SAMPLES, needs_checkout
 from ranks import Layout, run_on_ranks
 
 from megatron_direct import SampleMask
 from megatron_direct.data.blend_plan import BlendPart
+from megatron_direct.data.indexed import dataset_digest
+from megatron_direct.data.materialize import materialize
 from megatron_direct.plugins.megatron_lm import what_is_missed
 
 
@@ -124,6 +127,41 @@ def test_a_killed_training_resumes_with_the_same_losses(folder, run):
     mean = (float(losses[5]) + float(losses[6])) / 2
     assert float(after.pop(6)) == pytest.approx(mean, abs=2e-6)  # both are rounded to 1e-6
     assert {**before, 6: losses[6], **after} == losses
+
+
+# Every document consists of one token of its own, so that tokens can be counted.
+COUNTS, DOCUMENT = np.arange(59) % 4, 6
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory) -> Path:
+    """A pool, a mask of counts up to 3, and the dataset that holds documents so many times."""
+    folder = tmp_path_factory.mktemp("counted")
+    prefix = write_dataset(folder / "pool", [[[d] * DOCUMENT] for d in range(len(COUNTS))],
+                           np.uint16)
+    mask = SampleMask(COUNTS, dataset_digest(prefix))
+    mask.save(folder / "masks" / "pool.mask.npz")
+    materialize(prefix, mask, str(folder / "alone"))
+    return folder
+
+
+@needs_checkout
+@pytest.mark.parametrize("training", TRAININGS[:2], ids=str)
+def test_a_document_comes_as_often_in_an_epoch_as_its_count(counted, training):
+    def run(pool, *flags, **keywords):
+        losses, _ = training.run(
+            counted, *training.architecture, "--train-samples", SAMPLES, "--data-path", pool,
+            "--split", "100,0,0", "--eval-iters", 0, "--data-cache-path", f"cache-{training}",
+            *flags, **keywords)
+        return losses
+
+    losses = run("pool", "--sample-masks", "masks", record=f"batches-{training}")
+    assert len(losses) == 8 and losses == run("alone")
+    tokens = runs.batches(counted, f"batches-{training}")["tokens"]
+    assert tokens.size == SAMPLES * 16
+    # All samples are one epoch, but for the few tokens that do not fill another.
+    missing = DOCUMENT * COUNTS - np.bincount(tokens.ravel(), minlength=len(COUNTS))
+    assert missing.min() >= 0 and missing.sum() == DOCUMENT * COUNTS.sum() - tokens.size < 16
 
 
 def _loss_and_masks(folder, training, batches):
