@@ -77,7 +77,7 @@ class LossesKey(Key):
     curvature: CurvatureConfig
     problem: SelectionConfig
     precision: Precision = field(default_factory=Precision)
-    valid_sources: str | None = None
+    valid_sources_digest: str | None = None
 
     @classmethod
     def of(cls: type[_Key], onset: Onset, measure: MeasureSettings, problem: SelectionConfig,
@@ -90,4 +90,4 @@ class LossesKey(Key):
             optimizer=job.optimizer, pilot=measure.pilot,
             sketch=measure.sketch.without_micro_batch(),
             curvature=measure.curvature, problem=problem, precision=job.precision,
-            valid_sources=onset.valid.sources_digest, **own)
+            valid_sources_digest=onset.valid.sources_digest, **own)

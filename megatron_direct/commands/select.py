@@ -1,6 +1,7 @@
 """``megatron-direct select``: which K samples of the pools should the annealing see?
 
     RUN_DIR/pilot/              a short annealing, at whose end gradients are taken, if asked for
+    RUN_DIR/proxy/              losses under a smaller model, if one was given
     RUN_DIR/sketches/           one row for each sample of pools and validation set
     RUN_DIR/curvature/          leading directions of the validation set's curvature
     RUN_DIR/selections/NAME/    the solution of the selection problem, and its masks
@@ -28,8 +29,9 @@ from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps import solve as solve_step
 from megatron_direct.steps.annealed import is_random
-from megatron_direct.steps.measure import measure
+from megatron_direct.steps.measure import Measured, measure
 from megatron_direct.steps.onset import Onset, OnsetConfig
+from megatron_direct.steps.proxy import ProxyConfig, measure_losses, open_proxy
 from megatron_direct.steps.selected import SelectionOrigin, is_annealed, selection_folder
 
 
@@ -57,6 +59,7 @@ class NameConfig(Settings):
 class SelectRequest(SelectionRequest):
     onset: OnsetConfig
     name: NameConfig = field(default_factory=NameConfig)
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
 
 
 def select(request: SelectRequest, annealing_iters: int | None = None) -> None:
@@ -71,16 +74,20 @@ def select(request: SelectRequest, annealing_iters: int | None = None) -> None:
             annealing_iters * onset.job.batch.global_batch_size * onset.job.model.seq_length)
     tokenizer = None if not request.name.tokenizer_model else parallel.kept_on_rank_zero(
         lambda: tokenizer_of(request.name.tokenizer_model, onset.checkpoint, onset.job.model))
+    proxy = open_proxy(request.proxy, request.sketch, onset, request.given)
     run = RunDirectory(request.onset.run_dir)
     with run.entered("select", request):
-        _select(request, onset, run, None if tokenizer is None else tokenizer.decode)
+        # First what costs the least.
+        losses = None if proxy is None else measure_losses(proxy, run.path / "proxy")
+        measured = dataclasses.replace(measure(request.measure, onset, run.path), proxy=losses)
+        _select(request, onset, measured, run.path,
+                None if tokenizer is None else tokenizer.decode)
 
 
-def _select(request: SelectRequest, onset: Onset, run: RunDirectory,
+def _select(request: SelectRequest, onset: Onset, measured: Measured, run_path: Path,
             decode: Callable[[np.ndarray], str] | None) -> None:
-    measured = measure(request.measure, onset, run.path)
     key = solve_step.selection_key(request.selection, request.curvature, measured, request.sketch)
-    folder = selection_folder(run.path, request.name.selection_name)
+    folder = selection_folder(run_path, request.name.selection_name)
     if parallel.on_rank_zero(lambda: _is_there(folder, key)):
         parallel.say(f"{folder} already holds this selection.")
         return

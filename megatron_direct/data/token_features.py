@@ -1,9 +1,11 @@
-"""What a sample's tokens alone tell of it: no model is asked.
+"""What a sample's tokens tell of it, and a smaller model's loss of it, if there is one.
 
 Features of n tokens: its length; how many of them are different; how usual its unigrams and bigrams
 are in the pool, and how much more usual its bigrams than its unigrams would make them, which tells
 text from shuffled text; how much more usual they are in the validation set than in the pool; its
-dataset; and the shares of its unigrams and bigrams that are hashed to each of 256 buckets.
+dataset; and the shares of its unigrams and bigrams that are hashed to each of 256 buckets. Of a
+smaller model: its mean loss per token, and that less the mean of the sample's dataset, in units of
+the dataset's spread.
 """
 
 from __future__ import annotations
@@ -46,13 +48,22 @@ class TokenSource:
             np.random.default_rng(seed).choice(self.numbers, count, replace=False)))
 
 
-def token_features(pool: TokenSource, valid: TokenSource, seed: int) -> np.ndarray:
-    """[N, F] float32 of the pool's samples; what is usual is counted in some of them."""
+def token_features(pool: TokenSource, valid: TokenSource, seed: int,
+                   losses: np.ndarray | None = None) -> np.ndarray:
+    """[N, F] float32 of the pool's samples; what is usual is counted in some of them.
+
+    losses: [N] of a smaller model, two columns more; one that is not finite counts as the mean of
+    its dataset.
+    """
     single, double = _log_shares(pool.some(_REFERENCE, seed))
     likeness = [of_valid - of_pool for of_valid, of_pool in zip(
         _log_shares(valid.some(_REFERENCE, seed)), (single, double), strict=True)]
     datasets = pool.samples.dataset_of(pool.numbers)
-    found = np.zeros((len(pool.numbers), 6 + len(pool.samples.prefixes) + _HASHED), np.float32)
+    first_loss = 6 + len(pool.samples.prefixes)
+    found = np.zeros((len(pool.numbers), first_loss + (losses is not None) * 2 + _HASHED),
+                     np.float32)
+    if losses is not None:
+        found[:, first_loss: first_loss + 2] = _loss_features(losses, datasets).T
     for row, (hashes, count), dataset in zip(found, pool.hashes(), datasets, strict=True):
         buckets = hashes % np.uint64(_BUCKETS)
         one, two = buckets[:count], buckets[count:]
@@ -64,6 +75,18 @@ def token_features(pool: TokenSource, valid: TokenSource, seed: int) -> np.ndarr
         row[-_HASHED:] = np.sqrt(np.bincount(
             (hashes % np.uint64(_HASHED)).astype(np.int64), minlength=_HASHED) / len(hashes))
     return found
+
+
+def _loss_features(losses: np.ndarray, datasets: np.ndarray) -> np.ndarray:
+    """[2, N] losses, and their deviations from the mean of their dataset in units of its spread."""
+    finite = np.isfinite(losses)
+    counts = np.maximum(np.bincount(datasets, finite), 1)
+    means = np.bincount(datasets, np.where(finite, losses, 0)) / counts
+    known = np.where(finite, losses, means[datasets])
+    deviations = known - means[datasets]
+    spreads = np.sqrt(np.bincount(datasets, deviations**2) / counts)
+    spreads[spreads <= 1e-9] = 1.0
+    return np.stack([known, deviations / spreads[datasets]])
 
 
 def _log_shares(source: TokenSource) -> tuple[np.ndarray, np.ndarray]:

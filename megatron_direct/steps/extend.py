@@ -1,8 +1,8 @@
 """A selection among a share of the samples, carried over to the others: ``--sketch-share``.
 
 The problem is solved among the samples that have sketches, for the same share of the samples to
-select and of the annealing's tokens; then features of tokens say which of the others go with it
-(selection/distilled.py).
+select and of the annealing's tokens; then features of tokens, and a smaller model's losses if there
+are any, say which of the others go with it (selection/distilled.py).
 """
 
 from __future__ import annotations
@@ -100,8 +100,9 @@ class SolvedShare:
         everyone = np.setdiff1d(pool.samples.usable, self.not_finite)
         share = self.chosen.mean()
         wanted = round(share * len(everyone)) if config.is_auto else int(config.num_select)
+        losses = None if measured.proxy is None else measured.proxy.of(everyone)
         features = token_features(TokenSource(pool.samples, everyone),
-                                  TokenSource(valid.samples, valid.numbers), seed)
+                                  TokenSource(valid.samples, valid.numbers), seed, losses)
         taken, distilled = Sketched(
             features, np.isin(everyone, self.candidates), self.chosen, self.worth.values,
             self.worth.weights).extended(min(wanted, len(everyone)), seed)

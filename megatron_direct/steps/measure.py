@@ -22,6 +22,7 @@ from megatron_direct.steps.eigenpairs import SpectrumKey, known_directions, spec
 from megatron_direct.steps.onset import Onset
 from megatron_direct.steps.pass_plan import Drawn
 from megatron_direct.steps.pilot import PilotConfig, gradient_point
+from megatron_direct.steps.proxy import ProxyLosses
 from megatron_direct.steps.sketch import SketchConfig
 
 
@@ -35,7 +36,8 @@ class MeasureSettings:
 @dataclass(frozen=True)
 class Measured:
     """pool: the usable samples of it, or the share of them that is sketched; valid: the validation
-    samples that were drawn; sketches, spectrum: digests of the keys of what was measured."""
+    samples that were drawn; sketches, spectrum: digests of the keys of what was measured; proxy:
+    losses of all usable samples under a smaller model, if one was given."""
 
     store: SketchStore
     pool: Drawn
@@ -43,6 +45,7 @@ class Measured:
     directions: Directions
     sketches: str
     spectrum: str
+    proxy: ProxyLosses | None = None
 
 
 def measure(settings: MeasureSettings, onset: Onset, folder: Path) -> Measured:

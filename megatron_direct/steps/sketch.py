@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from megatron_direct.runtime import attendance, parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps import pass_plan
-from megatron_direct.steps.pass_plan import Drawn
+from megatron_direct.steps.pass_plan import Drawn, PassPlan
 from megatron_direct.steps.pilot import GradientPoint
 
 
@@ -104,16 +104,19 @@ def open_store(folder: Path, key: SketchesKey) -> SketchStore:
     Raises UserError if the folder holds sketches of another or an unknown key. Its entries alone
     show whether the rows that are needed are in it.
     """
-    store = SketchStore(folder, key.sketch_size, key.sketch_dtype)
+    return enter_store(SketchStore(folder, key.sketch_size, key.sketch_dtype), key, "sketches")
 
+
+def enter_store(store: SketchStore, key: Key, what: str) -> SketchStore:
+    """The store, with its manifest; what: its rows are called in messages."""
     def enter():
-        artefact = Artefact(folder, "sketches")
+        artefact = Artefact(store.folder, what)
         if artefact.state(key) is not State.NEW:
             return
         if store.has_files():
-            raise UserError(f"{folder} holds sketches but no manifest.json that records how they "
-                            "were made, so they cannot be used. Restore the file, or delete the "
-                            "folder.")
+            raise UserError(f"{store.folder} holds {what} but no manifest.json that records how "
+                            "they were made, so they cannot be used. Restore the file, or delete "
+                            "the folder.")
         artefact.finish(key)
 
     parallel.on_rank_zero(enter)
@@ -177,30 +180,39 @@ def _count_missing(drawn: Drawn, has_row: np.ndarray) -> int:
     return len(drawn.numbers) - int(np.count_nonzero(has_row[drawn.numbers]))
 
 
+# Yields ([n, k] rows, [n] sample numbers, [n] losses) of what is left of a plan.
+_Compute = Callable[[PassPlan], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]]
+
+
 def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -> None:
     """Rows of all that is drawn and has none yet; all ranks call this."""
+    write_rows(store, drawn, f"sketch {drawn.what}", lambda plan: sketch_samples(
+        gradients, drawn.samples, plan.planned, plan.done))
+
+
+def write_rows(store: SketchStore, drawn: Drawn, what: str, compute: _Compute) -> None:
+    """The same of any rows; what: the work is called in messages."""
     plan = pass_plan.make_plan(store, drawn)
     num_left = plan.num_left
     if num_left == 0:
         return
     if num_left < len(drawn.numbers):
-        parallel.say(f"sketch {drawn.what}: {len(drawn.numbers) - num_left} of "
+        parallel.say(f"{what}: {len(drawn.numbers) - num_left} of "
                      f"{len(drawn.numbers)} samples are already done")
     dataset_numbers = pass_plan.dataset_numbers(store, drawn)
-    attendance.at(f"sketch {drawn.what}")
+    attendance.at(what)
     begun = time.perf_counter()
     with _writer(store) as writer, \
-            tqdm(total=num_left, desc=f"sketch {drawn.what}", unit="sample",
+            tqdm(total=num_left, desc=what, unit="sample",
                  disable=None if parallel.is_rank_zero() else True) as progress:
-        for number, (rows, samples, losses) in enumerate(
-                sketch_samples(gradients, drawn.samples, plan.planned, plan.done)):
+        for number, (rows, samples, losses) in enumerate(compute(plan)):
             if writer is not None:
                 which = drawn.samples.dataset_of(samples)
                 writer.append(rows, dataset_numbers[which],
                               samples - drawn.samples.first[which], losses)
             # The other data-parallel ranks are about as far.
             progress.update(min(len(samples) * grid.data_size(), num_left - progress.n))
-            attendance.at(f"sketch {drawn.what}, about {progress.n} of {num_left} samples")
+            attendance.at(f"{what}, about {progress.n} of {num_left} samples")
             if number % _PASSES_BETWEEN_STOPS == 0 and grid.copy_stops():
                 parallel.stop()
     parallel.wait_for_all()  # copies of the model exchange nothing in between, and drift apart
@@ -211,7 +223,7 @@ def write_sketches(store: SketchStore, gradients: GradientModel, drawn: Drawn) -
                         "that were computed: rows were lost while being written. Check the disk, "
                         "and run the command again: it computes what is missing.")
     seconds = time.perf_counter() - begun
-    parallel.say(f"sketch {drawn.what}: {num_left} samples in {seconds:.1f} s "
+    parallel.say(f"{what}: {num_left} samples in {seconds:.1f} s "
                  f"({num_left / seconds:.1f} samples/s)")
 
 

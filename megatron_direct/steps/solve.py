@@ -52,10 +52,7 @@ from megatron_direct.steps.sketch import SketchConfig
 @dataclass(frozen=True)
 class SelectionKey(Key):
     """What a selection depends on. Left at their defaults: where the rows lie while it is solved,
-    and the tokens of the annealing where the number of samples is given.
-
-    valid_sources: a digest of them.
-    """
+    and the tokens of the annealing where the number of samples is given."""
 
     pool_digests: tuple[str, ...]
     sketches_digest: str
@@ -65,7 +62,8 @@ class SelectionKey(Key):
     problem: SelectionConfig
     seed: int
     sketch_share: float = 1.0
-    valid_sources: str | None = None
+    valid_sources_digest: str | None = None
+    proxy_digest: str | None = None
 
 
 def check_number(config: SelectionConfig, num_usable: int) -> None:
@@ -93,7 +91,8 @@ def selection_key(config: SelectionConfig, curvature: CurvatureConfig, measured:
         anneal_tokens=config.anneal_tokens if config.is_auto else defaults.anneal_tokens)
     return SelectionKey(tuple(measured.pool.digests), measured.sketches, measured.spectrum,
                         curvature.num_eigenpairs, curvature.energy_share, problem, sketch.seed,
-                        sketch.sketch_share, measured.valid.samples.sources_digest)
+                        sketch.sketch_share, measured.valid.samples.sources_digest,
+                        None if measured.proxy is None else measured.proxy.digest)
 
 
 def parse_quotas(texts: Sequence[str], names: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import flat_requests
 import numpy as np
 import pytest
 from ranks import Layout, RankError, run_on_ranks
+from trained import LEARNT, train
 
 from megatron_direct.commands.select import SelectRequest, select
 from megatron_direct.config import Given
@@ -19,6 +21,8 @@ from megatron_direct.data.materialize import materialize
 from megatron_direct.data.samples import Samples
 from megatron_direct.gradients.store import SketchStore
 from megatron_direct.selection.distilled import draw_share
+from megatron_direct.steps.pass_plan import Drawn
+from megatron_direct.steps.sketch import read_sketches
 
 SHARE, SEED, SIZE = 0.5, 5, 64
 
@@ -126,7 +130,97 @@ def test_a_larger_share_reuses_the_rows(folder, shared):
     assert len(rows) == len(draw_share(usable, 0.8, SEED)) + 16
 
 
+def _train_proxy(folder):
+    train(folder, Layout(), dataclasses.replace(LEARNT, model=dataclasses.replace(
+        LEARNT.model, num_layers=1, hidden_size=16, ffn_hidden_size=24, seq_length=12)), "proxy")
+
+
+def _train_other_vocabulary(folder):
+    train(folder, Layout(), dataclasses.replace(LEARNT, model=dataclasses.replace(
+        LEARNT.model, num_layers=1, vocab_size=120)), "other-vocabulary")
+
+
+def _losses(folder, name):
+    """[samples] of the pools; NaN for those that have none."""
+    samples = Samples([str(folder / pool) for pool in "ab"], 16)
+    entries = SketchStore(folder / name / "proxy", 1).entries()
+    found = np.full(len(samples), np.nan)
+    found[samples.first[entries.dataset] + entries.document] = entries.loss
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_proxy(folder):
+    """With the losses of a smaller model, which sees fewer tokens of a sample."""
+    run_on_ranks(1, _train_proxy, folder)
+    run_on_ranks(1, _select, folder, "by-proxy", {"proxy_load": str(folder / "proxy")})
+    return _found(folder, "by-proxy")
+
+
+def test_the_losses_of_a_smaller_model_are_those_of_all_usable_samples(folder, shared):
+    """Of the large model in its place, those that its sketches come with."""
+    run_on_ranks(1, _select, folder, "by-itself", {"proxy_load": str(folder / "theta")})
+    losses, usable = _losses(folder, "by-itself"), _usable(folder)
+    assert np.flatnonzero(np.isfinite(losses)).tolist() == usable.tolist()
+    samples = Samples([str(folder / name) for name in "ab"], 16)
+    sketches = read_sketches(SketchStore(folder / "by-itself" / "sketches", SIZE), Drawn(
+        "pool", samples, draw_share(usable, SHARE, SEED),
+        [indexed.dataset_digest(prefix) for prefix in samples.prefixes]))
+    # Other micro-batches, so that sums are rounded otherwise.
+    np.testing.assert_allclose(losses[sketches.samples], sketches.losses, rtol=1e-5)
+
+
+def test_a_smaller_model_changes_what_is_predicted_and_not_what_is_sketched(
+        folder, shared, by_proxy):
+    sketched = draw_share(_usable(folder), SHARE, SEED)
+    np.testing.assert_array_equal(shared[0][sketched], by_proxy[0][sketched])
+    assert by_proxy[0].sum() == 40
+    # So few samples with sketches let two features among 264 say little, and something.
+    was, now = (summary["distilled"]["rank_correlation"] for _, summary in (shared, by_proxy))
+    assert was != now
+
+
+@pytest.mark.parametrize("layout", [
+    Layout(dp=2), pytest.param(Layout(tp=2), marks=pytest.mark.slow)], ids=str)
+def test_losses_are_the_same_in_other_layouts(folder, by_proxy, layout):
+    name = f"by-proxy-{layout}"
+    run_on_ranks(layout.world_size, _select, folder, name,
+                 {"proxy_load": str(folder / "proxy")}, layout)
+    np.testing.assert_allclose(_losses(folder, name), _losses(folder, "by-proxy"), rtol=1e-5)
+    assert (_found(folder, name)[0] & by_proxy[0]).sum() >= 39  # as without a smaller model
+
+
+def test_losses_are_computed_once_and_carried_on(folder, by_proxy):
+    run, count = folder / "carried-on", len(_usable(folder))
+    shutil.copytree(folder / "by-proxy", run)
+    rows, entries = (run / "proxy" / name for name in ("rows-0.f32", "entries-0.bin"))
+    before, written = entries.read_bytes(), [file.stat().st_mtime_ns for file in (rows, entries)]
+    flags = {"proxy_load": str(folder / "proxy"), "num_select": 30}
+    run_on_ranks(1, _select, folder, "carried-on", flags)
+    assert [file.stat().st_mtime_ns for file in (rows, entries)] == written
+    half = len(before) // count * (count // 2)
+    entries.write_bytes(before[:half])  # a kill on the way
+    run_on_ranks(1, _select, folder, "carried-on", {**flags, "num_select": 20})
+    # The rest was appended: an entry for each sample, and no second one of those that were there.
+    assert entries.read_bytes()[:half] == before[:half]
+    assert len(entries.read_bytes()) == len(before)
+    np.testing.assert_array_equal(_losses(folder, "carried-on"), _losses(folder, "by-proxy"))
+    with pytest.raises(RankError, match="holds losses under a smaller model made with other "
+                                        "settings: another checkpoint"):
+        run_on_ranks(1, _select, folder, "carried-on", {"proxy_load": str(folder / "theta")})
+
+
+def test_a_smaller_model_of_another_vocabulary_is_refused(folder):
+    run_on_ranks(1, _train_other_vocabulary, folder)
+    with pytest.raises(RankError, match="has a vocabulary of 120 entries, .* one of 90. Expected a "
+                                        "smaller model of the same tokenizer: give another"):
+        run_on_ranks(1, _select, folder, "refused",
+                     {"proxy_load": str(folder / "other-vocabulary")})
+    assert not (folder / "refused").exists()
+
+
 @pytest.mark.parametrize("flags, message", [
+    ({"sketch_share": 1.0, "proxy_load": "p"}, "--proxy-load is for --sketch-share below 1"),
     ({"sketch_share": 0.01}, "--sketch-share 0.01 takes gradients of .* at least 50"),
     ({"num_valid_samples": 4}, "there are 4. Give more validation data"),
     ({"objective": "flat-energy"}, "--objective flat-energy cannot be kept with --sketch-share"),
