@@ -175,7 +175,8 @@ class Study:
                 self.run("tools/preprocess_selection.py", "--input",
                          *(text / part / f"{domain}.jsonl.gz" for domain in domains),
                          "--tokenizer-model", self.tokenizer, "--append-eod", "--split", "100,0,0",
-                         "--corrupt-fraction", fraction, "--output-prefix", self.data / name,
+                         "--group-key", "package", "--corrupt-fraction", fraction,
+                         "--output-prefix", self.data / name,
                          *(training if number == 0 else ()))
         for name, setting in SETTINGS.items():
             source = "pool-corrupted" if setting.corrupted else "pool"
