@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_direct.data.token_features import TokenSource, token_features
 from megatron_direct.errors import UserError
+from megatron_direct.runtime import parallel
 from megatron_direct.selection.auto import FEWEST_VALID
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.distilled import Distilled, Sketched, draw_share, for_share
@@ -101,6 +102,10 @@ class SolvedShare:
         share = self.chosen.mean()
         wanted = round(share * len(everyone)) if config.is_auto else int(config.num_select)
         losses = None if measured.proxy is None else measured.proxy.of(everyone)
+        unknown = 0 if losses is None else int((~np.isfinite(losses)).sum())
+        if unknown:
+            parallel.say(f"--proxy-load: {unknown} of {len(everyone)} samples have no finite loss, "
+                         "and count as the mean of their dataset")
         features = token_features(TokenSource(pool.samples, everyone),
                                   TokenSource(valid.samples, valid.numbers), seed, losses)
         taken, distilled = Sketched(
