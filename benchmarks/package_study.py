@@ -74,10 +74,10 @@ FIRST = ("random", "whole-pool", "perplexity-middle", "ngrams", "ngrams-smoothed
 DECISIONS = ("direct-textless", "direct-pilot", "direct-plain-pilot", "direct-merged",
              "direct-ungrouped", "direct-half", "direct-quarter", "direct-unshrunk",
              "direct-unnormalized", "direct-undrawn")
-RIVALS = ("domain", "oracle", "flat-energy", "direct-rounds", "direct-share",
-          "direct-proxy", "influence", "redundancy-draw", "random-constant-averaged",
-          "whole-pool-constant-averaged", "direct-constant-averaged", "random-moderate-averaged",
-          "direct-moderate-averaged")
+RIVALS = ("domain", "oracle", "flat-energy", "perplexity-low", "perplexity-high", "direct-rounds",
+          "direct-share", "direct-proxy", "influence", "influence-select", "redundancy-draw",
+          "random-constant-averaged", "whole-pool-constant-averaged", "direct-constant-averaged",
+          "random-moderate-averaged", "direct-moderate-averaged")
 CEILING = ("ceiling",)
 LONG = (*FIRST, "direct-quarter")
 MOST_IMPORTANT = ("noisy", "clean", "shifted", "other")

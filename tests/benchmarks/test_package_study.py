@@ -1,7 +1,9 @@
-"""The study's plan: what is run first, and that no arm is lost."""
+"""The study's plan: what is run first; and that no arm is lost, whenever it is killed."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_direct.comparison import measurements  # noqa: F401  (registers all arms)
@@ -123,3 +126,76 @@ def test_after_ctrl_c_nothing_else_is_begun(tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(interrupted.calls) == 1
+
+
+# --- a run ------------------------------------------------------------------------------------
+
+
+def _write_text(folder: Path) -> Path:
+    """Made-up text, laid out as by tools/pypi_text.py; other words are frequent in each domain."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghijklmnop"), rng.integers(2, 9)))
+             for _ in range(1200)]
+    for part, count in (("pretrain", 120), ("pool", 120), ("valid", 24), ("test", 24)):
+        (folder / part).mkdir(parents=True)
+        for number, domain in enumerate((*study.MAIN, *study.OTHERS)):
+            with gzip.open(folder / part / f"{domain}.jsonl.gz", "wt") as file:
+                for passage in range(count):
+                    ranks = (rng.zipf(1.3, 150) - 1 + 150 * number) % len(words)
+                    file.write(json.dumps({"text": " ".join(words[rank] for rank in ranks),
+                                           "file": f"{part}-{domain}-{passage}",
+                                           "package": part}) + "\n")
+    return folder
+
+
+_ARMS = ("random", "perplexity-high", "influence-select", "direct")
+
+
+@pytest.fixture
+def begin():
+    """Begins a study of the text in a folder, in a process group of its own; none outlives the
+    test."""
+    begun = []
+
+    def begin(text: Path, folder: Path) -> subprocess.Popen:
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, study.__file__, "--scale", "tiny", "--settings", "clean",
+                   "--arms", *_ARMS, "--num-seeds", "1", "--text", text, "--folder",
+                   folder / "runs", "--results", folder / "results.md"]
+        with open(folder / "log", "a") as log:
+            begun.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _finished(folder: Path) -> int:
+    return len(list(folder.glob("runs/clean/arms/*/1/result.json")))
+
+
+def _table_of_losses(folder: Path) -> list[str]:
+    text = (folder / "results.md").read_text()
+    start = text.index("mean test loss |")
+    return text[start:text.index("\n\n", start)].splitlines()
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_carries_on_to_the_same_table(tmp_path, begin):
+    text = _write_text(tmp_path / "text")
+    assert begin(text, tmp_path / "whole").wait(600) == 0
+    killed = begin(text, tmp_path / "killed")
+    while not _finished(tmp_path / "killed"):
+        assert killed.poll() is None, (tmp_path / "killed" / "log").read_text()[-3000:]
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert 1 <= _finished(tmp_path / "killed") < len(_ARMS)
+    assert not (tmp_path / "killed" / "results.md").exists()
+    assert begin(text, tmp_path / "killed").wait(600) == 0
+    table = _table_of_losses(tmp_path / "killed")
+    assert table == _table_of_losses(tmp_path / "whole")
+    assert all(any(f"`{arm}` " in line for line in table) for arm in _ARMS)
