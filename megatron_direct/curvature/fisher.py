@@ -8,7 +8,7 @@ its rank is at most M.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -43,33 +43,41 @@ class FisherOperator:
     def inner_products(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """<g_i, v> of this data-parallel rank's samples: [micro-batches, b] a pass, zero for
         padding rows; in one all-reduce of them all."""
-        shares = [self._shares(micro_batches, vector) for micro_batches in self._passes]
-        if not shares:
+        if not self._passes:
             return []
+        matrices = {shard.name: shard.as_matrix(part) for shard, part in
+                    zip(self.space.shards, self.space.split(vector), strict=True)}
+        shares, losses = [], []
+        with PieceHooks(self._chunks, self.space.shards, dtype=self.space.dtype) as hooks:
+            for micro_batches in self._passes:
+                size = grid.expert_size() * micro_batches[0].tokens.shape[0]
+                shares.append(vector.new_zeros(len(micro_batches), size))
+                losses.append(self._add_share(shares[-1], hooks, micro_batches, matrices))
+        self._require_finite(losses)
         totals = grid.sum_over_model(torch.cat([share.flatten() for share in shares]))
         parts = totals.split([share.numel() for share in shares])
         return [part.view_as(share)[:, grid.own_rows(share.shape[1] // grid.expert_size())]
                 for part, share in zip(parts, shares, strict=True)]
 
-    def _shares(self, micro_batches: Sequence[MicroBatch], vector: torch.Tensor) -> torch.Tensor:
-        """[micro-batches, b] this rank's part of <g_i, v>; with expert parallelism b counts the
-        samples of all ranks that share the experts."""
-        parts = {shard.name: shard.as_matrix(part) for shard, part in
-                 zip(self.space.shards, self.space.split(vector), strict=True)}
+    def _add_share(self, total: torch.Tensor, hooks: PieceHooks,
+                   micro_batches: Sequence[MicroBatch], parts: Mapping[str, torch.Tensor],
+                   ) -> torch.Tensor:
+        """Adds this rank's part of <g_i, v> to total, [micro-batches, b]; returns the losses.
+
+        With expert parallelism b counts the samples of all ranks that share the experts. parts: of
+        v, by name, as matrices.
+        """
         size = micro_batches[0].tokens.shape[0]
         own = grid.own_rows(size)
-        total = vector.new_zeros(len(micro_batches), size * grid.expert_size())
 
         def add(micro_batch, shard, piece):
             products = piece.inner_products(parts[shard.name])
             rows = slice(None) if len(products) > size else own
             total[micro_batch, rows] += products
 
-        with PieceHooks(self._chunks, self.space.shards, add, self.space.dtype) as hooks:
-            losses = passes.run_pass(self._chunks, micro_batches, backward=True,
-                                       before_forward=hooks.begin)
-        _require_finite(losses, micro_batches)
-        return total
+        hooks.begin_pass(add)
+        return passes.run_pass(self._chunks, micro_batches, backward=True,
+                               before_forward=hooks.begin)
 
     def _weighted_gradient(self, micro_batches: Sequence[MicroBatch], weights: torch.Tensor,
                            ) -> torch.Tensor:
@@ -83,9 +91,10 @@ class FisherOperator:
             chunk.zero_grad()
         return self.space.join(gradients)
 
-
-def _require_finite(losses: torch.Tensor, micro_batches: Sequence[MicroBatch]) -> None:
-    bad = passes.not_finite(losses, micro_batches)
-    if len(bad):
-        raise UserError(f"the loss of validation sample {bad[0]} is not finite. Remove the "
-                        "sample from the validation set, or check the checkpoint.")
+    def _require_finite(self, losses: Sequence[torch.Tensor]) -> None:
+        """When all passes are queued, since the host waits for what it looks at."""
+        for micro_batches, of_pass in zip(self._passes, losses, strict=True):
+            bad = passes.not_finite(of_pass, micro_batches)
+            if len(bad):
+                raise UserError(f"the loss of validation sample {bad[0]} is not finite. Remove the "
+                                "sample from the validation set, or check the checkpoint.")

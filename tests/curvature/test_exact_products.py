@@ -429,24 +429,29 @@ def test_functions_are_put_back_when_a_product_fails(prefix):
     on_layout(Layout(), _fail_within_a_product, SMALL, prefix)
 
 
-def _poisoned(model, layout, prefix):
-    operator = _operator("hessian", model, layout, prefix)
+def _poisoned(model, layout, prefix, kind):
+    chunks, space, samples = _build(model, layout, prefix)
+    operator = ALL_OPERATORS[kind](chunks, space, samples, samples.usable, MICRO_BATCH)
     token = _documents()[7][0]
     shard = next(s for s in operator.space.shards if "word_embeddings" in s.name)
     with torch.no_grad():
         shard.parameter[shard.rows == int(token)] = torch.inf
     with pytest.raises(UserError) as caught:
         operator.matvec(operator.space.random_signs(0))
+    assert all(shard.parameter.requires_grad for shard in operator.space.shards)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=str)
-def test_a_loss_that_is_not_finite_names_the_sample(layout, prefix):
+@pytest.mark.parametrize(("kind", "layout"), [
+    ("hessian", Layout()), ("hessian", Layout(tp=2)), ("fisher", Layout()),
+    ("fisher", Layout(tp=2))], ids=str)
+def test_a_loss_that_is_not_finite_names_the_sample(kind, layout, prefix):
     token = _documents()[7][0]
     holders = [i for i, d in enumerate(_documents()) if token in d[:8][:max(len(d) - 1, 0)]]
-    for message in on_layout(layout, _poisoned, MODELS["gpt2-untied"], prefix):
+    what = ", or its derivative, is" if kind == "hessian" else " is"
+    for message in on_layout(layout, _poisoned, MODELS["gpt2-untied"], prefix, kind):
         assert message.startswith(
-            tuple(f"the loss of validation sample {i}, or" for i in holders))
+            tuple(f"the loss of validation sample {i}{what} not finite" for i in holders))
 
 
 def _refusals(model, layout, prefix):
