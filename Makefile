@@ -258,7 +258,8 @@ test-gpu: $(PACKAGES)/.done
 		$(GPU_TESTS) $(FLAGS)
 
 bench-gpu: $(PACKAGES)/.done
-	$(WITH_PACKAGES) $(GPU_PYTHON) benchmarks/gpu.py --output $(BUILD)/gpu.json $(FLAGS)
+	$(WITH_PACKAGES) $(GPU_PYTHON) benchmarks/gpu.py --output $(BUILD)/gpu.json \
+		--results benchmarks/RESULTS.md $(FLAGS)
 
 # On one GPU; it begins no further seed of a setting after eight minutes, and the same command
 # carries on.

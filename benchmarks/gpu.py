@@ -8,6 +8,7 @@ attention, forward and backward with weight gradients, eager and compiled. Ours 
 layers in bfloat16 with the layer spec "fused". A shape's parts are measured one after another, each
 with nothing else on the GPU; one that fails is reported, and the others go on. Times are medians of
 CUDA events after warm-up, per micro-batch; memory is the most that was allocated, weights included.
+The plain way is a backward pass for each sample, and one ``index_add_``.
 The sketch is timed again without each of the package's kernels (``gpu_parts``); beside the results
 stands, for each shape, a list of the kernels that take most of its time.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import gc
 import statistics
 import subprocess
@@ -32,7 +34,9 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import gpu_parts
+import gpu_results
 from gpu_yardstick import Decoder, Shape
+from sketch_baselines import plain_sketch, without_weight_gradients
 
 from megatron_direct.cli import main as cli
 from megatron_direct.config import Job, ModelConfig, ParallelConfig, Precision
@@ -80,6 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a shape for a CPU, in seconds")
     parser.add_argument("--output", default="build/gpu.json", help="JSON file for the results")
+    parser.add_argument("--results", type=Path,
+                        help="Markdown file in which the device's block is replaced, or added")
     parser.add_argument("--seconds", type=float, default=SECONDS,
                         help="time after which no further part begins")
     arguments = parser.parse_args()
@@ -90,20 +96,21 @@ def main() -> None:
     shapes = [TINY] if arguments.tiny else [
         GPT2_MEDIUM, _as_deep_as_fits(LLAMA_8B), TWICE_AT_ONCE]
     runs = Runs(1, 2) if arguments.tiny else Runs()
-    results = {}
+    results, environment = {}, gpu_results.environment()
     for shape in shapes:
         profile = Path(arguments.output).with_suffix(f".{len(results)}.txt")
         timings = [*_yardstick(shape, runs, ends), *_ours(shape, runs, ends, profile)]
         results[shape.name] = {"shape": dataclasses.asdict(shape),
                                "parts": [dataclasses.asdict(timing) for timing in timings]}
         _print(shape, timings)
-        files.write_json(arguments.output, {
-            "device": _device_name(), "torch": torch.__version__, "shapes": results})
-    count_sketches = _count_sketches(ends)
-    files.write_json(arguments.output, {
-        "device": _device_name(), "torch": torch.__version__, "shapes": results,
-        "count sketches": count_sketches})
-    print(f"results: {arguments.output}", flush=True)
+        files.write_json(arguments.output, {"environment": environment, "shapes": results})
+    everything = {"environment": environment, "shapes": results,
+                  "count sketches": _count_sketches(ends)}
+    files.write_json(arguments.output, everything)
+    if arguments.results is not None:
+        gpu_results.put_into(arguments.results, gpu_results.block(
+            everything, datetime.date.today().isoformat()))
+    print(f"results: {arguments.output} {arguments.results or ''}", flush=True)
     if not arguments.tiny:
         _time_kernels(ends)
 
@@ -195,7 +202,7 @@ def _parts(chunks: list[torch.nn.Module], shape: Shape, runs: Runs, ends: float,
     yield _timed("training pass", lambda: training_pass, runs, ends)
     for parameter in chunks[0].parameters():
         parameter.grad = None
-    with _frozen(chunks):
+    with without_weight_gradients(chunks):
         yield _timed("pass without weight gradients",
                      lambda: lambda: _pass(chunks, micro_batches), runs, ends)
     yield _timed("pass with hooks, nothing hashed", lambda: pieces_alone, runs, ends)
@@ -203,6 +210,10 @@ def _parts(chunks: list[torch.nn.Module], shape: Shape, runs: Runs, ends: float,
     yield _timed("sketch", sketches, fewer, ends, passes_at_once)
     with _in_any_order():
         yield _timed("sketch, sums in any order", sketches, fewer, ends, passes_at_once)
+        yield _timed("the plain way: a pass a sample", lambda: plain_sketch(
+            chunks, source, numbers[: shape.at_once], SKETCH_SIZE), Runs(1, 2), ends)
+    for parameter in chunks[0].parameters():
+        parameter.grad = None
     for part, context in gpu_parts.variants().items():
         with context:
             yield _timed(f"  {part}", sketches, Runs(1, 2), ends, passes_at_once)
@@ -232,21 +243,6 @@ def _count_sketches(ends: float) -> list[dict[str, float]]:
 
 def _pass(chunks: list[torch.nn.Module], micro_batches: list[MicroBatch]) -> None:
     passes.run_pass(chunks, micro_batches, backward=True)
-
-
-@contextlib.contextmanager
-def _frozen(chunks: list[torch.nn.Module]):
-    """Activations have gradients inside, weights have none."""
-    for parameter in chunks[0].parameters():
-        parameter.requires_grad_(False)
-    handle = chunks[0].embedding.register_forward_hook(
-        lambda _layer, _arguments, output: output.requires_grad_(True))
-    try:
-        yield
-    finally:
-        handle.remove()
-        for parameter in chunks[0].parameters():
-            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What benchmarks measure with: random documents, time until all ranks are done, peak memory."""
+"""What benchmarks measure with: random documents, time, peak memory."""
 
 from __future__ import annotations
 
@@ -26,17 +26,20 @@ def random_documents(folder: str, count: int, length: int, vocab_size: int) -> s
     return prefix
 
 
-def fastest_in_turns(calls: Mapping[str, Callable], rounds: int) -> dict[str, float]:
+def fastest_in_turns(calls: Mapping[str, Callable], rounds: int,
+                     clock: Callable[[Callable], float] | None = None) -> dict[str, float]:
     """Seconds of each call, of its fastest round: other work on the machine only ever adds time.
 
-    The calls take turns, so that a slow spell of the machine meets all of them.
+    The calls take turns, so that a slow spell of the machine meets all of them. clock(call) makes
+    the call and returns its seconds; None: ``seconds``.
     """
+    clock = clock or seconds
     taken = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(rounds):
         for name, call in calls.items():
-            taken[name].append(seconds(call))
+            taken[name].append(clock(call))
     return {name: min(times) for name, times in taken.items()}
 
 
@@ -49,6 +52,15 @@ def seconds(call: Callable) -> float:
         torch.cuda.synchronize()
     parallel.barrier()
     return time.perf_counter() - start
+
+
+def processor_seconds(call: Callable) -> float:
+    """Of this process, to which other work on the machine adds little; on a GPU ``seconds``."""
+    if host.has_gpu():
+        return seconds(call)
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 def peak_bytes(call: Callable) -> int:
