@@ -130,13 +130,14 @@ def _model(architecture: ModelConfig, folder: str, count: int, spec: str | None 
     return chunks, parameter_shards(chunks), Samples([prefix], architecture.seq_length)
 
 
-def _train(chunks, samples: Samples) -> None:
-    for micro_batches in passes.of_samples(chunks, samples, samples.usable, LIMITS):
+def _train(chunks, samples: Samples, limits: MicroBatchLimits = LIMITS) -> None:
+    for micro_batches in passes.of_samples(chunks, samples, samples.usable, limits):
         passes.run_pass(chunks, micro_batches, backward=True)
 
 
-def _sketch(chunks, shards, sketch: Sketch, samples: Samples) -> None:
-    for _ in sketch_samples(GradientModel(chunks, shards, sketch, micro_batch=LIMITS), samples,
+def _sketch(chunks, shards, sketch: Sketch, samples: Samples,
+            limits: MicroBatchLimits = LIMITS) -> None:
+    for _ in sketch_samples(GradientModel(chunks, shards, sketch, micro_batch=limits), samples,
                             samples.usable):
         pass
 
@@ -173,7 +174,7 @@ def print_attention(folder: str, rounds: int) -> None:
     """Long samples, one at a time: passes with fused attention, and with that of Megatron's local
     layers, whose scores are as many as tokens squared."""
     print(f"{'':34}{'training s':>11}{'MiB':>7}{'sketch s':>10}{'MiB':>7}")
-    lengths = (LONG // 2, LONG)
+    lengths, one = (LONG // 2, LONG), MicroBatchLimits(1)
     taken: dict[tuple[str, int], dict[str, float]] = {}
     memory: dict[tuple[str, int], dict[str, int]] = {}
     for length in lengths:
@@ -182,9 +183,9 @@ def print_attention(folder: str, rounds: int) -> None:
             architecture = dataclasses.replace(MODEL, seq_length=length)
             chunks, shards, samples = _model(architecture, folder, 1, spec)
             sketch = Sketch(shards, SIZE, seed=1)
-            calls[spec, "training"] = lambda c=chunks, s=samples: _train(c, s)
+            calls[spec, "training"] = lambda c=chunks, s=samples: _train(c, s, one)
             calls[spec, "sketch"] = (
-                lambda c=chunks, h=shards, k=sketch, s=samples: _sketch(c, h, k, s))
+                lambda c=chunks, h=shards, k=sketch, s=samples: _sketch(c, h, k, s, one))
         seconds_of = fastest_in_turns(calls, rounds, processor_seconds)
         sizes = {key: peak_bytes(call) for key, call in calls.items()}
         for spec in ("local", "fused"):
