@@ -64,6 +64,7 @@ def with_submodules(builder: Any, **submodules: Any) -> Any:
         builder, submodules=dataclasses.replace(builder.submodules, **submodules))
 
 
+@functools.cache  # one class for all models: torch.compile compiles anew for another
 def latent_self_attention() -> type:
     """MLASelfAttention that builds what its submodules say.
 

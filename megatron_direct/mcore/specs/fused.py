@@ -12,6 +12,7 @@ single kernels on a GPU already.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ def _fuse_loss(chunk: Any) -> None:
     chunk.compute_language_model_loss = token_losses
 
 
+@functools.cache  # one class for all models: torch.compile compiles anew for another
 def _fused_attention() -> type:
     base: Any = local.latent_attention()
 

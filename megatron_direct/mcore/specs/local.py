@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -194,6 +195,7 @@ def _mark_sequence_parallel(norm: torch.nn.Module) -> None:
         parameter.sequence_parallel = True  # type: ignore[attr-defined]
 
 
+@functools.cache  # one class for all models: torch.compile compiles anew for another
 def latent_attention() -> Any:
     """Megatron's attention, for values of any width."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
