@@ -186,6 +186,19 @@ class Precision(Settings):
 
 
 @dataclass(frozen=True)
+class Execution(Settings):
+    """Execution.
+
+    Losses stay the same but for rounding, so that what a run depends on (its keys) has none of it.
+    """
+
+    torch_compile: bool = flag(
+        False, "train with layers compiled by torch.compile: the first iteration takes a minute "
+        "or more longer, the others about a tenth less on a CPU, which pays from some hundred "
+        "iterations on; layers with experts, and what cannot be compiled, run as they are")
+
+
+@dataclass(frozen=True)
 class Job:
     """A model and how it runs: what it is, on which ranks, how it is trained, in what numbers."""
 
@@ -194,6 +207,7 @@ class Job:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     precision: Precision = field(default_factory=Precision)
+    execution: Execution = field(default_factory=Execution)
 
     @property
     def num_model_chunks(self) -> int:

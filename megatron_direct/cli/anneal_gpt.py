@@ -17,6 +17,7 @@ from megatron_direct.commands.anneal import anneal
 from megatron_direct.commands.arm import RANDOM, AnnealConfig, AnnealRequest
 from megatron_direct.commands.report import ReportConfig, ReportRequest, report
 from megatron_direct.commands.select import SelectRequest, select
+from megatron_direct.config import Execution
 from megatron_direct.errors import UserError
 from megatron_direct.settings import flag_name, flag_type
 
@@ -26,6 +27,7 @@ class LaunchRequest(SelectRequest):
     """Everything that select and anneal are asked."""
 
     anneal: AnnealConfig = field(kw_only=True)
+    execution: Execution = field(default_factory=Execution)
 
 
 # flag -> environment variable that is read where the flag is left out
@@ -92,7 +94,7 @@ def _calls(request: LaunchRequest, arms: list[str]) -> list[tuple[str, Any]]:
     annealings = [AnnealRequest(
         dataclasses.replace(request.anneal, run_dir=request.onset.run_dir, selection=arm,
                             size_of=request.name.selection_name if arm == RANDOM else "direct"),
-        request.layout, request.given) for arm in arms]
+        request.layout, request.given, request.execution) for arm in arms]
     return [("select", selection), *(("anneal", annealing) for annealing in annealings),
             ("report", ReportRequest(ReportConfig(request.onset.run_dir)))]
 

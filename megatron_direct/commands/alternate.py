@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_direct.commands.requests import LossesKey, SelectionRequest
+from megatron_direct.config import Execution
 from megatron_direct.data.blend_plan import MAX_EPOCHS
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import files, parallel, typed_json
@@ -47,6 +48,7 @@ class AlternateConfig(Settings):
 class AlternateRequest(SelectionRequest):
     alternate: AlternateConfig
     onset: OnsetConfig
+    execution: Execution = field(default_factory=Execution)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ class Alternation:
 def alternate(request: AlternateRequest) -> None:
     """All ranks call this."""
     config = request.alternate
-    onset = request.open(request.onset, config.test_data_path)
+    onset = request.open(request.onset, config.test_data_path, execution=request.execution)
     key = _key(request, onset)
     folder = Path(request.onset.run_dir)
     rounds = Rounds(onset, request.measure, request.selection, folder, config.rounds,

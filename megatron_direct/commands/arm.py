@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_direct.config import (
+    Execution,
     Given,
     Job,
     ModelConfig,
@@ -100,6 +102,7 @@ class AnnealRequest:
     layout: ParallelConfig = field(default_factory=ParallelConfig)
     given: Given = field(default_factory=Given,
                          metadata={"groups": ("optimizer", "batch", "precision")})
+    execution: Execution = field(default_factory=Execution)
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ def checked_arm(request: AnnealRequest, origin: SelectionOrigin) -> AnnealedArm:
     is_another = checkpoint.digest != origin.checkpoint_digest
     model_config = (model_of(checkpoint, Given(), origin.data_path)
                     if is_another and config.anneal_load else ModelConfig(**origin.model))
-    job = as_trained(checkpoint, model_config, request.layout, given)
+    job = dataclasses.replace(as_trained(checkpoint, model_config, request.layout, given),
+                              execution=request.execution)
     _require_same_optimizer(config, job.optimizer, checkpoint)
     job.require_runs_on(parallel.world_size(), trains=True)
     asked, test = blend_of(config, origin)

@@ -13,7 +13,7 @@ that count are of test sets that no selection saw.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_direct.commands.requests import LossesKey, SelectionRequest
@@ -41,6 +41,7 @@ from megatron_direct.comparison.replicates import (
 )
 from megatron_direct.comparison.summarise import summarise
 from megatron_direct.comparison.summary import write_summary
+from megatron_direct.config import Execution
 from megatron_direct.data import indexed
 from megatron_direct.errors import UserError
 from megatron_direct.evaluation.tokenizers import tokenizer_of
@@ -63,6 +64,7 @@ REFERENCE = "random"
 class CompareRequest(SelectionRequest):
     compare: CompareConfig
     onset: OnsetConfig
+    execution: Execution = field(default_factory=Execution)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,7 @@ def _setting(request: CompareRequest) -> Setting:
         raise UserError("--sketch-share is not supported by compare, which takes gradients of all "
                         "samples: its arm direct-share shows what a tenth of them gives. Leave the "
                         "flag out.")
-    onset = request.open(request.onset, config.test_data_path)
+    onset = request.open(request.onset, config.test_data_path, execution=request.execution)
     # Most arms select no sample twice.
     solve_step.check_number(dataclasses.replace(selection, max_count=1), len(onset.pool.usable))
     if config.tokenizer_model:

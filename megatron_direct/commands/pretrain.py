@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_direct.config import (
     BatchConfig,
+    Execution,
     Job,
     ModelConfig,
     OptimizerConfig,
@@ -50,6 +51,7 @@ class PretrainRequest:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     precision: Precision = field(default_factory=Precision)
+    execution: Execution = field(default_factory=Execution)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def pretrain(request: PretrainRequest) -> None:
     vocab_size, tokenizer_digest = checks.require_one_vocabulary(
         asked.prefixes, request.model.vocab_size, None)
     job = Job(dataclasses.replace(request.model, vocab_size=vocab_size), request.layout,
-              request.optimizer, request.batch, request.precision)
+              request.optimizer, request.batch, request.precision, request.execution)
     job.require_runs_on(parallel.world_size(), trains=True)
     key = CheckpointKey(
         tuple(digests[prefix] for prefix in asked.prefixes),
@@ -103,7 +105,7 @@ def _train(config: PretrainConfig, job: Job, asked: Blend, tokenizer_digest: str
         job, config.train_iters, batch.seed, Path(config.save) / "cache", tokenizer_digest))
     chunks = model.build(job, seed=batch.seed)
     parallel.say(f"model with {shards.num_parameters(chunks):,} parameters")
-    trainer = training.make_trainer(chunks, job.optimizer, batch)
+    trainer = training.make_trainer(chunks, job.optimizer, batch, job.execution)
     found = checkpoint.latest(config.save)
     start = 0 if found is None else checkpoint.load_training(
         found, chunks, trainer.optimizer, trainer.scheduler)

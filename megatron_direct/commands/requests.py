@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from megatron_direct.config import Given, ModelConfig, OptimizerConfig, ParallelConfig, Precision
+from megatron_direct.config import (
+    Execution,
+    Given,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Precision,
+)
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Key
 from megatron_direct.selection.auto import require_valid
@@ -40,13 +47,17 @@ class SelectionRequest:
         return MeasureSettings(self.pilot, self.sketch, self.curvature)
 
     def open(self, onset: OnsetConfig, test_data_path: Sequence[str] = (), *,
-             trains: bool = True) -> Onset:
+             trains: bool = True, execution: Execution | None = None) -> Onset:
         """Reads what the flags name; all ranks call this. trains: whether these ranks train.
+        execution: of what they train.
 
         Raises UserError for what cannot be selected there, before any work.
         """
         self.selection.require_number_where_needed()
         opened = open_onset(onset, self.layout, self.given, test_data_path)
+        if execution is not None:
+            opened = dataclasses.replace(opened, job=dataclasses.replace(
+                opened.job, execution=execution))
         opened.job.require_runs_on(parallel.world_size(), trains=trains)
         solve_step.check_number(self.selection, len(opened.pool.usable))
         solve_step.require_quotas(self.selection, opened.pool)

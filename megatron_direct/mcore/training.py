@@ -6,6 +6,7 @@ pipeline schedule are Megatron-Core's. Here they are put together, fed and watch
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -17,23 +18,28 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_direct.config import BatchConfig, OptimizerConfig
+from megatron_direct.config import BatchConfig, Execution, OptimizerConfig
 from megatron_direct.mcore import grid
+from megatron_direct.mcore.compiled_layers import CompiledLayers
 from megatron_direct.runtime import attendance, files, host, parallel
 
 
 @dataclass
 class Trainer:
-    """A model being trained. ``chunks`` are bare, ``wrapped`` in DistributedDataParallel."""
+    """A model being trained. ``chunks`` are bare, ``wrapped`` in DistributedDataParallel.
+
+    compiled: layers that an iteration runs compiled, if any.
+    """
 
     chunks: list[torch.nn.Module]
     wrapped: list[Any]
     optimizer: Any
     scheduler: Any
+    compiled: CompiledLayers | None = None
 
 
 def make_trainer(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig,
-                 batch: BatchConfig) -> Trainer:
+                 batch: BatchConfig, execution: Execution | None = None) -> Trainer:
     """Wraps the chunks; the schedule is the stable phase until ``anneal_over`` is called."""
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -67,7 +73,8 @@ def make_trainer(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig,
     transformer_config.grad_scale_func = megatron_optimizer.scale_loss
     scheduler = _scheduler(megatron_optimizer, optimizer, optimizer.lr_warmup_iters *
                            batch.global_batch_size)
-    return Trainer(list(chunks), wrapped, megatron_optimizer, scheduler)
+    compiled = CompiledLayers(chunks) if execution and execution.torch_compile else None
+    return Trainer(list(chunks), wrapped, megatron_optimizer, scheduler, compiled)
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,8 @@ def train(trainer: Trainer, feed: Feed, iterations: range, description: str,
     for index, iteration in enumerate(progress):
         attendance.at(f"{description}, iteration {iteration}")
         loss, grad_norm = _step(trainer, feed, index)
+        if trainer.compiled is not None:
+            trainer.compiled.report()
         # Before the state is saved: a gradient that is not finite has spoilt the weights already.
         for what, value in (("loss", loss), ("norm of the gradient", grad_norm)):
             if value is not None and not math.isfinite(value):
@@ -195,14 +204,15 @@ def _step(trainer: Trainer, feed: Feed, index: int) -> tuple[float, float | None
     batches = [feed.micro_batches(index) for _ in trainer.wrapped]
     first = next(batches[0])
     batches[0] = itertools.chain([first], batches[0])
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=batches,
-        model=trainer.wrapped,
-        num_microbatches=feed.batch.num_microbatches(grid.data_size()),
-        seq_length=first[0].shape[1],
-        micro_batch_size=feed.batch.micro_batch_size,
-    )
+    with contextlib.nullcontext() if trainer.compiled is None else trainer.compiled.in_place():
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches,
+            model=trainer.wrapped,
+            num_microbatches=feed.batch.num_microbatches(grid.data_size()),
+            seq_length=first[0].shape[1],
+            micro_batch_size=feed.batch.micro_batch_size,
+        )
     _, grad_norm, _ = trainer.optimizer.step()
     loss, tokens = grid.sum_over_data(grid.share_from_last_stage(sums)).tolist()
     return loss / tokens, None if grad_norm is None else float(grad_norm)

@@ -84,7 +84,7 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
     assert not (recipe.average and plan.save_interval), "a mean of states is not saved"
     if recipe.final is not None:
         optimizer = dataclasses.replace(optimizer, min_lr=recipe.final * optimizer.lr)
-    trainer = training.make_trainer(chunks, optimizer, batch)
+    trainer = training.make_trainer(chunks, optimizer, batch, plan.job.execution)
     if plan.load_optim:
         checkpoint.load_training(plan.start.path, chunks, trainer.optimizer, trainer.scheduler)
     else:
