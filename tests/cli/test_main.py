@@ -79,7 +79,8 @@ def test_an_error_of_one_rank_alone_is_reported_too(tmp_path):
     assert done.stderr.count("megatron-direct: error: only rank 1 met") == 1
 
 
-@pytest.mark.parametrize("command", ["select", "doctor"])
+@pytest.mark.parametrize("command", [
+    "select", pytest.param("doctor", marks=pytest.mark.slow)])
 def test_a_backend_that_there_is_no_gpu_for_is_refused_once(tmp_path, command):
     flags = () if command == "doctor" else (
         "--load", str(tmp_path), "--data-path", str(tmp_path / "a"), "--valid-data-path",

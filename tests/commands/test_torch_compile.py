@@ -83,7 +83,8 @@ def _run_twice(folder, name):
     return [_said(command, make(folder, name), flag) for flag in (True, False)]
 
 
-@pytest.mark.parametrize("name", ["pretrain", "anneal", "alternate", "compare"])
+@pytest.mark.parametrize("name", ["pretrain", "anneal", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("alternate", "compare"))])
 def test_every_command_that_trains_compiles_and_is_not_repeated_without_the_flag(
         learnt_folder, name):
     (_, compiled), (said, none) = run_on_ranks(1, _run_twice, learnt_folder, name)[0]

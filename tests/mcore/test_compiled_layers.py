@@ -103,8 +103,10 @@ def _backward_broken(graph, inputs):
     return aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=_broken)(graph, inputs)
 
 
-@pytest.mark.parametrize("backend", [_broken, _backward_broken])
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=str)
+@pytest.mark.parametrize(("layout", "backend"), [
+    (Layout(), _backward_broken), (Layout(tp=2), _broken),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (Layout(), _broken), (Layout(tp=2), _backward_broken)))], ids=str)
 def test_what_cannot_be_compiled_runs_as_it_is_and_one_rank_says_so(layout, backend):
     ranks = on_layout(layout, _losses, MODELS["llama-tied"], backend)
     for plain, compiled, _ in ranks:
