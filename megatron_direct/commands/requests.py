@@ -61,6 +61,7 @@ class SelectionRequest:
         opened.job.require_runs_on(parallel.world_size(), trains=trains)
         solve_step.check_number(self.selection, len(opened.pool.usable))
         solve_step.require_quotas(self.selection, opened.pool)
+        parallel.on_rank_zero(lambda: opened.valid.sources)  # raises, if it does, before the work
         require_can_share(self.selection, self.sketch, opened)
         if self.selection.is_auto:
             require_valid(num_drawn_valid(self.sketch, opened))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from megatron_direct.data import indexed
 from megatron_direct.data.blend_plan import kept_sequences
 from megatron_direct.data.cards import corrupted_documents, read_card
 from megatron_direct.data.mask import SampleMask
-from megatron_direct.data.sources import read_sources, write_sources
+from megatron_direct.data.sources import SUFFIX, read_sources, write_sources
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import files
 
@@ -46,6 +47,7 @@ def materialize(prefix: str, mask: SampleMask, output_prefix: str) -> Materializ
     if mask.num_kept == 0:
         raise UserError(f"the mask of {prefix} keeps no document: there is nothing to write.")
     dataset = indexed.open_indexed(prefix)
+    numbers = read_sources(prefix, mask.num_documents)
     kept = kept_sequences(dataset, mask)
     lengths = dataset.sequence_lengths[kept]
     sequences_of_document = np.diff(dataset.document_indices)[documents_in_order(mask)]
@@ -60,7 +62,7 @@ def materialize(prefix: str, mask: SampleMask, output_prefix: str) -> Materializ
     card = _card(prefix, mask, written)
     if card:
         files.write_json(output_prefix + ".json", card)
-    numbers = read_sources(prefix, mask.num_documents)
+    Path(output_prefix + SUFFIX).unlink(missing_ok=True)  # of another dataset of that name
     if numbers is not None:
         write_sources(output_prefix, numbers[documents_in_order(mask)])
     indexed.write_index(output_prefix + ".idx", dataset.dtype, lengths, starts)

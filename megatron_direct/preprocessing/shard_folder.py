@@ -32,10 +32,12 @@ SECONDS_UNTIL_FILES_SHOW = 90
 class ShardPlan:
     """All that the bytes of the shards depend on.
 
-    tokenizer: None as long as it is not known, because it is yet to be trained.
+    shard_format: of the files, which differs between states of one version, too. tokenizer: None as
+    long as it is not known, because it is yet to be trained.
     """
 
     version: str  # of this package
+    shard_format: int
     input: tuple[tuple[str, int, int], ...]  # path, size and time of each file
     json_keys: tuple[str, ...]
     group_key: str | None
@@ -52,7 +54,7 @@ class ShardPlan:
 def plan_of(settings: PreprocessSettings, tokenizer: TokenizerIdentity | None) -> ShardPlan:
     stats = [(path, path.stat()) for path in settings.input]
     return ShardPlan(
-        version=__version__,
+        version=__version__, shard_format=shards.FORMAT,
         input=tuple((str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in stats),
         json_keys=settings.json_keys, group_key=settings.group_key,
         domain_key=settings.domain_key, domain=settings.domain, split=settings.shares,

@@ -27,6 +27,7 @@ from megatron_direct.preprocessing.reading import Shard
 from megatron_direct.runtime import files
 
 HASH = np.dtype([("high", "<u8"), ("low", "<u8")])
+FORMAT = 2  # of NAME.bin: since 2 it has sources
 
 
 @dataclass(frozen=True)

@@ -203,8 +203,14 @@ def _draw(found: Draw) -> Table:
     rows = [[name, f"{of.candidates:,}", f"{of.selected:,}", f"{of.selected - of.drawn:,}",
              f"{of.drawn:,}", f"{of.repeated / of.selected:.0%}" if of.selected else "-"]
             for name, of in (*sorted([*found.pools.items(), *found.clusters.items()],
-                                     key=lambda row: row[0]), ("all", found.whole))]
+                                     key=lambda row: _place(row[0])), ("all", found.whole))]
     return make_table(["pool or cluster", "samples", "selected", "kept", "drawn", "repeats"], rows)
+
+
+def _place(name: str) -> tuple[str, int]:
+    """Of a pool, or of one of its clusters, POOL-cNUMBER, in the order of rows."""
+    pool, _, number = name.rpartition("-c")
+    return (pool, int(number)) if pool and number.isdigit() else (name, -1)
 
 
 def _domains(found: Domains) -> Table:
@@ -214,7 +220,7 @@ def _domains(found: Domains) -> Table:
         rows.append([group.name, f"{group.samples:,}", f"{group.selected:,}",
                      f"{group.weight:.3f}", *_with_interval(group.worth),
                      *_with_interval(group.best), " · ".join(group.typical)])
-    rows.sort(key=lambda row: row[0])
+    rows.sort(key=lambda row: _place(row[0]))
     return make_table(["domain or cluster", "samples", "selected", "weight", "worth", "interval",
                        "of its best", "interval", "typical samples"], rows, left=(0, 8))
 

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_direct.errors import UserError
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
-from megatron_direct.selection.halves import num_sources
+from megatron_direct.selection.halves import divide
 from megatron_direct.selection.how_many import (
     Gain,
     Values,
@@ -43,8 +43,8 @@ class HowMany:
     fitted and averaged over tokens; gains are of the value of what the annealing sees
     (how_many.py), both of the num_select samples of greatest worth: which the objective selects is
     another question. repeats_between, repeats_within: reliability of half of the evidence;
-    valid_sources: of the validation set that its halves are divided by, 0 where they are runs of
-    consecutive samples."""
+    halves: what halves of the validation set are, in words; none where an older version wrote it.
+    """
 
     annealing_tokens: int
     pool_tokens: int
@@ -57,7 +57,7 @@ class HowMany:
     over_random: Gain
     repeats_between: float
     repeats_within: float
-    valid_sources: int = 0
+    halves: str = ""
 
     @property
     def is_whole_pool(self) -> bool:
@@ -67,9 +67,10 @@ class HowMany:
         lines = [
             f"how many: {self.num_harmful} of {self.num_candidates} samples have a worth below 0; "
             f"a token of the pool is worth {self.worth_of_pool:.4f} on average, and the annealing "
-            f"sees {self.annealing_tokens / self.pool_tokens:.2f} times the pool's tokens",
-            f"  scores from one half of the validation set are judged by the other: "
-            f"{self._halves}"]
+            f"sees {self.annealing_tokens / self.pool_tokens:.2f} times the pool's tokens"]
+        if self.halves:
+            lines.append("  scores from one half of the validation set are judged by the other: "
+                         f"{self.halves}")
         if self.is_whole_pool:
             return "\n".join([
                 *lines, "  nothing to gain: no smaller selection is clearly worth more than the "
@@ -80,13 +81,6 @@ class HowMany:
             f"{self.worth_of_selection:.4f}; with repetition and variety counted, predicted gain "
             f"over the whole pool {_in_words(self.over_pool)}, over as many samples at random "
             f"{_in_words(self.over_random)} (99.9 % intervals)"])
-
-
-    @property
-    def _halves(self) -> str:
-        if self.valid_sources:
-            return f"{self.valid_sources} sources, each in one of them"
-        return "runs of consecutive documents, whose sources are not known"
 
 
 def _in_words(gain: Gain) -> str:
@@ -176,4 +170,4 @@ def select_auto(config: SelectionConfig, evidence: Evidence, worth: Worth, seed:
         worth_of_selection=float(found.worth[best]), over_pool=values.over_pool(best),
         over_random=values.over_random(best), repeats_between=settled.chosen_by.reliability.between,
         repeats_within=settled.chosen_by.reliability.within,
-        valid_sources=num_sources(evidence))
+        halves=str(divide(evidence)))

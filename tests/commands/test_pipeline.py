@@ -404,6 +404,16 @@ def test_more_samples_than_the_pool_has_are_refused(folder):
              folder, _select_with, Layout(dp=2), "new", {"num_select": 151}, world_size=2)
 
 
+def test_sources_of_another_validation_set_are_refused_before_any_gradient(folder):
+    sources = folder / "valid.sources.npy"
+    np.save(sources, np.arange(3))
+    try:
+        _refused("has the sources of 3 documents, and .*valid has", folder, _select_with,
+                 Layout(dp=2), "new", {}, world_size=2)
+    finally:
+        sources.unlink()
+
+
 def test_a_validation_set_too_small_for_auto_is_refused_before_any_gradient(folder):
     _refused("7 samples are too few for that, it takes 8", folder, _select_with, Layout(), "new",
              {"num_select": "auto", "num_valid_samples": 7})

@@ -77,3 +77,15 @@ def test_a_materialized_dataset_has_the_sources_of_what_is_kept(tmp_path, prefix
     materialize(prefix, SampleMask(counts, indexed.dataset_digest(prefix)), str(tmp_path / "some"))
     np.testing.assert_array_equal(read_sources(str(tmp_path / "some"), 12),
                                   np.repeat(np.arange(12) // 2, counts))
+
+
+def test_nothing_is_materialized_beside_sources_of_other_documents(tmp_path, prefix):
+    np.save(prefix + ".sources.npy", np.arange(11))
+    mask = SampleMask(np.ones(12), indexed.dataset_digest(prefix))
+    with pytest.raises(UserError, match="has the sources of 11 documents"):
+        materialize(prefix, mask, str(tmp_path / "some"))
+    assert not list(tmp_path.glob("some*"))
+    (tmp_path / "d.sources.npy").unlink()
+    np.save(tmp_path / "some.sources.npy", np.arange(3))  # left over
+    materialize(prefix, mask, str(tmp_path / "some"))
+    assert not (tmp_path / "some.sources.npy").exists()

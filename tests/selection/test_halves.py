@@ -10,7 +10,7 @@ from selection.test_worth import SIZE, M, N, made_up
 
 from megatron_direct.selection.auto import select_auto, settle, worth_of
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.selection.halves import halves_of, num_sources, source_blocks
+from megatron_direct.selection.halves import divide, halves_of, source_blocks
 
 
 def test_blocks_are_runs_within_a_dataset_and_both_halves_have_each_dataset():
@@ -58,7 +58,7 @@ def test_a_source_is_in_one_block(scattered):
     assert blocks.max() % 2 == 1  # equally many blocks in either half
     first, second = _sizes(blocks).sum(1)
     assert abs(first - second) <= 2  # the largest first: the small ones even it out
-    assert num_sources(evidence) == len(np.unique(evidence.valid_sources))
+    assert divide(evidence).num_sources == len(np.unique(evidence.valid_sources))
     one, other = halves_of(evidence, seed=3)
     assert not set(evidence.valid_sources[one.valid]) & set(evidence.valid_sources[other.valid])
 
@@ -85,16 +85,24 @@ def test_samples_of_no_known_source_count_as_of_one_with_those_around_them():
     changes = np.flatnonzero(np.diff(blocks[64:])) + 1
     assert set(changes % 4) == {0}  # sixteen runs of four
     np.testing.assert_allclose(_sizes(blocks, datasets), [[32, 32]] * 2, atol=6)
-    assert num_sources(evidence) == 6
+    assert str(divide(evidence)) == ("6 sources, each in one of them, and runs of consecutive "
+                                     "documents whose sources are not known")
 
 
-@pytest.mark.parametrize("sources", [np.zeros(M, int), np.arange(M) % 3])
-def test_too_few_sources_are_as_if_they_were_not_known(sources):
-    """Two in each half it takes, for a scatter."""
-    evidence = _of_sources(sources)
-    np.testing.assert_array_equal(source_blocks(evidence), source_blocks(made_up(0)[0]))
-    assert num_sources(evidence) == 0
-    assert "whose sources are not known" in str(_how_many(evidence))
+@pytest.mark.parametrize("sizes", [[M], [64, 64], [32] * 4, [100, 14, 14], [65, *[9] * 7],
+                                   [70, *[2] * 29]])
+def test_few_or_unequal_sources_are_as_if_they_were_not_known(sizes):
+    """Four blocks in either half it takes, or no interval says anything; a source that is half of
+    all would be alone."""
+    found = divide(_of_sources(np.repeat(np.arange(len(sizes)), sizes)))
+    assert not found.is_by_source
+    np.testing.assert_array_equal(found.blocks, source_blocks(made_up(0)[0]))
+    assert str(found).endswith(f"its {len(sizes)} sources are too few, or too unequal, to divide")
+
+
+def test_eight_equal_sources_are_enough():
+    found = divide(_of_sources(np.repeat(np.arange(8), 16)))
+    assert found.is_by_source and sorted(set(found.blocks)) == list(range(8))
 
 
 def _how_many(evidence):

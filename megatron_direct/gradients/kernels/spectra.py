@@ -50,7 +50,8 @@ class BySpectra(Kernel):
             return
         assert not isinstance(piece, Entries), "refused by takes()"
         num_tokens, num_samples = piece.output_grads.shape[:2]
-        at_once = min(num_tokens, parts_of(spectra, 2 * num_samples * self._size))  # both factors
+        # Of both factors; at least one, for a piece of no tokens.
+        at_once = max(1, min(num_tokens, parts_of(spectra, 2 * num_samples * self._size)))
         factors = spectra.real.new_empty(2, at_once, num_samples, self._size)
         for token in range(0, num_tokens, at_once):
             part = piece.part(slice(token, token + at_once))
