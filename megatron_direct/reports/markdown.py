@@ -194,10 +194,14 @@ def _ceiling(summary: ComparisonSummary) -> str:
     sentence = (f"{code(CEILING)}, the best mixture of clusters that a search found for the "
                 f"validation set, in {_name(summary)}: "
                 f"{wording.with_numbers(wording.loss(ceiling.mean_loss), found)}")
-    if found.verdict != BETTER or found.mean is None or default.difference.mean is None:
+    has_too_few_seeds = found.interval is None
+    if found.mean is None or found.mean >= 0 or default.difference.mean is None or not (
+            has_too_few_seeds or found.verdict == BETTER):
         return f"{sentence}: nothing to gain was found."
-    return (f"{sentence}; {code(default.name)} has "
-            f"{wording.percent(default.difference.mean / found.mean)} of its gain.")
+    share = default.difference.mean / found.mean
+    return (f"{sentence}; {code(default.name)} has {wording.percent(share)} of its gain"
+            f"{', by too few seeds for an interval' if has_too_few_seeds else ''}"
+            f"{', so which clusters is not all there is to gain' if share > 1 else ''}.")
 
 
 def _defaults(summaries: Sequence[ComparisonSummary]) -> list[str]:

@@ -106,7 +106,8 @@ def _backward_broken(graph, inputs):
 @pytest.mark.parametrize(("layout", "backend"), [
     (Layout(), _backward_broken), (Layout(tp=2), _broken),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        (Layout(), _broken), (Layout(tp=2), _backward_broken)))], ids=str)
+        (Layout(), _broken), (Layout(tp=2), _backward_broken)))],
+    ids=lambda value: getattr(value, "__name__", str(value)))
 def test_what_cannot_be_compiled_runs_as_it_is_and_one_rank_says_so(layout, backend):
     ranks = on_layout(layout, _losses, MODELS["llama-tied"], backend)
     for plain, compiled, _ in ranks:

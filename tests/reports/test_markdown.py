@@ -232,4 +232,16 @@ def test_the_ceiling_is_the_last_line_and_what_share_of_it_the_default_has(tmp_p
     assert len(tables) == 3
     for table in tables:
         assert table.splitlines()[-1].startswith("| `ceiling`")
-    assert re.search(r"`descent` has (4[89]|5[012]) % of its gain", _prose(text))
+    assert re.search(r"`descent` has (4[89]|5[012]) % of its gain\.", _prose(text))
+
+
+@pytest.mark.parametrize(("effect", "words"), [
+    (0.8, r"`descent` has \d\d % of its gain, by too few seeds for an interval\."),
+    (0.3, r"`descent` has 1\d\d % of its gain, by too few seeds for an interval, so which clusters "
+          r"is not all there is to gain\."),
+    (-0.2, "nothing to gain was found"),
+])
+def test_a_ceiling_of_one_seed_says_so(tmp_path, effect, words):
+    run = write_run(tmp_path / "run", {**ARMS, "ceiling": (effect, 0.01, 5.0)}, default="descent",
+                    name="one", missing=[("ceiling", seed) for seed in (2, 3, 4, 5)])
+    assert re.search(words, _prose(results([summarise(run)])))
