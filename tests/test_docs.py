@@ -45,8 +45,9 @@ FOREIGN_FLAGS = {
     "--account", "--container-image", "--flags", "--ntasks", "--partition",
     "--array", "--build-arg", "--dependency", "--gpus-per-node", "--ipc", "--nodes",
     "--ntasks-per-node", "--parsable", "--signal", "--ulimit",
-    # Scripts in benchmarks/.
-    "--device", "--megatron-path", "--results",
+    # Scripts in benchmarks/ and tools/.
+    "--device", "--folder", "--megatron-path", "--results",
+    "--output-dir", "--packages",
 }
 FOREIGN_PATHS = {"tools/preprocess_data.py", "tests/unit_tests/data"}  # Megatron-LM's
 OUR_FOLDERS = ("megatron_direct", "benchmarks", "docs", "launch", "tests", "tools")
