@@ -8,13 +8,12 @@ writes it with ``--group-key``; for a dataset made elsewhere ``numpy.save`` does
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from megatron_direct.errors import UserError
-from megatron_direct.runtime import files
+from megatron_direct.runtime import arrays, files
 
 SUFFIX = ".sources.npy"
 UNKNOWN = -1
@@ -40,11 +39,8 @@ def read_sources(prefix: str, num_documents: int) -> np.ndarray | None:
     if not path.is_file():
         return None
     remedy = f"Write it again, or delete it: without {path} sources are not known."
-    try:
-        numbers = np.load(path)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as a NumPy array ({error}). {remedy}") from error
-    if not isinstance(numbers, np.ndarray) or numbers.dtype.kind not in "iu" or numbers.ndim != 1:
+    numbers = arrays.read_npy(path, f"It cannot be read as a NumPy array. {remedy}")
+    if numbers.dtype.kind not in "iu" or numbers.ndim != 1:
         raise UserError(f"{path} is not a vector of integers. {remedy}")
     if len(numbers) != num_documents:
         raise UserError(f"{path} has the sources of {len(numbers)} documents, and {prefix} has "

@@ -49,6 +49,10 @@ def divide(evidence: Evidence) -> Division:
     source stand next to each other if they were written so. The halves then share what sources are
     cut by the runs' ends, and those that stand in several places.
     """
+    return evidence.once(("division",), lambda: _divide(evidence))
+
+
+def _divide(evidence: Evidence) -> Division:
     runs, known = _runs(evidence.datasets_of_valid), evidence.valid_sources
     if known is None:
         return Division(runs, 0, False, True)

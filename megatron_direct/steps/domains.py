@@ -156,12 +156,16 @@ def write_blend(folder: Path, chosen: Chosen, found: FoundGroups) -> Domains:
     return made
 
 
+def cluster_name(pool: str, number: int) -> str:
+    return f"{pool}-c{number}"
+
+
 def _cluster(number: int, names: list[str], chosen: Chosen, found: FoundGroups, lengths: np.ndarray,
              blend: Path) -> Group:
     assert found.of_cluster is not None
     members = found.of_cluster == number
     domain = int(found.of_domain[members.argmax()])
-    name = f"{names[domain]}-c{number}"
+    name = cluster_name(names[domain], number)
     group = _group(name, "", members, chosen, lengths, found.worth_of_clusters[number])
     # A link to files in an object store is none; a mask without a prefix in the blend is an error.
     has_view = group.weight > 0 and not is_stored(chosen.samples.prefixes[domain])

@@ -14,6 +14,7 @@ import numpy as np
 from megatron_direct.data import indexed
 from megatron_direct.data.samples import Samples
 from megatron_direct.selection.stability import Repeating
+from megatron_direct.steps.domains import cluster_name
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def find_draw(samples: Samples, candidates: np.ndarray, selected: np.ndarray, fo
     for number in np.unique(found.clusters):
         here = found.clusters == number
         pool = names[samples.prefixes[int(pool_of[here.argmax()])]]
-        clusters[f"{pool}-c{number}"] = of(here)
+        clusters[cluster_name(pool, number)] = of(here)
     pools = {names[prefix]: of(pool_of == i) for i, prefix in enumerate(samples.prefixes)}
     return FoundDraw(Draw(of(np.ones_like(selected)), share(found.again), share(drawn), pools,
                           clusters), candidates[drawn])
