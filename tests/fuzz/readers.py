@@ -22,6 +22,7 @@ from megatron_direct.data import blend_files, indexed
 from megatron_direct.data.cards import Card, corrupted_documents, read_card
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
+from megatron_direct.data.sources import read_sources
 from megatron_direct.evaluation import questions
 from megatron_direct.gradients.store import SketchStore
 from megatron_direct.mcore import checkpoint
@@ -71,6 +72,8 @@ def all_readers() -> list[Reader]:
                                corrupted_documents(str(folder / "a"), 3))),
         Reader("mask", "a.mask.npz", tuple(_masks()),
                lambda folder: SampleMask.load(folder / "a.mask.npz").keep, unpacks=True),
+        Reader("sources of documents", "a.sources.npy", (_npy([3, 3, 5]), _npy([12, 0, 7])),
+               lambda folder: read_sources(str(folder / "a"), 3)),
         Reader("lengths of documents", "a.documents.npy", (_npy([3, 4, 5]), _npy([12])),
                lambda folder: windows.read_lengths(str(folder / "a"), {"tokens": 12})),
         Reader("arrays of a run", "a.npz", (_npz(), _npz(9)), lambda folder: arrays.read_named(
