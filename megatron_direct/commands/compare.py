@@ -51,7 +51,7 @@ from megatron_direct.runtime import files, parallel
 from megatron_direct.runtime.manifest import Artefact, State
 from megatron_direct.runtime.run_directory import RunDirectory, locked
 from megatron_direct.selection.auto import FEWEST_VALID
-from megatron_direct.steps import solve as solve_step
+from megatron_direct.steps import selection_request
 from megatron_direct.steps.extend import num_drawn_valid
 from megatron_direct.steps.onset import Onset, OnsetConfig, dataset_digests
 from megatron_direct.steps.pilot import states_to_merge
@@ -139,7 +139,8 @@ def _setting(request: CompareRequest) -> Setting:
                         "flag out.")
     onset = request.open(request.onset, config.test_data_path, execution=request.execution)
     # Most arms select no sample twice.
-    solve_step.check_number(dataclasses.replace(selection, max_count=1), len(onset.pool.usable))
+    selection_request.check_number(dataclasses.replace(selection, max_count=1),
+                                   len(onset.pool.usable))
     if config.tokenizer_model:
         parallel.kept_on_rank_zero(
             lambda: tokenizer_of(config.tokenizer_model, onset.checkpoint, onset.job.model))

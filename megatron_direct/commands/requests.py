@@ -19,7 +19,7 @@ from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Key
 from megatron_direct.selection.auto import require_valid
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.steps import solve as solve_step
+from megatron_direct.steps import selection_request
 from megatron_direct.steps.curvature_config import CurvatureConfig
 from megatron_direct.steps.extend import num_drawn_valid, require_can_share
 from megatron_direct.steps.measure import MeasureSettings
@@ -59,8 +59,8 @@ class SelectionRequest:
             opened = dataclasses.replace(opened, job=dataclasses.replace(
                 opened.job, execution=execution))
         opened.job.require_runs_on(parallel.world_size(), trains=trains)
-        solve_step.check_number(self.selection, len(opened.pool.usable))
-        solve_step.require_quotas(self.selection, opened.pool)
+        selection_request.check_number(self.selection, len(opened.pool.usable))
+        selection_request.require_quotas(self.selection, opened.pool)
         parallel.on_rank_zero(lambda: opened.valid.sources)  # raises, if it does, before the work
         require_can_share(self.selection, self.sketch, opened)
         if self.selection.is_auto:

@@ -27,6 +27,7 @@ from megatron_direct.runtime import files, parallel
 from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.settings import Settings, flag
+from megatron_direct.steps import selection_request
 from megatron_direct.steps import solve as solve_step
 from megatron_direct.steps.annealed import is_random
 from megatron_direct.steps.measure import Measured, measure
@@ -86,7 +87,8 @@ def select(request: SelectRequest, annealing_iters: int | None = None) -> None:
 
 def _select(request: SelectRequest, onset: Onset, measured: Measured, run_path: Path,
             decode: Callable[[np.ndarray], str] | None) -> None:
-    key = solve_step.selection_key(request.selection, request.curvature, measured, request.sketch)
+    key = selection_request.selection_key(request.selection, request.curvature, measured,
+                                          request.sketch)
     folder = selection_folder(run_path, request.name.selection_name)
     if parallel.on_rank_zero(lambda: _is_there(folder, key)):
         parallel.say(f"{folder} already holds this selection.")
@@ -97,7 +99,7 @@ def _select(request: SelectRequest, onset: Onset, measured: Measured, run_path: 
     parallel.on_rank_zero(lambda: artefact.finish(key, dataclasses.asdict(_origin(onset))))
 
 
-def _is_there(folder: Path, key: solve_step.SelectionKey) -> bool:
+def _is_there(folder: Path, key: selection_request.SelectionKey) -> bool:
     """Whether it is finished (rank 0). Another one of this name will give way, unless it was
     annealed."""
     artefact = Artefact(folder, "a selection")

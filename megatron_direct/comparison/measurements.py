@@ -31,7 +31,7 @@ from megatron_direct.runtime import arrays, files, parallel
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, stiff_costs
 from megatron_direct.settings import Settings, flag
-from megatron_direct.steps import solve as solve_step
+from megatron_direct.steps import selection_request
 from megatron_direct.steps.curvature_config import SKETCHED_FISHER
 from megatron_direct.steps.measure import Measured, MeasureSettings, measure
 from megatron_direct.steps.onset import Onset
@@ -205,7 +205,7 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
     config = setting.selection.for_annealing(setting.num_tokens)
     here, samples, valid_samples = pool.samples[chosen], setting.onset.pool, setting.onset.valid
     # Most arms select no sample twice.
-    solve_step.check_finite(dataclasses.replace(config, max_count=1), len(here))
+    selection_request.check_finite(dataclasses.replace(config, max_count=1), len(here))
     sources = TokenSource(samples, here), TokenSource(valid_samples, valid.samples)
     texts = Texts.read_from(*sources)
     evidence = {name: Evidence(rows.rows[chosen], samples.num_labels[here],
@@ -217,10 +217,10 @@ def _case(setting: Setting, seed: int, measured: Mapping[str, Measured]) -> Case
                 for name, (rows, of_valid) in stored.items()}
     case = Case(evidence, pool.losses[chosen], _domains(samples, here), samples.corrupted[here],
                 _domains(valid_samples, valid.samples), valid_samples.num_labels[valid.samples],
-                0, seed, config, solve_step.limits(config, samples, here), here,
+                0, seed, config, selection_request.limits(config, samples, here), here,
                 functools.partial(token_features, *sources, seed),
                 uncut_labels=uncut_labels(samples)[here])
-    with solve_step.in_terms_of_flags():
+    with selection_request.in_terms_of_flags():
         case = dataclasses.replace(case, num_select=_num_select(case))
     with files.written_whole(setting.seed_folder(seed) / "samples.npz") as file:
         np.savez(file, candidates=here, num_select=case.num_select, loss=case.losses,

@@ -28,7 +28,7 @@ from megatron_direct.mcore.checkpoint_formats import iteration_folder, iteration
 from megatron_direct.runtime import files, parallel, typed_json
 from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.steps import selected
+from megatron_direct.steps import selected, selection_request
 from megatron_direct.steps import solve as solve_step
 from megatron_direct.steps.annealed import Losses
 from megatron_direct.steps.decay import Decay, Segment, decay, set_losses
@@ -147,7 +147,7 @@ class Rounds:
         elif self.measured_in is not None:
             measured_in = self.measured_in
         measured = measure(settings, onset, measured_in)
-        key = solve_step.selection_key(self.selection, settings.curvature, measured,
+        key = selection_request.selection_key(self.selection, settings.curvature, measured,
                                        settings.sketch)
         target = selected.selection_folder(folder, _NAME)
         artefact = Artefact(target, "a selection")

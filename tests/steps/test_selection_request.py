@@ -6,7 +6,7 @@ import pytest
 
 from megatron_direct.errors import UserError
 from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
-from megatron_direct.steps.solve import in_terms_of_flags, parse_quotas
+from megatron_direct.steps.selection_request import in_terms_of_flags, parse_quotas
 
 
 def test_a_second_quota_of_a_pool_is_refused():
