@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -36,11 +37,24 @@ def megatron_runtime():
         with _sums_in_one_order():
             yield
         return
+    _import_uncompiled()
     with contextlib.ExitStack() as stack:
         for owner, name, stand_in in _stand_ins():
             stack.enter_context(_replaced(owner, name, stand_in))
         stack.enter_context(_CudaMeansCpu())
         yield
+
+
+def _import_uncompiled() -> None:
+    """megatron-core, whose small functions then run on the CPU as they are written.
+
+    It has torch compile them (its ``jit_fuser``; its ``disable_jit_fuser`` comes too late, when
+    they have been imported). That takes a C++ compiler, and a third of the time in which a process
+    starts. Where megatron-core has been imported already, it stays as it is.
+    """
+    if "megatron.core" not in sys.modules:
+        with _replaced(torch, "compile", lambda function: function):
+            import megatron.core  # noqa: F401  (jit_fuser is what torch.compile is now)
 
 
 @contextlib.contextmanager

@@ -187,9 +187,9 @@ def test_the_learning_rate_decays_to_its_minimum_and_the_loss_falls(annealed):
 
 
 @pytest.mark.parametrize(("layout", "distributed"), [
-    (Layout(), False), (Layout(tp=2), True),
-    pytest.param(Layout(dp=2), True, marks=pytest.mark.slow),
-    pytest.param(Layout(tp=2, pp=2), True, marks=pytest.mark.slow)], ids=str)
+    (Layout(), False),
+    *(pytest.param(layout, True, marks=pytest.mark.slow)
+      for layout in (Layout(tp=2), Layout(dp=2), Layout(tp=2, pp=2)))], ids=str)
 def test_a_resumed_annealing_prints_the_losses_of_an_unbroken_one(folder, layout, distributed):
     """Killed after the checkpoint of iteration 6: what was printed since is printed again.
 
@@ -287,10 +287,11 @@ def _select_without_a_model(folder, layout, name, settings):
 
 
 @pytest.mark.parametrize("settings", [
-    {"num_select": 30}, {"num_select": "auto", "anneal_tokens": 900},
-    {"objective": "flat-energy"}, {"quotas": ("a:20:20",)},
-    {"objective": "flat-energy", "stiff_budget_fraction": 0.5}, {"energy_share": 0.5},
-    {"num_eigenpairs": 3}, {"micro_batch_size": 3, "sketch_rows": "gathered"}], ids=str)
+    {"num_select": "auto", "anneal_tokens": 900}, {"quotas": ("a:20:20",)},
+    {"objective": "flat-energy", "stiff_budget_fraction": 0.5},
+    {"num_eigenpairs": 3}, {"micro_batch_size": 3, "sketch_rows": "gathered"},
+    *(pytest.param(settings, marks=pytest.mark.slow) for settings in (
+        {"num_select": 30}, {"objective": "flat-energy"}, {"energy_share": 0.5}))], ids=str)
 def test_another_problem_in_the_same_run_only_solves(folder, run, settings):
     """And gives what a run of its own would have given."""
     name, alone = "again-" + str(settings), "alone-" + str(settings)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+import launching
 import pytest
 import torch
 
@@ -28,3 +31,29 @@ def test_operations_of_torch_are_left_alone_where_asked():
         with without_gpu.operations_of_torch():
             assert torch.zeros(2).type() == "torch.FloatTensor"
         assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+
+
+_STARTS = """
+import sys
+from megatron_direct.cli.registry import COMMANDS
+from megatron_direct.mcore.without_gpu import megatron_runtime
+
+for command in COMMANDS.values():
+    command.load()
+with megatron_runtime():
+    import torch
+    from megatron.core.activations import squared_relu
+    from megatron.core.fusions import fused_bias_swiglu
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    assert squared_relu(torch.tensor([-1.0, 3.0])).tolist() == [0.0, 9.0]
+print(*sorted({"torch._dynamo", "torch._inductor.lowering"} & set(sys.modules)))
+assert torch.compile is not None and torch.compile(abs, backend="eager")(torch.tensor(-1.0)) == 1
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where there is a GPU")
+def test_commands_start_without_torchs_compiler():
+    started = launching.run([sys.executable, "-W", "ignore", "-c", _STARTS])
+    assert started.returncode == 0, started.stderr
+    assert started.stdout.split() == []

@@ -223,7 +223,8 @@ def _heard_select(folder, layout, name, reported_bytes):
     return [line for line in said if "lanczos" in line]
 
 
-@pytest.mark.parametrize(("layout", "model_ranks"), [(Layout(dp=2), 1), (Layout(tp=2), 2)], ids=str)
+@pytest.mark.parametrize(("layout", "model_ranks"), [
+    pytest.param(Layout(dp=2), 1, marks=pytest.mark.slow), (Layout(tp=2), 2)], ids=str)
 def test_a_log_holds_one_basis_and_a_large_one_is_reported(folder, layout, model_ranks):
     name = f"log-{layout}"
     assert run_on_ranks(2, _heard_select, folder, layout, name, 1 << 30)[0] == []
