@@ -53,7 +53,11 @@ def _estimate(request: Any, placed: Placement) -> list[str]:
         machine=HERE, object_storage_cache_path=onset.object_storage_cache_path,
         lr_wsd_decay_iters=0 if annealing is None else annealing.lr_wsd_decay_iters)
     asked = {f.name: getattr(request, f.name) for f in dataclasses.fields(SelectionRequest)}
-    return [in_words(*estimated(PlanRequest(plan, **asked)))]
+    lines = [in_words(*estimated(PlanRequest(plan, **asked)))]
+    if request.proxy.proxy_load:
+        lines.append("the smaller model's forward pass over the pools (--proxy-load) comes on top: "
+                     "it is not estimated")
+    return lines
 
 
 def with_anneal_tokens(request: SelectRequest, iterations: int) -> SelectRequest:

@@ -230,7 +230,7 @@ class Samples(SampleSource):
         """[n] the number of the source of each, as :attr:`sources`."""
         return None if self.sources is None else self.sources[samples]
 
-    @property
+    @functools.cached_property
     def sources_digest(self) -> str | None:
         return None if self.sources is None else digests.digest(self.sources.tobytes())
 

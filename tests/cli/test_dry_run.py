@@ -164,11 +164,14 @@ def test_scripts_are_valid_bash(script):
 
 
 def test_a_selection_is_estimated_on_the_ranks_that_it_will_have(small_folder, tmp_path):
-    words = launching.select_flags(small_folder, tmp_path / "run")
+    words = launching.select_flags(small_folder, tmp_path / "run", "--sketch-share", "0.5",
+                                   "--proxy-load", str(small_folder / "theta"))
     done = launching.run([*launching.torchrun(1), "-m", "megatron_direct", *words, "--dry-run"],
                          launching.environment(HOME=str(tmp_path), GPUS_PER_NODE="1"))
     assert done.returncode == 0, done.stderr
     assert "1 rank on 1 node" in done.stdout
     for stage in ("sketch", "curvature", "solve", "in all"):
         assert f"\n{stage}" in done.stdout
+    assert "the smaller model's forward pass over the pools (--proxy-load) comes on top" \
+        in done.stdout
     assert not (tmp_path / "run").exists()
