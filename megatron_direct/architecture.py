@@ -34,6 +34,9 @@ class ModelConfig(Settings):
     norm_epsilon: float = flag(1e-5, "added to the mean square in norms", above=0, at_most=1e6)
     swiglu: bool = flag(True, "gated SiLU in the MLP; --no-swiglu: GELU")
     add_bias_linear: bool = flag(False, "biases in linear layers")
+    bias_gelu_fusion: bool = flag(
+        False, "GELU's tanh form, which Megatron-LM's fused kernel computes; with --no-swiglu "
+        "--add-bias-linear")
     add_qkv_bias: bool = flag(False, "biases of queries, keys and values only")
     position_embedding_type: str = flag(
         "rope", "position embedding", choices=("rope", "learned_absolute", "none"))
@@ -118,6 +121,9 @@ class ModelConfig(Settings):
             require_divides(self, "num_attention_heads", "hidden_size")
         if self.num_query_groups is not None:
             require_divides(self, "num_query_groups", "num_attention_heads")
+        if self.bias_gelu_fusion and (self.swiglu or not self.add_bias_linear):
+            raise UserError("--bias-gelu-fusion is for a GELU of linear layers with biases. Add "
+                            "--no-swiglu --add-bias-linear, or leave it out.")
         self._check_latent_attention()
         self._check_experts()
         hybrid_pattern.check(self)

@@ -111,11 +111,16 @@ class PlainGPT:
         return self.mlp(weights, prefix,
                         self.norm(weights, prefix + "linear_fc1.layer_norm_", x))
 
+    def _rise(self, x):
+        if self.model.bias_gelu_fusion:
+            return torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))
+        return torch.erf(x / math.sqrt(2))
+
     def mlp(self, weights, prefix, x):
         x = self.linear(weights, prefix + "linear_fc1.", x)
         if self.model.swiglu:
             gate, up = x.chunk(2, -1)
             x = gate / (1 + torch.exp(-gate)) * up
         else:
-            x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+            x = x * 0.5 * (1 + self._rise(x))
         return self.linear(weights, prefix + "linear_fc2.", x)

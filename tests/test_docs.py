@@ -29,7 +29,7 @@ FOREIGN_FLAGS = {
     # Megatron-LM: how its checkpoints, blends and schedule go together with masks.
     "--data-cache-path", "--dist-ckpt-optim-fully-reshardable", "--eval-iters", "--finetune",
     "--lr-decay-samples", "--lr-decay-style", "--override-opt-param-scheduler",
-    "--lr-wsd-decay-samples", "--no-bias-gelu-fusion",
+    "--lr-wsd-decay-samples", "--fp16", "--fp8-format",
     "--dataloader-defer-npy-index-mmap", "--dataloader-fast-cache-load",
     "--dataloader-inter-document-masking", "--hybrid-override-pattern",
     "--per-dataset-sequences-path", "--phase-transition-iterations", "--train-data-path",

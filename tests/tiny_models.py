@@ -27,7 +27,7 @@ MODELS = {
     "gpt2-tied": ModelConfig(**_gpt2),
     "gpt2-untied": ModelConfig(**_gpt2 | _untied),
     "neox": ModelConfig(**_gpt2 | _untied | {"position_embedding_type": "rope",
-                                             "rotary_percent": 0.5}),
+                                             "rotary_percent": 0.5, "bias_gelu_fusion": True}),
     "llama-tied": ModelConfig(**_llama),
     "llama-untied": ModelConfig(**_llama | _untied | {"rotary_base": 500000,
                                                       "use_rope_scaling": True}),

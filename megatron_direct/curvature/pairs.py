@@ -90,6 +90,17 @@ def gelu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x * distribution, torch.addcmul(distribution, x, density), density.mul_(2 - x * x)
 
 
+def tanh_gelu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), and two derivatives."""
+    scale, square = (2 / torch.pi) ** 0.5, x * x
+    t = torch.tanh(scale * x * (1 + 0.044715 * square))
+    du = scale * (1 + 3 * 0.044715 * square)
+    rise = 0.5 * (1 + t)
+    slope = (1 - t * t).mul_(du)  # of t
+    bend = slope * (1 - x * t * du) + 3 * 0.044715 * scale * square * (1 - t * t)
+    return x * rise, rise + 0.5 * x * slope, bend
+
+
 class AttentionPair(Function):
     """o = P v with P = softmax(q k^T) over each position and those before it.
 

@@ -38,8 +38,10 @@ from megatron_direct.curvature.pairs import (
     NormPair,
 )
 from megatron_direct.mcore import dual_functions
+from megatron_direct.mcore.model import fused_gelu
 
-_ACTIVATIONS = {torch.nn.functional.silu: pairs.silu, torch.nn.functional.gelu: pairs.gelu}
+_ACTIVATIONS = {torch.nn.functional.silu: pairs.silu, torch.nn.functional.gelu: pairs.gelu,
+                fused_gelu: pairs.tanh_gelu}
 
 
 def tangent_rules(chunks: Sequence[torch.nn.Module], kept: KeptProducts, *, with_tangents: bool,

@@ -78,6 +78,9 @@ def _of_megatron_lm(args: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]
         "vocab_size": args["padded_vocab_size"],
         "make_vocab_size_divisible_by": args["padded_vocab_size"],
         "moe_layer_freq": str(frequency).replace(" ", ""),
+        # It has no effect elsewhere. In the kernel GELU has its tanh form.
+        "bias_gelu_fusion": bool(args.get("bias_gelu_fusion") and args.get("add_bias_linear")
+                                 and not args.get("swiglu")),
         "norm_epsilon": args.get("norm_epsilon", args.get("layernorm_epsilon", 1e-5)),
     }
     of_model.update(_of_hybrid(args, checkpoint))

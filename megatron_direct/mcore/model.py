@@ -6,6 +6,8 @@ some of the layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from megatron_direct import architecture, hybrid_pattern
@@ -86,6 +88,17 @@ def _of_every_model(model: ModelConfig, transformer_config, vp_stage: int | None
     }
 
 
+def _activation(model: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    if model.swiglu:
+        return torch.nn.functional.silu
+    return fused_gelu if model.bias_gelu_fusion else torch.nn.functional.gelu
+
+
+def fused_gelu(x: torch.Tensor) -> torch.Tensor:
+    """What Megatron's fused kernel of bias and GELU computes."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
 def _transformer_config(job: Job, dtype: torch.dtype):
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.transformer_config import MLATransformerConfig
@@ -107,7 +120,7 @@ def _transformer_config(job: Job, dtype: torch.dtype):
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
-        activation_func=torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
+        activation_func=_activation(model),
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         init_method_std=model.init_method_std,

@@ -277,6 +277,18 @@ def test_the_form_of_a_decay_is_carried_from_a_training_that_had_one(tmp_path):
         assert ("lr_wsd_decay_style" in found) == carried
 
 
+def test_gelu_has_the_form_that_it_was_trained_with(tmp_path):
+    from megatron_direct.mcore import arguments
+
+    for given, fused in (({"add_bias_linear": True}, True),
+                         ({"add_bias_linear": True, "swiglu": True}, False),
+                         ({"add_bias_linear": False}, False)):
+        for switch in (True, False):
+            found = arguments.translated(_arguments_of_megatron_lm(
+                bias_gelu_fusion=switch, **{"swiglu": False, **given}), tmp_path)
+            assert found["bias_gelu_fusion"] == (fused and switch)
+
+
 def test_an_argument_that_says_nothing_leaves_the_default(tmp_path):
     found = checkpoint.Checkpoint(tmp_path, 1, {"lr": None, "clip_grad": 0.5}, False, "")
     assert found.settings(OptimizerConfig, {}) == OptimizerConfig(clip_grad=0.5)
