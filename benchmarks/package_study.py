@@ -1,7 +1,7 @@
 """The comparison on text out of Python packages (tools/pypi_text.py).
 
     make study-packages          (2.6 M parameters; hours on two cores; carried on if killed)
-    make study-gpu               (46 M parameters in bfloat16, on one GPU)
+    make study-gpu               (47 M parameters in bfloat16, on one GPU)
     python benchmarks/package_study.py --scale tiny --settings clean     (minutes: does it run?)
 
 No package is in two of pretrain, pool, valid and test. The stable phase sees all domains of the

@@ -107,7 +107,8 @@ def what_is_missed(part: BlendPart, share: float) -> str:
     return (f"{part.prefix}: the index is of the whole run, {epochs:.1f} epochs shuffled together, "
             f"of which the last {share:.0%} are read: about {unseen:.0%} of the selected documents "
             "will not be seen, and others more than once. Give --phase-transition-iterations with "
-            "the iteration at which the blend changes, to this run and to the one before it.")
+            "the iteration at which the blend changes, and the schedule in samples "
+            "(--train-samples), as docs/blends.md says.")
 
 
 def _load_masks(args, config) -> dict[str, SampleMask]:

@@ -98,6 +98,18 @@ def test_it_goes_on_from_an_older_iteration(folder):
 
 
 @needs_checkout
+def test_a_decay_that_stopped_goes_on_from_its_own_folder(folder, decay):
+    """With the flags of before, but for the folder that is loaded."""
+    flags = ["--save", "annealed", "--save-interval", 2]
+    first, _ = _anneal(folder, *_goes_on(ONSET), *flags, "--exit-interval", ONSET + 2)
+    assert sorted(first) == [5, 6]
+    losses, _ = _anneal(folder, *_goes_on(ONSET), *flags, "--load", "annealed", record="resumed")
+    assert sorted(losses) == [7, 8]
+    np.testing.assert_array_equal(runs.batches(folder, "resumed")["tokens"],
+                                  runs.batches(folder, "newest")["tokens"][4:])
+
+
+@needs_checkout
 def test_the_blend_changes_once_more_in_the_decay(folder):
     """As after a second selection; each phase begins at its blend's first sequence."""
     phases = _goes_on(f"{ONSET},{ONSET + 2}")
