@@ -33,6 +33,7 @@ setup(
         "scipy",
         "matplotlib",
         "jinja2>=3.1",
+        "pyyaml",  # Megatron-Bridge writes the settings of a checkpoint in YAML
     ],
     extras_require={
         "data": DATA,  # parquet, .zst, Hugging Face tokenizers

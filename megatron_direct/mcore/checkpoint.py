@@ -2,7 +2,8 @@
 
 The folder is laid out as Megatron-LM's: ``iter_0000300/`` for each saved iteration, and
 ``latest_checkpointed_iteration.txt``, which is written last and names the newest whole one. Every
-checkpoint carries, under ``args``, the flags that it was made with.
+checkpoint carries, under ``args``, the flags that it was made with; one of Megatron-Bridge has a
+file for them.
 """
 
 from __future__ import annotations
@@ -23,8 +24,16 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_direct.architecture import ModelConfig
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import arguments, compat, integrity, main_parameters, torch_adam
+from megatron_direct.mcore import (
+    arguments,
+    bridge_arguments,
+    compat,
+    integrity,
+    main_parameters,
+    torch_adam,
+)
 from megatron_direct.mcore.checkpoint_formats import (
     FORMAT_FILE,
     PARTS_OF_MODELS,
@@ -129,7 +138,12 @@ class Checkpoint:
         return self.arguments.get("tokenizer_digest")
 
     def settings(self, kind: type[Group], given: Mapping[str, Any]) -> Group:
-        """As given, else as the checkpoint was trained, else the default."""
+        """As given, else as the checkpoint was trained, else the default.
+
+        Raises UserError for a model that nothing describes but the shapes of its tensors.
+        """
+        if kind is ModelConfig and not self.arguments:
+            arguments.require_given(given, self.path)
         carried = {f.name: self.arguments[f.name] for f in dataclasses.fields(kind)
                    if f.name in self.arguments
                    and (self.arguments[f.name] is not None or f.default is None)}
@@ -163,7 +177,8 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     args = common.get("args")
     return Checkpoint(
         path=found, iteration=int(common["iteration"]),
-        arguments={} if args is None else arguments.translated(vars(args), found),
+        arguments=(bridge_arguments.read(found) if args is None
+                   else arguments.translated(vars(args), found)),
         has_optimizer="opt_param_scheduler" in common, digest=_digest(found))
 
 
