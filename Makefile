@@ -164,7 +164,8 @@ test-megatron-bridge: $(BRIDGE_VENV)/.ready
 	$(BRIDGE_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps \
 		megatron-bridge==0.6.2
 	$(BRIDGE_VENV)/bin/pip install --quiet --disable-pip-version-check $(BRIDGE_IMPORTS)
-	OMP_NUM_THREADS=1 $(BRIDGE_VENV)/bin/python -m pytest tests/plugins/test_megatron_bridge.py
+	OMP_NUM_THREADS=1 $(BRIDGE_VENV)/bin/python -m pytest \
+		tests/plugins/test_megatron_bridge.py tests/plugins/test_megatron_bridge_checkpoints.py
 
 # Between all versions that test-megatron has installed: what one has saved, the others train on.
 test-checkpoints:
