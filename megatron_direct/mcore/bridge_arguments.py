@@ -77,6 +77,7 @@ def read(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     run = _load(path)
+    arguments.require_described(run, {"peft": (None,)}, checkpoint, str)  # adapters alone are saved
     model = _section(run, "model", path)
     missing = [f"model.{name}" for name in _NEEDED if model.get(name) is None]
     if missing:

@@ -171,6 +171,11 @@ def test_models_that_we_cannot_build_are_refused(tmp_path, name, value, match):
         _checkpoint(tmp_path, _changed(name, value))
 
 
+def test_a_checkpoint_of_adapters_is_refused(tmp_path):
+    with pytest.raises(UserError, match="was trained with peft .*dim.*: this is not supported"):
+        _checkpoint(tmp_path, LLAMA.replace("peft: null", "peft: {dim: 8}"))
+
+
 def test_another_yarn_than_ours_is_refused(tmp_path):
     text = LLAMA.replace("  multi_latent_attention: false\n", LATENTS + "  beta_fast: 16\n")
     with pytest.raises(UserError, match="model.beta_fast 16: this is not supported .only 32"):
