@@ -31,7 +31,7 @@ POSITIONS = torch.arange(LENGTH).expand(BATCH, LENGTH)
 # What no shape of a tensor shows is far from our defaults; at this base some of the waves are so
 # long that they are scaled.
 _EVERY = {
-    "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "seq_length": LENGTH,
+    "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": LENGTH,
     "ffn_hidden_size": 24, "vocab_size": ENTRIES, "make_vocab_size_divisible_by": 10,
     "should_pad_vocab": True, "normalization": "RMSNorm", "layernorm_epsilon": 0.03,
     "gated_linear_unit": True, "activation_func": torch.nn.functional.silu,
@@ -39,7 +39,7 @@ _EVERY = {
     "share_embeddings_and_output_weights": False, "init_method_std": 0.3, "hidden_dropout": 0.0,
     "attention_dropout": 0.0, "use_cpu_initialization": True, "masked_softmax_fusion": False,
     "gradient_accumulation_fusion": False, "cross_entropy_loss_fusion": False}
-_LLAMA = {"num_query_groups": 1, "rotary_percent": 0.5, "rope_scaling": True,
+_LLAMA = {"num_query_groups": 2, "rotary_percent": 0.5, "rope_scaling": True,
           "rope_scaling_factor": 3.0}
 _EXPERTS = {
     "num_moe_experts": 4, "moe_layer_freq": [0, 1], "moe_ffn_hidden_size": 12,
@@ -91,15 +91,18 @@ def _container(model, folder: Path, distributed_optimizer: bool):
 
 
 @contextlib.contextmanager
-def _megatron():
+def _megatron(tp: int):
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_direct.config import ParallelConfig
     from megatron_direct.mcore import grid
 
-    with grid.model_parallel(ParallelConfig()):
+    with grid.model_parallel(ParallelConfig(tp)):
         model_parallel_cuda_manual_seed(7)
         yield
+
+
+Losses = tuple[np.ndarray, np.ndarray]  # [b, s], as saved and one step later
 
 
 def _losses(model) -> np.ndarray:
@@ -107,7 +110,7 @@ def _losses(model) -> np.ndarray:
         return model(TOKENS[:, :-1], POSITIONS, None, labels=TOKENS[:, 1:]).numpy()
 
 
-def _write(folder: Path, name: str, distributed_optimizer: bool) -> tuple[np.ndarray, np.ndarray]:
+def _write(folder: Path, name: str, tp: int, distributed_optimizer: bool) -> Losses:
     """Losses of Bridge's model as it saves it, and after one more step."""
     bridge_on_cpu.import_bridge()
     from megatron.bridge.training.checkpointing import save_checkpoint
@@ -116,8 +119,9 @@ def _write(folder: Path, name: str, distributed_optimizer: bool) -> tuple[np.nda
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    with _megatron():
+    with _megatron(tp):
         provider = _provider(name)
+        provider.tensor_model_parallel_size = tp
         provider.finalize()
         provider._pg_collection = groups = ProcessGroupCollection.use_mpu_process_groups()
         config = _container(provider, folder, distributed_optimizer)
@@ -144,14 +148,14 @@ def _write(folder: Path, name: str, distributed_optimizer: bool) -> tuple[np.nda
         return saved, _losses(model)
 
 
-def _read(folder: Path, distributed_optimizer: bool) -> tuple[np.ndarray, np.ndarray]:
+def _read(folder: Path, padded_vocab_size: int, distributed_optimizer: bool) -> Losses:
     """Losses of our model of the checkpoint, and after one more step of our training."""
     from megatron_direct.config import Given, OptimizerConfig, ParallelConfig
     from megatron_direct.mcore import checkpoint, training
     from megatron_direct.mcore import model as models
     from megatron_direct.steps.onset import OnsetConfig, open_onset
 
-    with _megatron():
+    with _megatron(1):
         onset = open_onset(OnsetConfig(
             load=str(folder / "ckpt"), data_path=(str(folder / "pool"),),
             valid_data_path=(str(folder / "valid"),), run_dir=str(folder / "run")),
@@ -163,7 +167,8 @@ def _read(folder: Path, distributed_optimizer: bool) -> tuple[np.ndarray, np.nda
             use_distributed_optimizer=distributed_optimizer)
         assert (job.batch.global_batch_size, job.batch.micro_batch_size) == (BATCH, 2)
         assert not job.precision.bf16
-        assert (job.model.seq_length, job.model.padded_vocab_size) == (LENGTH, 50)
+        assert (job.model.seq_length, job.model.padded_vocab_size) == (
+            LENGTH, padded_vocab_size)
 
         chunks = models.build(job)
         checkpoint.load_model(found.path, chunks)
@@ -179,14 +184,15 @@ def _read(folder: Path, distributed_optimizer: bool) -> tuple[np.ndarray, np.nda
 
 
 @needs_bridge
-@pytest.mark.parametrize(("name", "distributed_optimizer"), [
-    ("llama", False), ("llama", True), ("experts", False)])
-def test_model_and_training_are_those_that_bridge_saved(tmp_path, name, distributed_optimizer):
-    expected, = run_on_ranks(1, _write, tmp_path / "ckpt", name, distributed_optimizer)
+@pytest.mark.parametrize(("name", "tp", "distributed_optimizer"), [
+    ("llama", 1, False), ("llama", 2, True), ("experts", 1, False)])
+def test_model_and_training_are_those_that_bridge_saved(tmp_path, name, tp, distributed_optimizer):
+    expected = run_on_ranks(tp, _write, tmp_path / "ckpt", name, tp, distributed_optimizer)[0]
     rng = np.random.default_rng(0)
     for prefix in ("pool", "valid"):
         write_dataset(tmp_path / prefix, [[rng.integers(0, ENTRIES, 30)] for _ in range(5)])
-    found, = run_on_ranks(1, _read, tmp_path, distributed_optimizer)
+    padded_vocab_size = {1: 50, 2: 60}[tp]  # 45, as the layout divides it
+    found, = run_on_ranks(1, _read, tmp_path, padded_vocab_size, distributed_optimizer)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5)  # sums in another order
     assert np.abs(expected[0] - expected[1]).max() > 0.01  # so that the test can fail
