@@ -24,15 +24,15 @@ RUN_CONFIG = "run_config.yaml"
 _MODELS = "megatron.bridge.models."
 _HYBRID_MODELS = (_MODELS + "hybrid.hybrid_provider.HybridModelProvider",
                   _MODELS + "mamba.mamba_provider.MambaModelProvider")
+# Classes whose fields say all of the model. Others build parts in their code, or, as GPTModelConfig
+# does, write their fields without the activation function.
+_CLASSES = (_MODELS + "gpt_provider.GPTModelProvider",
+            _MODELS + "mla_provider.MLAModelProvider",
+            _MODELS + "mistral.mistral_provider.MistralModelProvider", *_HYBRID_MODELS)
 _GELU = ("gelu", "torch.nn.functional.gelu", "torch._C._nn.gelu")
 _SILU = ("silu", "torch.nn.functional.silu")
 # As arguments.DESCRIBED, of what Bridge names otherwise than Megatron-LM or has beyond it.
 _DESCRIBED: dict[str, tuple] = {
-    # Classes whose fields say all of the model. Others build parts in their code, or, as
-    # GPTModelConfig does, write their fields without the activation function.
-    "_target_": (_MODELS + "gpt_provider.GPTModelProvider",
-                 _MODELS + "mla_provider.MLAModelProvider",
-                 _MODELS + "mistral.mistral_provider.MistralModelProvider", *_HYBRID_MODELS),
     "transformer_layer_spec": (
         _MODELS + "gpt_provider.default_layer_spec",
         _MODELS + "gpt_provider.transformer_engine_layer_spec",
@@ -79,7 +79,8 @@ def read(checkpoint: Path) -> dict[str, Any]:
     run = _load(path)
     arguments.require_described(run, {"peft": (None,)}, checkpoint, str)  # adapters alone are saved
     model = _section(run, "model", path)
-    missing = [f"model.{name}" for name in _NEEDED if model.get(name) is None]
+    arguments.require_described(model, {"_target_": _CLASSES}, checkpoint, _shown)
+    missing = [_shown(name) for name in _NEEDED if model.get(name) is None]
     if missing:
         raise UserError(f"{path} has no {', '.join(missing)}, which Megatron-Bridge writes for "
                         "every GPT or hybrid model. Copy the file again from where it was made.")
@@ -132,16 +133,18 @@ def _named(value: Any) -> Any:
     return value["_target_"] if is_function and not given and not value.get("_args_") else value
 
 
-def _of_model(model: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
-    def shown(name: str) -> str:
-        return f"model.{name}"
+def _shown(name: str) -> str:
+    """A setting of the model as users of Bridge know it."""
+    return f"model.{name}"
 
-    arguments.require_described(model, {**arguments.DESCRIBED, **_DESCRIBED}, checkpoint, shown)
+
+def _of_model(model: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
+    arguments.require_described(model, {**arguments.DESCRIBED, **_DESCRIBED}, checkpoint, _shown)
     has_latents = model.get("multi_latent_attention")
     has_experts = model.get("num_moe_experts") is not None
     is_hybrid = model["_target_"] in _HYBRID_MODELS
     if has_latents and model.get("rope_type") == "yarn":
-        arguments.require_described(model, _YARN, checkpoint, shown)
+        arguments.require_described(model, _YARN, checkpoint, _shown)
     is_silu = model["activation_func"] in _SILU
     if is_silu != model["gated_linear_unit"]:
         raise UserError(

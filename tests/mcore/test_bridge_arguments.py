@@ -152,7 +152,6 @@ def test_experts_latents_and_patterns(tmp_path):
      "only SiLU with a gate and GELU without one"),
     ("_target_", "megatron.bridge.models.gemma.gemma_provider.GemmaModelProvider",
      "model._target_ megatron.bridge.models.gemma"),
-    ("_target_", "megatron.training.models.gpt.GPTModelConfig", "model._target_ megatron.training"),
     ("transformer_layer_spec", "{_target_: mine.layers, _call_: false}",
      "model.transformer_layer_spec mine.layers"),
     ("transformer_layer_spec", "{_target_: megatron.core.models.gpt.gpt_layer_specs."
@@ -195,6 +194,11 @@ def test_nothing_in_the_file_is_run(tmp_path):
                    f"{{_target_: os.mkdir, _call_: true, _args_: [{created}]}}"):
         found = _checkpoint(tmp_path, LLAMA + f"extra: {attack}\n")
         assert found.arguments["num_layers"] == 2 and not created.exists()
+
+
+def test_another_class_is_refused_whatever_its_settings_are(tmp_path):
+    with pytest.raises(UserError, match="model._target_ megatron.training.models.gpt.GPTModelConf"):
+        _checkpoint(tmp_path, "model: {_target_: megatron.training.models.gpt.GPTModelConfig}")
 
 
 @pytest.mark.parametrize(("text", "match"), [
