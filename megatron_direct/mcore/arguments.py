@@ -72,15 +72,20 @@ def _of_megatron_lm(args: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]
         "vocab_size": args["padded_vocab_size"],
         "make_vocab_size_divisible_by": args["padded_vocab_size"],
         "moe_layer_freq": str(frequency).replace(" ", ""),
-        # It has no effect elsewhere. In the kernel GELU has its tanh form.
-        "bias_gelu_fusion": bool(args.get("bias_gelu_fusion") and args.get("add_bias_linear")
-                                 and not args.get("swiglu")),
+        "bias_gelu_fusion": computes_fused_gelu(
+            args.get("bias_gelu_fusion"), args.get("add_bias_linear"), args.get("swiglu")),
         "norm_epsilon": args.get("norm_epsilon", args.get("layernorm_epsilon", 1e-5)),
     }
     of_model.update(of_hybrid(args, checkpoint))
     if args.get("lr_decay_style") != "WSD":  # a default, which shaped nothing
         args = {name: value for name, value in args.items() if name != "lr_wsd_decay_style"}
     return {**args, **of_model, **of_tokenizer(args.get("tokenizer_model"))}
+
+
+def computes_fused_gelu(fusion: bool | None, bias: bool | None, gated: bool | None) -> bool:
+    """Whether the kernel computes GELU, in its tanh form: without biases, or for another function,
+    the switch says nothing."""
+    return bool(fusion and bias and not gated)
 
 
 def require_described(settings: Mapping[str, Any], described: Mapping[str, tuple], checkpoint: Path,
@@ -119,6 +124,8 @@ def _not_shown_by_tensors(given: Mapping[str, Any]) -> Iterator[str]:
     # padded as they are loaded.
     yield from ("num_attention_heads", "seq_length", "norm_epsilon", "position_embedding_type",
                 "make_vocab_size_divisible_by")
+    if given.get("add_bias_linear") and not given.get("swiglu", True):
+        yield "bias_gelu_fusion"
     if given.get("position_embedding_type", "rope") == "rope":
         yield from ("rotary_base", "rotary_percent", "use_rope_scaling")
     if given.get("use_rope_scaling"):

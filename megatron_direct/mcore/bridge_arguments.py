@@ -170,6 +170,8 @@ def _of_model(model: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
         "make_vocab_size_divisible_by": padded_vocab_size,
         "norm_epsilon": model["layernorm_epsilon"],
         "swiglu": is_silu,
+        "bias_gelu_fusion": arguments.computes_fused_gelu(
+            model.get("bias_activation_fusion"), model.get("add_bias_linear"), is_silu),
         "untie_embeddings_and_output_weights": not model["share_embeddings_and_output_weights"],
         # 500000.0 in the configurations of Hugging Face.
         "rotary_base": int(base) if isinstance(base, float) and base.is_integer() else base,

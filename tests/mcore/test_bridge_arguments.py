@@ -170,6 +170,16 @@ def test_models_that_we_cannot_build_are_refused(tmp_path, name, value, match):
         _checkpoint(tmp_path, _changed(name, value))
 
 
+def test_gelu_has_the_form_that_it_was_trained_with(tmp_path):
+    gelu = LLAMA.replace("torch.nn.functional.silu", "torch._C._nn.gelu").replace(
+        "gated_linear_unit: true", "gated_linear_unit: false").replace(
+        "add_bias_linear: false", "add_bias_linear: true")
+    for fusion in (True, False):
+        found = _checkpoint(tmp_path, gelu.replace(
+            "  bf16:", f"  bias_activation_fusion: {str(fusion).lower()}\n  bf16:"))
+        assert found.settings(ModelConfig, {}).bias_gelu_fusion == fusion
+
+
 def test_a_checkpoint_of_adapters_is_refused(tmp_path):
     with pytest.raises(UserError, match="was trained with peft .*dim.*: this is not supported"):
         _checkpoint(tmp_path, LLAMA.replace("peft: null", "peft: {dim: 8}"))
