@@ -159,18 +159,20 @@ def _adjacent(
     entering = entering[np.lexsort((entering, costs[entering]))]
     if feasible.quotas is not None:
         leaving, entering = _paired_by_group(feasible.quotas, leaving, entering)
-    start = float(costs[upper].sum())
-    path = start + np.cumsum(costs[entering] - costs[leaving])
-    for done in range(len(path)):
-        if path[done] > budget * (1 + ROUNDING):
-            continue
+    # Summed from the end that fits: from the other, what dear samples cost would leave rounding of
+    # their size in costs near the budget.
+    savings = costs[leaving] - costs[entering]
+    path = float(costs[lower].sum()) + np.append(np.cumsum(savings[:0:-1])[::-1], 0.0)
+    for done in np.flatnonzero(path <= budget * (1 + ROUNDING)).tolist():
         after = upper.copy()
         after[leaving[: done + 1]], after[entering[: done + 1]] = False, True
-        if feasible.fits(after, path[done]):
+        if feasible.cost(after) <= budget:
             break
+    else:
+        after, done = lower.copy(), len(path) - 1
     before = after.copy()
     before[leaving[done]], before[entering[done]] = True, False
-    over = path[done - 1] if done else start
+    over = path[done - 1] if done else path[0] + savings[0]
     theta = (budget - path[done]) / (over - path[done]) if over > path[done] else 0.0
     return after, before, min(1.0, max(0.0, theta))
 

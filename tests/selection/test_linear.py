@@ -61,3 +61,27 @@ def test_open_samples_are_settled_without_changing_the_optimum():
     dual = priced + vertex.price * feasible.budget
     assert scores @ vertex.weights() == pytest.approx(dual, rel=1e-10)
     assert feasible.admits(vertex.lower)
+
+
+@pytest.mark.parametrize("span", [1, 3, 8])
+def test_a_budget_that_is_small_beside_the_costs(span):
+    """Costs over many orders of magnitude: the best selection costs 10^16 times the budget."""
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        num = int(rng.integers(3, 9))
+        num_select = int(rng.integers(1, num))
+        costs, scores = 10 ** rng.uniform(-span, span, num), 10 ** rng.uniform(-span, span, num)
+        budget = stiff_budget(costs, num_select, float(rng.choice([0.0, 1e-12, 1e-6, 0.1])))
+        feasible = FeasibleSet(costs, num_select, budget)
+        vertex = maximise(feasible, scores)
+        assert feasible.admits(vertex.lower)
+
+
+def test_samples_of_great_cost_leave_no_rounding_in_a_small_budget():
+    """At the least budget the cheapest samples are what fits, however dear and good another is."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        costs, scores = rng.chisquare(2, 200), rng.standard_normal(200) ** 2
+        costs[0], scores[0] = costs[0] * 1e14, scores[0] * 1e14
+        feasible = FeasibleSet(costs, 20, stiff_budget(costs, 20, 0.0))
+        assert np.array_equal(maximise(feasible, scores).lower, feasible.cheapest)
