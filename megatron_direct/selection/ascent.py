@@ -37,7 +37,7 @@ def ascend(
     for iteration in range(_MAX_ITERATIONS):
         scores = rows.scores(directions)
         vertices = [
-            maximise(problem.feasible, row, rows.tie(row), hint)
+            maximise(problem.feasible, row, rows.ties(row), hint)
             for row, hint in zip(scores, hints, strict=True)
         ]
         if iteration == 0:

@@ -4,7 +4,8 @@
 
 Its two exact subproblems are in linear.py and projection.py.
 
-Ties within a tolerance go to the lower id, so noise in the scores does not decide.
+Ties within a tolerance, which may be each sample's own, go to the lower id, so that noise in the
+scores does not decide.
 """
 
 from __future__ import annotations
@@ -53,29 +54,31 @@ class FeasibleSet:
             cost = self.cost(mask)
         return cost <= self.budget
 
-    def best(self, scores: np.ndarray, tie: float = 0.0) -> np.ndarray:
+    def best(self, scores: np.ndarray, tie: float | np.ndarray = 0.0) -> np.ndarray:
         """[N] bool: the K best of scores [N] under the quotas, the budget ignored.
 
-        Scores within ``tie`` of the K-th best count as equal to it, and lower ids go first. With
-        quotas the greedy rule is exact, since the counts form a matroid.
+        Scores within ``tie`` (one for all, or [N]) of the K-th best count as equal to it, and lower
+        ids go first. With quotas the greedy rule is exact, since the counts form a matroid.
         """
         if self.quotas is None:
             return largest(scores, self.num_select, tie)[0]
+        ties = np.broadcast_to(tie, scores.shape)
         chosen = np.zeros(len(scores), dtype=bool)
         open_scores = np.full(len(scores), -np.inf)
         bounds = self.quotas.bounds
         for members, (least, greatest) in zip(self.quotas.members, bounds, strict=True):
             group = scores[members]
-            allowed, _ = largest(group, greatest, tie)
+            allowed, _ = largest(group, greatest, ties[members])
             # Of these, or ties at both ends could leave more than the greatest number of a group.
-            forced, _ = largest(np.where(allowed, group, -np.inf), least, tie)
+            forced, _ = largest(np.where(allowed, group, -np.inf), least, ties[members])
             chosen[members] = forced
             open_scores[members] = np.where(allowed & ~forced, group, -np.inf)
         free = self.num_select - int(bounds[:, 0].sum())
-        return chosen | largest(open_scores, free, tie)[0]
+        return chosen | largest(open_scores, free, ties)[0]
 
 
-def largest(scores: np.ndarray, count: int, tie: float) -> tuple[np.ndarray, float]:
+def largest(scores: np.ndarray, count: int, tie: float | np.ndarray,
+            ) -> tuple[np.ndarray, float]:
     """[n] bool: the ``count`` largest scores, near ties with the last of them going to lower ids;
     and the last of them (NaN for none or all)."""
     size = len(scores)

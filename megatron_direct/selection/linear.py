@@ -29,7 +29,8 @@ class Vertex:
     """The optimum of a linear programme over W: w = (1 - theta) lower + theta upper.
 
     ``lower`` [N] bool is feasible, and is the rounded optimum; ``upper`` [N] bool is it with one
-    exchange undone; ``theta`` lies in [0, 1]. ``value`` is the optimum c.w; ``price`` is mu.
+    exchange undone; ``theta`` lies in [0, 1]. ``price`` is mu; ``value`` is the optimum c.w, or,
+    where ties were not decided by their scores, what no weights exceed.
     """
 
     lower: np.ndarray
@@ -44,7 +45,7 @@ class Vertex:
 
 
 def maximise(
-    feasible: FeasibleSet, scores: np.ndarray, tie: float = 0.0, hint: float = 0.0
+    feasible: FeasibleSet, scores: np.ndarray, tie: float | np.ndarray = 0.0, hint: float = 0.0
 ) -> Vertex:
     """Solve max c.w over W for scores c [N]; ``tie`` as FeasibleSet.best has it.
 
@@ -57,13 +58,14 @@ def maximise(
         low = 0.0
         upper = samples.best_at(low)
     if low == 0 and feasible.fits(upper.mask, upper.cost):
-        return Vertex(upper.mask, upper.mask, 0.0, upper.value, 0.0)
+        value = _dual_value(feasible, scores, upper.mask, 0.0)
+        return Vertex(upper.mask, upper.mask, 0.0, value, 0.0)
     guess = low * _HINT_SPREAD**2
     lower = _Priced.of(feasible, scores, feasible.cheapest)
     while True:
         if upper.cost <= lower.cost:  # but for rounding, which is all that lies between the two
-            after, before, theta = _adjacent(feasible, lower.mask, upper.mask)
-            return Vertex(after, before, theta, max(lower.value, upper.value), low)
+            price = low
+            break
         crossing = max(low, (upper.value - lower.value) / (upper.cost - lower.cost))
         price = guess or crossing
         trial = samples.best_at(price)
@@ -79,9 +81,22 @@ def maximise(
             samples.settle((low, upper.mark), (high, lower.mark))
         guess = 0.0
     after, before, theta = _adjacent(feasible, lower.mask, upper.mask)
-    # At a price that rounding has made huge, the priced value is lost in it.
-    value = max(line + price * feasible.budget, float(scores[after].sum()))
-    return Vertex(after, before, theta, value, price)
+    return Vertex(after, before, theta, _dual_value(feasible, scores, after, price), price)
+
+
+def _dual_value(
+    feasible: FeasibleSet, scores: np.ndarray, mask: np.ndarray, price: float
+) -> float:
+    """L(price), which bounds c.w whatever ties have decided, with all ties broken by scores.
+
+    Written as what a selection that fits scores, and what the best at this price has beyond it:
+    at a budget that is small beside the best one's cost, its priced score is lost in rounding.
+    """
+    priced = scores - price * feasible.costs
+    best = feasible.best(priced)
+    gain = float(priced[best & ~mask].sum() - priced[mask & ~best].sum())
+    unspent = feasible.budget - float(feasible.costs[mask].sum()) if price else 0.0
+    return float(scores[mask].sum()) + price * max(unspent, 0.0) + max(gain, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +123,8 @@ class _OpenSamples:
     trials few samples are open. (Not so with quotas, where all stay open.)
     """
 
-    def __init__(self, feasible: FeasibleSet, scores: np.ndarray, tie: float):
-        self._feasible, self._tie = feasible, tie
+    def __init__(self, feasible: FeasibleSet, scores: np.ndarray, tie: float | np.ndarray):
+        self._feasible, self._tie = feasible, np.broadcast_to(tie, scores.shape)
         self._ids, self._scores, self._costs = np.arange(len(scores)), scores, feasible.costs
         # Settled as selected: which, what they score and cost, and how many are still to select.
         self._settled = np.zeros(len(scores), dtype=bool)
@@ -142,6 +157,7 @@ class _OpenSamples:
         still = (~(inside | outside)).nonzero()[0]
         self._ids = self._ids[still]
         self._scores, self._costs = self._scores[still], self._costs[still]
+        self._tie = self._tie[still]
 
 
 def _adjacent(

@@ -63,7 +63,7 @@ def relax(problem: Problem, history: list[dict]) -> Relaxed:
     for iteration in range(_MAX_ITERATIONS):
         gradient = quadratic.gradient(sums)
         scores = rows.scores(gradient[None])[0]
-        vertex = maximise(problem.feasible, scores, rows.tie(scores), price)
+        vertex = maximise(problem.feasible, scores, rows.ties(scores), price)
         price = vertex.price
         if iteration:
             # Widened by what rounding of the products may hide.

@@ -6,12 +6,13 @@ one entry per sample. The others :func:`serve` it: each product is announced to 
 nothing but their rows and the entries of their own samples.
 
 Products run in the rows' own precision within a block and are accumulated over blocks, in their
-order, in float64. ``tie`` says how far apart two scores must be to differ by more than rounding.
+order, in float64. ``ties`` says how far apart two scores must be to differ by more than rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import numpy as np
 
@@ -132,9 +133,20 @@ class Rows:
         # Relative error of products: sums of thousands of terms err by a few units of rounding.
         self.rounding = 64 * float(np.finfo(local.dtype).eps)
 
-    def tie(self, scores: np.ndarray) -> float:
-        """The difference between scores [N] that rounding (of sketch or product) explains."""
-        return self.rounding * max(scores.max(), -scores.min())
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[N] |f_i|."""
+        return np.sqrt(self.squares())
+
+    def ties(self, scores: np.ndarray) -> np.ndarray:
+        """[N] the change of each of scores [N] that rounding (of sketch or product) explains.
+
+        It is in proportion to the sample's own row: a row of great length makes no ties of others.
+        Where all are of one length, it is a share of the largest score.
+        """
+        steepest = np.divide(np.abs(scores), self.lengths, out=np.zeros_like(scores),
+                             where=self.lengths > 0).max()
+        return self.rounding * steepest * self.lengths
 
     def scores(self, directions: np.ndarray) -> np.ndarray:
         """[m, N] inner products of each direction [m, k] with every row."""

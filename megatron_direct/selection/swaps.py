@@ -65,7 +65,7 @@ def improve(problem: Problem, mask: np.ndarray) -> Improved:
     for _ in range(_MAX_ROUNDS):
         sums = rows.exact_sum(mask)
         scores = rows.scores(quadratic.gradient(sums)[None])[0]
-        price = maximise(problem.feasible, scores, rows.tie(scores), price).price
+        price = maximise(problem.feasible, scores, rows.ties(scores), price).price
         slopes = _Slopes(float(quadratic.value(sums)), scores, price)
         made = _exchange_listed(problem, mask, slopes)
         total += made

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from selection.feasible_sets import draw, linear_optimum
@@ -65,7 +68,8 @@ def test_open_samples_are_settled_without_changing_the_optimum():
 
 @pytest.mark.parametrize("span", [1, 3, 8])
 def test_a_budget_that_is_small_beside_the_costs(span):
-    """Costs over many orders of magnitude: the best selection costs 10^16 times the budget."""
+    """Costs over many orders of magnitude, where the best selection costs 10^16 times the budget:
+    the optimum is that of the selections that fit and of mixtures of two of them."""
     for seed in range(300):
         rng = np.random.default_rng(seed)
         num = int(rng.integers(3, 9))
@@ -75,6 +79,17 @@ def test_a_budget_that_is_small_beside_the_costs(span):
         feasible = FeasibleSet(costs, num_select, budget)
         vertex = maximise(feasible, scores)
         assert feasible.admits(vertex.lower)
+        subsets = np.array(list(itertools.combinations(range(num), num_select)))
+        spent = np.array([math.fsum(costs[subset]) for subset in subsets])
+        worth = scores[subsets].sum(axis=1)
+        fit = spent <= budget
+        # A mixture of two selections, of which one fits, that costs the budget.
+        over = (budget - spent[fit][:, None]) / (spent[~fit] - spent[fit][:, None])
+        mixed = worth[fit][:, None] + over * (worth[~fit] - worth[fit][:, None])
+        optimum = max(worth[fit].max(), mixed.max(initial=0.0))
+        # It may exceed the optimum by what rounding of the largest score hides.
+        assert optimum * (1 - 1e-9) <= vertex.value
+        assert vertex.value <= optimum * (1 + 1e-9) + 1e-14 * scores.max()
 
 
 def test_samples_of_great_cost_leave_no_rounding_in_a_small_budget():
@@ -85,3 +100,12 @@ def test_samples_of_great_cost_leave_no_rounding_in_a_small_budget():
         costs[0], scores[0] = costs[0] * 1e14, scores[0] * 1e14
         feasible = FeasibleSet(costs, 20, stiff_budget(costs, 20, 0.0))
         assert np.array_equal(maximise(feasible, scores).lower, feasible.cheapest)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_value_is_a_bound_however_ties_are_decided(seed):
+    rng, feasible = draw(seed)
+    scores = rng.standard_normal(len(feasible.costs))
+    vertex = maximise(feasible, scores, tie=rng.uniform(0, 2, len(scores)))
+    assert feasible.admits(vertex.lower)
+    assert vertex.value >= linear_optimum(feasible, scores) - 1e-7  # HiGHS solves to this

@@ -253,6 +253,41 @@ def test_copies_that_differ_by_rounding_are_copies(fraction):
             assert np.array_equal(np.flatnonzero(taken), np.arange(taken.sum()))
 
 
+@pytest.mark.parametrize("objective", ["alignment", "descent"])
+def test_one_row_of_great_length_makes_no_ties_of_the_others(objective):
+    """It points away from the target and is never selected, so that its length changes nothing."""
+    rng = np.random.default_rng(0)
+    rows, target = rng.standard_normal((2000, 16)).astype(np.float32), rng.standard_normal(16)
+    options = {"objective": objective, "target": target, "stiff_budget": np.inf}
+    if objective == "descent":
+        options |= {"curvature": np.full(16, 1e-6), "step_size": 1.0}
+    found = []
+    for length in (1.0, 1e4, 1e7):
+        rows[-1] = -length * target
+        found.append(solve_selection(rows.T, np.ones(2000), 600, **options))
+    assert all(np.array_equal(one.indices, found[0].indices) for one in found)
+    assert all(one.status == "optimal" for one in found)
+    if objective == "alignment":
+        best = np.sort(rows.astype(np.float64) @ target)[-600:].sum()
+        # 1e-6: products in float32.
+        assert found[-1].objective == pytest.approx(best, rel=1e-6)
+        assert best <= found[-1].upper_bound <= best * (1 + 1e-3)
+
+
+def test_copies_are_found_among_rows_of_very_different_lengths():
+    """Every sample twice, with a layout's noise of 1e-7; lengths over eight orders of magnitude."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((200, 16)) * 10 ** rng.uniform(-4, 4, (200, 1))
+    twice = np.concatenate([rows, rows * (1 + 1e-7 * rng.standard_normal(rows.shape))])
+    order = rng.permutation(400)
+    found = solve_selection(twice[order].astype(np.float32).T, np.ones(400), 101,
+                            objective="alignment", target=np.ones(16), stiff_budget=np.inf)
+    taken = np.isin(np.arange(400), found.indices)
+    for sample in range(200):
+        first, second = np.flatnonzero(order % 200 == sample)
+        assert taken[first] or not taken[second]
+
+
 def test_copies_are_found_among_samples_whose_scores_are_all_near_ties(monkeypatch):
     """Sorted by any projection of 50,000 rows that have much in common, neighbours are as close as
     rounding makes copies. Few others than copies are fetched, and of each the lower id is taken."""
