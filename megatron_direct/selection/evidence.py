@@ -28,6 +28,10 @@ if TYPE_CHECKING:  # it reads samples, for which torch is imported
 
 T = TypeVar("T")
 
+# Lengths count up to so many medians in a mean of them. Gradients that have not exploded stay
+# below, so that their mean is left as it is; one that has adds at most 10 / N of the median.
+_LONGEST = 10.0
+
 
 @dataclass(frozen=True, eq=False)
 class Half:
@@ -145,18 +149,30 @@ def _mean_row(evidence: Evidence, unit: bool) -> np.ndarray:
     return share.summed(everyone.sums(evidence.rows, weights))[0] / share.num_samples
 
 
-def mean_length(evidence: Evidence) -> float:
-    """Of the candidates' rows of all ranks; all ranks call this."""
-    share = evidence.share()
-    return float(share.summed(np.array([evidence.lengths().sum()]))[0]) / share.num_samples
+def typical_length(evidence: Evidence) -> float:
+    """The mean length of the candidates' rows of all ranks, each counted up to _LONGEST medians;
+    all ranks call this."""
+    share, lengths = evidence.share(), evidence.lengths()
+    limited = np.minimum(lengths, share.from_leader(_longest_counted, lengths))
+    return float(share.summed(np.array([limited.sum()]))[0]) / share.num_samples
+
+
+def _longest_counted(lengths: np.ndarray) -> float:
+    """Of lengths [N], of which those of rows of zeros tell nothing."""
+    above = lengths[lengths > 0]
+    return _LONGEST * float(np.median(above)) if len(above) else 0.0
 
 
 def mean_gradient(valid_rows: np.ndarray, weights: np.ndarray, *, unit: bool) -> np.ndarray:
     """[k] of the validation samples [M, k], with weights [M] that sum to 1; unit: of their
-    directions, in units of their mean length."""
+    directions, in units of their typical length."""
     if not unit:
         return weights @ valid_rows
-    return row_lengths(valid_rows).mean() * (weights @ unit_rows(valid_rows))
+    return _typical(row_lengths(valid_rows)) * (weights @ unit_rows(valid_rows))
+
+
+def _typical(lengths: np.ndarray) -> float:
+    return float(np.minimum(lengths, _longest_counted(lengths)).mean())
 
 
 def excess_gradient(evidence: Evidence, weights: np.ndarray, *, unit: bool) -> np.ndarray:
@@ -166,10 +182,10 @@ def excess_gradient(evidence: Evidence, weights: np.ndarray, *, unit: bool) -> n
     With one Hessian for both, an annealing over the pool that ends at theta with g_pool(theta) = 0
     has moved by -H^-1 g_pool, so that g_val(theta) = g_val + H (theta - theta_0) = g_val - g_pool:
     the validation gradient that is left where the pool has nothing more to teach.
-    unit: of directions, in units of the mean length of the validation gradients.
+    unit: of directions, in units of the typical length of the validation gradients.
     """
     valid, pool = evidence.valid_rows, mean_row(evidence, unit=unit)
-    length = row_lengths(valid).mean() if unit else 1.0
+    length = _typical(row_lengths(valid)) if unit else 1.0
     return mean_gradient(valid, weights, unit=unit) - length * pool
 
 

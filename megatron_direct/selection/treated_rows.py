@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.selection.evidence import Evidence, flat_rows, mean_length
+from megatron_direct.selection.evidence import Evidence, flat_rows, typical_length
 from megatron_direct.selection.objectives import find_objective
 from megatron_direct.selection.rows import row_blocks
 from megatron_direct.selection.shrinkage import Partition, shrink
@@ -72,7 +72,7 @@ class _Treatment:
         factors = weights = np.ones(len(evidence.rows))
         if config.normalize_gradients:  # a row of zeros stays one
             lengths = evidence.lengths()
-            factors = np.divide(mean_length(evidence), lengths, out=np.zeros_like(lengths),
+            factors = np.divide(typical_length(evidence), lengths, out=np.zeros_like(lengths),
                                 where=lengths > 0)
         if config.weight_by_tokens:
             labels, share = evidence.labels.astype(np.float64), evidence.share()

@@ -15,8 +15,15 @@ from selection.test_spread_selection import ThreadRanks, uneven_shares
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.errors import UserError
 from megatron_direct.selection.config import SelectionConfig
-from megatron_direct.selection.evidence import Evidence, flat_rows, stiff_costs
+from megatron_direct.selection.evidence import (
+    Evidence,
+    flat_rows,
+    mean_gradient,
+    stiff_costs,
+    typical_length,
+)
 from megatron_direct.selection.objectives import OBJECTIVES
+from megatron_direct.selection.rows import row_lengths
 from megatron_direct.selection.treated_rows import summed_rows, treated_scores
 from megatron_direct.selection.treatment import select_by_sketches
 
@@ -85,6 +92,29 @@ def test_a_row_of_zeros_stays_one_and_harms_no_other(evidence):
     lengths = np.linalg.norm(rows, axis=1).mean() * weights
     np.testing.assert_allclose(np.linalg.norm(found[kept], axis=1), lengths, rtol=1e-5)
     assert np.isfinite(summed_rows(SelectionConfig(**BY_TOKENS), with_zeros, 1)).all()
+
+
+def test_a_gradient_that_has_exploded_leaves_the_lengths_of_others(evidence):
+    """Without one, the typical length is the mean itself, to the last bit."""
+    assert typical_length(evidence) == row_lengths(evidence.rows).mean()
+    config, others = SelectionConfig(shrinkage_clusters=0), np.arange(240) != 7
+    plain = summed_rows(config, evidence, 1)
+    rows, valid_rows = evidence.rows.copy(), evidence.valid_rows.copy()
+    rows[7] *= 1e6
+    exploded = dataclasses.replace(evidence, rows=rows)
+    # It counts 10 medians, of 240 lengths about the median.
+    np.testing.assert_allclose(summed_rows(config, exploded, 1)[others], plain[others], rtol=0.05)
+    meeting = ThreadRanks(2)
+    shares = uneven_shares(240, 2, np.random.default_rng(0))
+    spread = meeting.run(lambda rank: typical_length(dataclasses.replace(
+        exploded, rows=rows[shares[rank]], ids=shares[rank],
+        all_reduce_sum=lambda array: meeting.all_reduce_sum(rank, array))))
+    assert spread == pytest.approx([typical_length(exploded)] * 2, rel=1e-12)
+    valid_rows[0] *= 1e6
+    weights = np.full(9, 1 / 9)
+    target = mean_gradient(evidence.valid_rows, weights, unit=True)
+    grown = np.linalg.norm(mean_gradient(valid_rows, weights, unit=True)) / np.linalg.norm(target)
+    assert grown < 2.5  # one of 9 lengths counts 10 medians: (8 + 10) / 9 of what it was
 
 
 def test_the_evidence_is_left_as_it_was(evidence):

@@ -20,8 +20,8 @@ from megatron_direct.selection.evidence import (
     Evidence,
     excess_gradient,
     mean_gradient,
-    mean_length,
     mean_row,
+    typical_length,
 )
 from megatron_direct.selection.objectives.objective import Objective, Terms, TermSettings
 from megatron_direct.selection.objectives.quadratic import Diagonal, LowRank, Quadratic
@@ -54,8 +54,8 @@ def _in_contrast(step: float, normalize: bool, evidence: Evidence, valid_weights
     """The excess, and the linear part of (u - m).H (u - m), as in the module's docstring."""
     directions = evidence.directions
     mean = mean_row(evidence, unit=normalize)
-    if normalize:  # as treated rows are: of the mean length of the pool's
-        mean = mean * mean_length(evidence)
+    if normalize:  # as treated rows are: of the typical length of the pool's
+        mean = mean * typical_length(evidence)
     values = np.maximum(directions.eigenvalues, 0.0)
     curved = (values * (directions.sketches @ mean)) @ directions.sketches
     return excess_gradient(evidence, valid_weights, unit=normalize) + step * curved
