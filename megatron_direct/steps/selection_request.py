@@ -41,7 +41,10 @@ class SelectionKey(Key):
 
 
 def check_number(config: SelectionConfig, num_usable: int) -> None:
-    """Raises UserError if K is given and is more than the pool can give."""
+    """Raises UserError if the pool has no sample, or if K is given and is more than it can give."""
+    if num_usable == 0:
+        raise UserError("the pools have no document of two tokens or more. A selection needs at "
+                        "least one; correct --data-path.")
     if not config.is_auto and int(config.num_select) > num_usable * config.max_count:
         times = f" times --max-count {config.max_count}" if config.max_count > 1 else ""
         raise UserError(f"--num-select {config.num_select} must be between 1 and the pool's "
@@ -50,7 +53,11 @@ def check_number(config: SelectionConfig, num_usable: int) -> None:
 
 
 def check_finite(config: SelectionConfig, num_finite: int) -> None:
-    """Raises UserError if K is given and is more than samples with finite gradients can give."""
+    """Raises UserError if no sample has a finite gradient, or if K is given and is more than those
+    that have one can give."""
+    if num_finite == 0:
+        raise UserError("no sample has a finite gradient. Check the checkpoint: its own parameters "
+                        "or losses may not be finite.")
     if not config.is_auto and int(config.num_select) > num_finite * config.max_count:
         raise UserError(f"--num-select asks for {config.num_select} of the {num_finite} samples "
                         "that have sketches and finite gradients. Give a smaller number, or check "

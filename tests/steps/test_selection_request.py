@@ -6,7 +6,24 @@ import pytest
 
 from megatron_direct.errors import UserError
 from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
-from megatron_direct.steps.selection_request import in_terms_of_flags, parse_quotas
+from megatron_direct.selection.config import SelectionConfig
+from megatron_direct.steps.selection_request import (
+    check_finite,
+    check_number,
+    in_terms_of_flags,
+    parse_quotas,
+)
+
+
+@pytest.mark.parametrize("num_select", ["auto", 1])
+def test_nothing_to_select_from_is_refused(num_select):
+    config = SelectionConfig(num_select=num_select)
+    with pytest.raises(UserError, match="no document of two tokens or more.*correct --data-path"):
+        check_number(config, 0)
+    with pytest.raises(UserError, match="no sample has a finite gradient. Check the checkpoint"):
+        check_finite(config, 0)
+    check_number(config, 1)
+    check_finite(config, 1)
 
 
 def test_a_second_quota_of_a_pool_is_refused():
