@@ -271,7 +271,7 @@ def matched(case: Case, chosen: np.ndarray, num_bins: int = 8) -> np.ndarray:
     """[K] at random, but with the losses and lengths of ``chosen``.
 
     Candidates are binned by octiles of loss and of length; as many are drawn from each bin as were
-    chosen from it.
+    chosen from it, which comes round to the same ones where that is more than are in it.
     """
     bins = np.zeros(len(case.losses), dtype=int)
     for values in (case.losses, case.evidence["onset"].labels):
@@ -279,7 +279,7 @@ def matched(case: Case, chosen: np.ndarray, num_bins: int = 8) -> np.ndarray:
         bins = bins * num_bins + np.searchsorted(edges, values)
     order = case.rng.permutation(len(bins))
     counts = np.bincount(bins[chosen], minlength=num_bins**2)
-    drawn = [order[bins[order] == b][:count] for b, count in enumerate(counts) if count]
+    drawn = [np.resize(order[bins[order] == b], count) for b, count in enumerate(counts) if count]
     return np.sort(np.concatenate(drawn))
 
 

@@ -156,6 +156,17 @@ def test_matched_has_the_bins_of_what_it_is_matched_to(case):
     assert np.array_equal(bins(drawn), bins(chosen))
 
 
+def test_matched_to_several_copies_of_samples_takes_as_many(case):
+    """Each bin is used up before any of its samples comes again."""
+    chosen = np.repeat(REGISTRY["perplexity-low"].take(case)[0], 3)
+    drawn = matched(case, chosen, num_bins=2)
+    assert len(drawn) == len(chosen) and np.bincount(drawn).max() <= 3
+    low = case.losses <= np.quantile(case.losses, 0.5)
+    assert low[drawn].sum() == low[chosen].sum()
+    whole = np.repeat(np.arange(len(low)), 2)
+    assert np.array_equal(matched(case, whole), whole)
+
+
 def test_an_arm_that_draws_twice_gets_different_numbers_and_again_the_same(case):
     def choose(case: Case) -> np.ndarray:
         drawn.append([case.rng.standard_normal(4), case.rng.standard_normal(4)])
