@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
 
 from megatron_direct.selection.evidence import Evidence
 from megatron_direct.selection.rows import row_blocks, row_lengths, unit_rows
@@ -38,12 +37,9 @@ class WorthEstimate:
     @classmethod
     def of(cls, by_block: np.ndarray, sizes: np.ndarray) -> WorthEstimate:
         """by_block: [B] the value by each block; sizes: [B] their validation samples."""
-        value, variance = mean_over_blocks(by_block, sizes)
-        error = 0.0
-        if len(sizes) > 1:
-            error = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(sizes) - 1)
-                          * np.sqrt(variance))
-        return cls(value, value - error, value + error)
+        mean = mean_over_blocks(by_block, sizes)
+        error = mean.margin(CONFIDENCE)
+        return cls(mean.value, mean.value - error, mean.value + error)
 
 
 @dataclass(frozen=True, eq=False)

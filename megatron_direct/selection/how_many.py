@@ -19,7 +19,7 @@ choose by? A candidate counts only if what it is chosen by, cross-fitted, is gre
 the pool by more than chance explains. And how many? The one of the greatest value of those that
 count, or the whole pool, if its value is greater. The error of a difference has two parts, the
 scatter of the mean over blocks of the validation set and what chance does to a mean over so many
-samples; intervals are Student's, of as many blocks.
+samples; intervals are Student's, of the effective number of blocks.
 
 Shapes: N samples, C candidates, B blocks of the validation set.
 """
@@ -29,7 +29,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
 
 from megatron_direct.selection.worth import Fold, Worth, cross_fitted, mean_over_blocks
 
@@ -88,10 +87,9 @@ class Gain:
 def gain_of(by_block: np.ndarray, sizes: np.ndarray, noise: float) -> Gain:
     """by_block: [B] differences; sizes: [B] validation samples; noise: variance beside the scatter
     over blocks."""
-    mean, scatter = mean_over_blocks(by_block, sizes)
-    width = scipy.stats.t.ppf((1 + _CONFIDENCE) / 2, max(len(sizes) - 1, 1))
-    error = float(width * np.sqrt(scatter + noise))
-    return Gain(mean, mean - error, mean + error)
+    mean = mean_over_blocks(by_block, sizes)
+    error = mean.margin(_CONFIDENCE, noise)
+    return Gain(mean.value, mean.value - error, mean.value + error)
 
 
 def shares_of(worth: Worth) -> np.ndarray:

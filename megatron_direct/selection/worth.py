@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.special
 
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence, mean_row
@@ -189,12 +190,37 @@ def cross_fitted(worth: Worth, judge: Callable[[Fold], np.ndarray]) -> np.ndarra
     return sums / judges
 
 
-def mean_over_blocks(by_block: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """The mean of values [B], weighted by the validation samples of each block, and what the
-    scatter over blocks says of its variance."""
+@dataclass(frozen=True)
+class BlockMean:
+    """A mean over blocks, what their scatter says of its variance, and the degrees of freedom of
+    that."""
+
+    value: float
+    variance: float
+    degrees: float
+
+    def margin(self, confidence: float, noise: float = 0.0) -> float:
+        """Half of the width of Student's interval; noise: variance beside the scatter."""
+        width = scipy.special.stdtrit(self.degrees, (1 + confidence) / 2)
+        return float(width * np.sqrt(self.variance + noise))
+
+
+def mean_over_blocks(by_block: np.ndarray, sizes: np.ndarray) -> BlockMean:
+    """Of values [B], weighted by the validation samples of each block.
+
+    What samples of a source have in common does not average out, so a large block may vary as much
+    as a small one. With p the blocks' shares and q the sum of their squares, the mean then varies
+    q times as much as a block, and (x_b - mean)^2 is 1 - 2 p_b + q of a block's variance on
+    average. Where a large block varies less than a small one, the variance comes out too great.
+    1 / q is the effective number of blocks (Kish).
+    """
     shares = sizes / sizes.sum()
-    mean = float(by_block @ shares)
-    return mean, float((by_block - mean) ** 2 @ shares) / max(len(shares) - 1, 1)
+    value = float(by_block @ shares)
+    if len(shares) == 1:
+        return BlockMean(value, 0.0, 1.0)
+    squares = float(shares @ shares)
+    variance = (by_block - value) ** 2 @ (shares**2 / (1 - 2 * shares + squares))
+    return BlockMean(value, float(variance), max(1 / squares - 1, 1.0))
 
 
 def _parts(x: np.ndarray, clusters: np.ndarray, weights: np.ndarray,
