@@ -153,7 +153,7 @@ class Rounds:
         artefact = Artefact(target, "a selection")
         if not parallel.on_rank_zero(lambda: artefact.matches(key)):
             solve_step.solve_and_write(self.selection, measured, settings.sketch.seed, target,
-                                       begin=lambda: artefact.begin(key))
+                                       begin=lambda _: artefact.begin(key))
             parallel.on_rank_zero(lambda: artefact.finish(key))
         summary = parallel.on_rank_zero(lambda: SelectionSummary.read(target))
         return selected.load_masks(target, onset.pool.prefixes, summary.mask_digests)

@@ -24,7 +24,7 @@ from megatron_direct.steps.draw import Draw
 @dataclass(frozen=True)
 class SelectionOrigin:
     """On what a selection was made: paths as they were given, digests of all of them by prefix, and
-    the values of the ModelConfig."""
+    the values of the ModelConfig. tokenizer_model: of its typical samples' texts, "" for tokens."""
 
     load: str
     checkpoint_digest: str
@@ -32,6 +32,7 @@ class SelectionOrigin:
     valid_data_path: tuple[str, ...]
     digests: dict[str, str]
     model: dict[str, Any]
+    tokenizer_model: str = ""
 
 
 def selection_folder(run_path: Path, name: str) -> Path:

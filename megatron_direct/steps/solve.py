@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 
+from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.ngram_hashes import BYTES_OF_TEXT
 from megatron_direct.data.ngram_likeness import Texts
 from megatron_direct.data.token_features import TokenSource
@@ -44,13 +45,14 @@ from megatron_direct.steps.selection_request import (
 
 
 def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, folder: Path, *,
-                    begin: Callable[[], object],
+                    begin: Callable[[Mapping[str, SampleMask]], object],
                     decode: Callable[[np.ndarray], str] | None = None) -> None:
     """Writes ``selection.json``, ``masks/``, ``drawn/`` and ``blend/`` into ``folder``; all ranks
     call this.
 
-    begin: on rank 0, once there is a selection to write: until then an earlier one in ``folder`` is
-    left alone. decode: of tokens into text, on rank 0, if there is a tokenizer.
+    begin: on rank 0, with the masks of the selection that is to be written: until it returns an
+    earlier one in ``folder`` is left alone. decode: of tokens into text, on rank 0, if there is a
+    tokenizer.
 
     Raises NothingFits, on all ranks, if no K samples keep the budget and the quotas.
     """
@@ -58,10 +60,7 @@ def solve_and_write(config: SelectionConfig, measured: Measured, seed: int, fold
     problem = problem_of_share(config, measured)
 
     def write(solved: _Solved) -> None:
-        begin()
-        for name in ("masks", "drawn", "blend"):  # of an earlier one: of more pools or clusters
-            shutil.rmtree(folder / name, ignore_errors=True)
-        _write(folder, _Run(config, measured, seed, decode), solved)
+        _write(folder, _Run(config, measured, seed, decode), solved, begin)
 
     if parallel.on_rank_zero(lambda: _is_spread(config, measured)):
         rank, size = parallel.rank_and_size()
@@ -188,7 +187,8 @@ def _in_numbers(config: SelectionConfig, found: Selection, cost: CostRange) -> d
             "average_stiff_cost": cost.average, "history": tuple(found.history)}
 
 
-def _write(folder: Path, run: _Run, solved: _Solved) -> None:
+def _write(folder: Path, run: _Run, solved: _Solved,
+           begin: Callable[[Mapping[str, SampleMask]], object]) -> None:
     """Rank 0 alone: it takes vectors over all samples, and the indexes of all pools."""
     pool, not_finite = run.measured.pool, solved.not_finite
     samples, indices = pool.samples, solved.choice.selection.indices
@@ -209,6 +209,9 @@ def _write(folder: Path, run: _Run, solved: _Solved) -> None:
         numbers["num_select"] = distilled.num_select
     chosen = np.repeat(candidates, counts)
     masks = masks_of(samples, pool.digests, chosen)
+    begin(masks)
+    for name in ("masks", "drawn", "blend"):  # of an earlier one: of more pools or clusters
+        shutil.rmtree(folder / name, ignore_errors=True)
     if drawn is not None:
         write_masks(folder, masks_of(samples, pool.digests, drawn.numbers), "drawn")
     summary = SelectionSummary(

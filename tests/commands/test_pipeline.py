@@ -9,6 +9,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import flat_requests
 import numpy as np
@@ -24,12 +25,14 @@ from megatron_direct.commands.arm import AnnealRequest
 from megatron_direct.commands.report import ReportConfig, ReportRequest, report
 from megatron_direct.commands.select import NameConfig, SelectRequest, select
 from megatron_direct.config import Given
+from megatron_direct.data import blend_files
 from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.store import SketchStore
 from megatron_direct.steps import selected
+from megatron_direct.steps.domains import Domains
 from megatron_direct.steps.pass_plan import Drawn
 from megatron_direct.steps.sketch import read_sketches
 
@@ -322,6 +325,67 @@ def test_a_selection_gives_way_to_another_of_its_name_until_it_is_annealed(folde
                                         "--selection-name"):
         run_on_ranks(1, _select_with, folder, Layout(), "used", {"num_select": 20})
     assert _selection(folder / "used")["num_select"] == 40
+
+
+@pytest.fixture(scope="module")
+def elsewhere(folder) -> dict:
+    """Flags of the same checkpoint, pools and validation set at other paths."""
+    (folder / "elsewhere").mkdir()
+    for name in ("a", "b", "valid"):
+        for path in folder.glob(f"{name}.*"):
+            shutil.copy(path, folder / "elsewhere")
+    shutil.copytree(folder / "theta", folder / "elsewhere" / "theta")
+    paths = {name: str(folder / "elsewhere" / name) for name in ("a", "b", "valid", "theta")}
+    return {"data_path": (paths["a"], paths["b"]), "valid_data_path": (paths["valid"],),
+            "theta": paths["theta"]}
+
+
+def test_where_the_files_have_moved_selecting_again_gives_the_new_paths(folder, annealed,
+                                                                        elsewhere):
+    """Also where the selection was annealed: it is the same one, and so is its arm."""
+    shutil.copytree(annealed, folder / "moved")
+    before = _selection(folder / "moved")
+    run_on_ranks(1, _select_without_a_model, folder, Layout(), "moved", elsewhere)
+    assert _selection(folder / "moved")["mask_digests"] == before["mask_digests"]
+    origin, _ = selected.find_selection(folder / "moved", "direct")
+    assert (str(Path(origin.load).parent), origin.data_path, origin.valid_data_path) == (
+        elsewhere["theta"], elsewhere["data_path"], elsewhere["valid_data_path"])
+    blend = selected.selection_folder(folder / "moved", "direct") / "blend"
+    assert tuple(blend_files.read_data_args(blend / "domains.txt").prefixes) == \
+        elsewhere["data_path"]
+    links = [path for path in (blend / "clusters").iterdir() if path.is_symlink()]
+    assert links and {path.readlink().parent for path in links} == {folder / "elsewhere"}
+    trained = _metrics(folder / "moved")
+    run_on_ranks(1, _anneal, folder, Layout(), "moved")
+    assert _metrics(folder / "moved") == trained
+
+
+def test_of_an_annealed_selection_nothing_is_written_over_that_would_be_another(
+        folder, annealed, elsewhere):
+    shutil.copytree(annealed, folder / "moved-other")
+    path = selected.selection_folder(folder / "moved-other", "direct") / "selection.json"
+    found = json.loads(path.read_text())
+    found["mask_digests"]["a"] = "of another version"
+    path.write_text(json.dumps(found))
+    before = {p: p.read_bytes() for p in path.parent.rglob("*") if p.is_file()}
+    with pytest.raises(RankError, match="would hold other samples .* --selection-name"):
+        run_on_ranks(1, _select_without_a_model, folder, Layout(), "moved-other", elsewhere)
+    assert {p: p.read_bytes() for p in path.parent.rglob("*") if p.is_file()} == before
+
+
+def _select_with_texts(folder, layout, name):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_direct.commands.select.tokenizer_of", lambda *_: SimpleNamespace(
+            decode=lambda tokens: f"{len(tokens)} words"))
+        _select(folder, layout, name, tokenizer_model="a tokenizer")
+
+
+def test_typical_samples_get_texts_once_there_is_a_tokenizer(folder, run):
+    shutil.copytree(run, folder / "texts", ignore=shutil.ignore_patterns("anneal"))
+    run_on_ranks(1, _select_with_texts, folder, Layout(), "texts")
+    run_on_ranks(1, _select, folder, Layout(), "texts")  # as it is, it will do
+    found = Domains.read(selected.selection_folder(folder / "texts", "direct"))
+    assert all(text.endswith(" words") for group in found.clusters for text in group.typical)
 
 
 def test_more_pools_sketch_only_what_is_new(folder):
