@@ -251,14 +251,20 @@ def _descent(case: Case) -> Selection:
 
 
 def in_proportions(case: Case, allowed: np.ndarray) -> np.ndarray:
-    """[K] of the allowed [N], at random, with as many of each domain as the validation set has
-    tokens of it. Where a domain has too few, the others fill up; what is not allowed comes last.
+    """[K] of the allowed [N], at random, whose tokens are of the domains in the proportions of the
+    validation set's, as expected, all documents cut at the sequence length. Where a domain has too
+    few, the others fill up; what is not allowed comes last.
     """
     names, domain = np.unique(case.valid_domains, return_inverse=True)
+    labels = case.evidence["onset"].labels
     tokens = np.bincount(domain, weights=case.valid_labels)
+    candidates = [allowed & (case.domains == name) for name in names]
+    # Of a domain without candidates any length will do: the others fill up.
+    shares = tokens / [labels[of_domain].mean() if of_domain.any() else labels.mean()
+                       for of_domain in candidates]
     order = case.rng.permutation(len(case.domains))
     sound = order[allowed[order]]
-    wanted = np.floor(case.num_select * tokens / tokens.sum()).astype(int)
+    wanted = np.floor(case.num_select * shares / shares.sum()).astype(int)
     chosen = np.concatenate([sound[case.domains[sound] == name][:count]
                              for name, count in zip(names, wanted, strict=True)])
     rest = order[~np.isin(order, chosen)]

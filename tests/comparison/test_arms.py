@@ -88,9 +88,25 @@ def test_scores_take_the_best(case, name, score):
     assert set(REGISTRY[name].take(case)[0]) == set(np.argsort(-score(case))[:K])
 
 
-def test_domain_follows_the_tokens_of_the_validation_set(case):
-    chosen = REGISTRY["domain"].take(case)[0]
-    assert (case.domains[chosen] == "code").sum() == K // 3
+@pytest.mark.parametrize("name", ["domain", "oracle"])
+def test_domains_have_the_shares_of_tokens_that_the_validation_set_has(case, name):
+    """Half of its tokens is code, whose documents are four times as long, in both sets."""
+    rng = np.random.default_rng(0)
+    domains, valid_domains = (np.repeat(["code", "prose"], counts)
+                              for counts in ((2000, 2000), (20, 80)))
+    labels = rng.integers(50, 150, 4000) * np.where(domains == "code", 4, 1)
+    large = dataclasses.replace(
+        case, losses=rng.random(4000), domains=domains, corrupted=rng.random(4000) < 0.25,
+        evidence={"onset": dataclasses.replace(case.evidence["onset"], labels=labels)},
+        valid_domains=valid_domains, valid_labels=np.where(valid_domains == "code", 400, 100),
+        num_select=1000)
+    chosen = REGISTRY[name].take(large)[0]
+    of_code = chosen[domains[chosen] == "code"]
+    # Four standard errors of the lengths that are drawn; with shares of samples it is 0.8.
+    assert labels[of_code].sum() / labels[chosen].sum() == pytest.approx(0.5, abs=0.025)
+
+
+def test_of_a_domain_that_is_too_small_all_is_taken(case):
     few = dataclasses.replace(case, valid_domains=np.full(M, "prose"), num_select=30)
     taken = few.domains[REGISTRY["domain"].take(few)[0]]
     assert (taken == "prose").sum() == 20 and len(taken) == 30  # all there are, filled up
