@@ -29,7 +29,7 @@ from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Key
 from megatron_direct.settings import Settings, flag, flag_name
 from megatron_direct.steps import selected
-from megatron_direct.steps.annealed import RANDOM
+from megatron_direct.steps.annealed import RANDOM, random_arm
 from megatron_direct.steps.onset import as_trained, dataset_digests, model_of
 from megatron_direct.steps.selected import SelectionOrigin
 
@@ -91,9 +91,7 @@ class AnnealConfig(Settings):
     @property
     def arm(self) -> str:
         """The name of its folder."""
-        if self.selection != RANDOM or self.size_of == "direct":
-            return self.selection
-        return f"{RANDOM}-{self.size_of}"
+        return random_arm(self.size_of) if self.selection == RANDOM else self.selection
 
 
 @dataclass(frozen=True)

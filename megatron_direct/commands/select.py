@@ -31,16 +31,11 @@ from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.settings import Settings, flag, flag_name
 from megatron_direct.steps import selection_request
 from megatron_direct.steps import solve as solve_step
-from megatron_direct.steps.annealed import is_random
+from megatron_direct.steps.annealed import is_annealed, is_random
 from megatron_direct.steps.measure import Measured, measure
 from megatron_direct.steps.onset import Onset, OnsetConfig
 from megatron_direct.steps.proxy import ProxyConfig, measure_losses, open_proxy
-from megatron_direct.steps.selected import (
-    SelectionOrigin,
-    SelectionSummary,
-    is_annealed,
-    selection_folder,
-)
+from megatron_direct.steps.selected import SelectionOrigin, SelectionSummary, selection_folder
 
 
 @dataclass(frozen=True)
@@ -125,8 +120,9 @@ def _is_there(folder: Path, key: selection_request.SelectionKey, origin: Selecti
         return not others
     if artefact.differs(key):
         if is_annealed(folder):
-            raise UserError(f"{folder} holds a selection with other flags, and was annealed. Give "
-                            "this selection another name with --selection-name.")
+            raise UserError(f"{folder} holds a selection with other flags, and was annealed, or as "
+                            "many samples at random were. Give this selection another name with "
+                            "--selection-name.")
         parallel.say(f"the selection in {folder} was made with other flags, and will be replaced.")
     return False
 

@@ -16,7 +16,7 @@ from megatron_direct.runtime.manifest import Artefact
 from megatron_direct.runtime.run_directory import RunDirectory
 from megatron_direct.runtime.typed_json import read_record
 from megatron_direct.steps import annealed, selected
-from megatron_direct.steps.annealed import RANDOM, ArmResult, is_random
+from megatron_direct.steps.annealed import ArmResult, is_random, random_arm
 from megatron_direct.steps.domains import Domains
 from megatron_direct.steps.selected import PoolComposition, SelectionSummary
 
@@ -83,9 +83,7 @@ class RunReport:
     def reference_of(self, name: str) -> str:
         """The random arm of as many samples, with which one is compared; "" of a random arm."""
         arm = self.annealings[name].arm
-        if is_random(arm):
-            return ""
-        return RANDOM if arm == "direct" else f"{RANDOM}-{arm}"
+        return "" if is_random(arm) else random_arm(arm)
 
     def is_compared(self, name: str) -> bool:
         """Whether its random arm is there, and was annealed the same way."""
@@ -93,9 +91,14 @@ class RunReport:
         return reference in self.annealings and not self.differences(name, reference)
 
     def differences(self, first: str, second: str) -> list[str]:
-        """Settings in which two annealings differ, beside their masks."""
+        """Settings in which two annealings differ, beside their masks, and whether it is in how
+        many samples were selected: a selection's name may have been another one's."""
         one, other = (self.annealings[name].settings for name in (first, second))
-        return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+        counts = {sum(pool.selected for pool in self.compositions[arm].values())
+                  for arm in (self.annealings[name].arm for name in (first, second))
+                  if arm in self.compositions}
+        return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key)) \
+            + ["number of samples"] * (len(counts) > 1)
 
 
 def read_report_files(run_dir: str | Path) -> RunReport:

@@ -10,7 +10,7 @@ from megatron_direct.data.blend_plan import BlendPart
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import files, typed_json
 from megatron_direct.runtime.manifest import Artefact
-from megatron_direct.steps.selected import PoolComposition
+from megatron_direct.steps.selected import PoolComposition, arm_folder
 
 RANDOM = "random"
 
@@ -18,6 +18,17 @@ RANDOM = "random"
 def is_random(arm: str) -> bool:
     """Whether its samples are drawn at random: random, or random-NAME, as many as NAME has."""
     return arm == RANDOM or arm.startswith(f"{RANDOM}-")
+
+
+def random_arm(selection: str) -> str:
+    """The arm of as many samples as a selection has, drawn at random."""
+    return RANDOM if selection == "direct" else f"{RANDOM}-{selection}"
+
+
+def is_annealed(folder: Path) -> bool:
+    """Whether an arm was begun on the selection of this folder, or on as many samples at random."""
+    run, name = folder.parents[1], folder.name
+    return any(arm_folder(run, arm).is_dir() for arm in (name, random_arm(name)))
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,6 @@ def arm_folder(run_path: Path, arm: str) -> Path:
     return run_path / "anneal" / arm
 
 
-def is_annealed(folder: Path) -> bool:
-    """Whether an arm was begun on the selection of this folder."""
-    return arm_folder(folder.parents[1], folder.name).is_dir()
-
-
 def selection_names(run_path: Path) -> list[str]:
     """Of those that are finished; the default one first."""
     folders = (path.parent for path in run_path.glob("selections/*/manifest.json"))

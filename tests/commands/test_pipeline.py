@@ -321,10 +321,13 @@ def test_a_selection_gives_way_to_another_of_its_name_until_it_is_annealed(folde
     run_on_ranks(1, _select_with, folder, Layout(), "replaced", {"num_select": 20})
     assert _selection(folder / "replaced")["num_select"] == 20 == _kept(folder / "replaced").sum()
     shutil.copytree(annealed, folder / "used")
-    with pytest.raises(RankError, match="was annealed. Give this selection another name with "
-                                        "--selection-name"):
-        run_on_ranks(1, _select_with, folder, Layout(), "used", {"num_select": 20})
-    assert _selection(folder / "used")["num_select"] == 40
+    shutil.copytree(run, folder / "drawn", ignore=shutil.ignore_patterns("anneal"))
+    arm_folder(folder / "drawn", "random").mkdir(parents=True)  # of as many samples
+    for name in ("used", "drawn"):
+        with pytest.raises(RankError, match="was annealed, or as many samples at random were. Give "
+                                            "this selection another name with --selection-name"):
+            run_on_ranks(1, _select_with, folder, Layout(), name, {"num_select": 20})
+        assert _selection(folder / name)["num_select"] == 40
 
 
 @pytest.fixture(scope="module")

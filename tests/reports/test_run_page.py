@@ -88,6 +88,17 @@ def test_arms_that_were_annealed_otherwise_are_not_subtracted(tmp_path):
     assert not any("quarter - " in str(row[0]) for row in loss_tables(found)[0][1].rows)
 
 
+def test_a_random_arm_of_another_number_of_samples_is_not_subtracted(tmp_path):
+    run = write_annealed_run(tmp_path / "run")
+    path = run / "anneal" / "random" / "composition.json"
+    drawn = json.loads(path.read_text())
+    next(iter(drawn.values()))["selected"] += 1
+    path.write_text(json.dumps(drawn))
+    found = read_report_files(run)
+    assert "random was annealed with other settings (number of samples)." in headline(found)[0]
+    assert not any(" - " in str(row[0]) for row in loss_tables(found)[0][1].rows)
+
+
 def test_pools_of_all_selections_have_a_row(tmp_path):
     run = write_annealed_run(tmp_path / "run")
     folder = run / "selections" / "more"
