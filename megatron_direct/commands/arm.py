@@ -192,6 +192,7 @@ def checked_arm(request: AnnealRequest, origin: SelectionOrigin) -> AnnealedArm:
     asked, test = blend_of(config, origin)
     checks.require_disjoint(pool=list(origin.data_path), validation=list(origin.valid_data_path),
                             test=test)
+    checks.require_names_of_their_own(origin.valid_data_path, test)
     if is_another and not config.anneal_load:
         raise UserError(f"{checkpoint.path} is not the checkpoint that the selection was made for. "
                         "Run select again in a new --run-dir, or give --anneal-load to anneal "

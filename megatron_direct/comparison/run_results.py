@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_direct.comparison.repeats import Repeats
 from megatron_direct.comparison.summary import SampleTexts, SettingSummary, SpectrumSummary
+from megatron_direct.data.checks import ALL_DATASETS
 from megatron_direct.mcore.training import read_metrics
 from megatron_direct.runtime import arrays, files, typed_json
 from megatron_direct.runtime.manifest import Artefact
@@ -93,7 +94,7 @@ class RunResults:
 
 def mean_test_loss(losses: dict[str, float]) -> float:
     """The mean over test sets; ``all`` is not one of them."""
-    return float(np.mean([loss for name, loss in losses.items() if name != "all"]))
+    return float(np.mean([loss for name, loss in losses.items() if name != ALL_DATASETS]))
 
 
 def read_run(run_dir: str | Path) -> RunResults:

@@ -9,6 +9,9 @@ from megatron_direct.data import indexed
 from megatron_direct.data.cards import read_card
 from megatron_direct.errors import UserError
 
+# The name of the loss per token of all datasets together, among those of each.
+ALL_DATASETS = "all"
+
 
 def require_one_vocabulary(prefixes: Sequence[str], vocab_size: int | None,
                            tokenizer_digest: str | None) -> tuple[int, str | None]:
@@ -55,6 +58,18 @@ def require_disjoint(**lists: Sequence[str]) -> None:
                     f"{prefix} is listed as a {seen[file]} and as a {kind}. Pools, validation and "
                     "test sets must be different datasets.")
         seen |= dict.fromkeys(files, kind)
+
+
+def require_names_of_their_own(validation: Sequence[str], test: Sequence[str]) -> None:
+    """Raises UserError for a dataset whose loss would be taken for that of all of them. A single
+    validation set's is the same."""
+    for what, prefixes in (("validation", validation if len(validation) > 1 else ()),
+                           ("test", test)):
+        for prefix, name in indexed.prefix_names(list(prefixes)).items():
+            if name == ALL_DATASETS:
+                raise UserError(
+                    f"the {what} set {prefix} has the name {name}, by which losses over all "
+                    f"{what} sets are reported. Rename its files, or give links to them.")
 
 
 def require_different(digests: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_direct.config import ModelConfig
+from megatron_direct.data.checks import ALL_DATASETS
 from megatron_direct.data.indexed import prefix_names
 from megatron_direct.data.samples import MicroBatchLimits, Samples
 from megatron_direct.mcore import grid, passes
@@ -32,5 +33,5 @@ def dataset_losses(chunks: Sequence[torch.nn.Module], prefixes: Sequence[str],
         total += grid.sum_over_data(sums)
         losses[names[prefix]] = float(sums[0] / sums[1])
     if prefixes:
-        losses["all"] = float(total[0] / total[1])
+        losses[ALL_DATASETS] = float(total[0] / total[1])
     return losses

@@ -62,6 +62,7 @@ def open_onset(config: OnsetConfig, layout: ParallelConfig, given: Given,
     read_object_stores(config.object_storage_cache_path)
     pools, valid = list(config.data_path), list(config.valid_data_path)
     checks.require_disjoint(pool=pools, validation=valid, test=list(test_data_path))
+    checks.require_names_of_their_own(valid, test_data_path)
     checkpoint = open_checkpoint(config.load)
     digests = dataset_digests([*pools, *valid, *test_data_path])
     job = job_of(checkpoint, layout, given, [*pools, *valid, *test_data_path])

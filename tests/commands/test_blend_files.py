@@ -155,3 +155,9 @@ def test_ranks_and_spread_rows_change_nothing(run, learnt_folder):
                           strict=True):
         assert (one.name, one.samples, one.selected) == (other.name, other.samples, other.selected)
         assert one.worth == pytest.approx(other.worth, abs=1e-4)
+
+
+def test_a_test_set_that_is_called_as_all_of_them_together_is_refused(run, learnt_folder):
+    with pytest.raises(RankError, match="has the name all, by which losses over all test sets"):
+        run_on_ranks(1, _anneal, learnt_folder, "run",
+                     {"test_data_path": (str(learnt_folder / "all"),)})

@@ -7,8 +7,14 @@ import json
 import pytest
 from indexed_files import random_documents, write_dataset
 
-from megatron_direct.data.checks import require_disjoint, require_one_vocabulary
+from megatron_direct.config import Given, ParallelConfig
+from megatron_direct.data.checks import (
+    require_disjoint,
+    require_names_of_their_own,
+    require_one_vocabulary,
+)
 from megatron_direct.errors import UserError
+from megatron_direct.steps.onset import OnsetConfig, open_onset
 
 
 @pytest.fixture
@@ -52,3 +58,16 @@ def test_a_dataset_by_another_path_is_the_same(tmp_path):
     with pytest.raises(UserError, match="link is listed as a validation set and as a test set"):
         require_disjoint(pool=["b"], validation=[str(tmp_path / "a")],
                          test=[str(tmp_path / "link")])
+
+
+def test_a_set_that_is_called_as_all_of_them_together_is_refused():
+    require_names_of_their_own(["data/all"], ["test"])  # its loss is that of all validation sets
+    for valid, test, what in ((["v"], ["data/all"], "test"), (["v", "data/all"], [], "validation")):
+        with pytest.raises(UserError, match=f"the {what} set data/all has the name all, .* Rename"):
+            require_names_of_their_own(valid, test)
+
+
+def test_so_it_is_where_test_sets_are_opened():
+    config = OnsetConfig(load="theta", data_path=("a",), valid_data_path=("v",), run_dir="run")
+    with pytest.raises(UserError, match="has the name all"):
+        open_onset(config, ParallelConfig(), Given(), ["data/all"])
