@@ -106,7 +106,7 @@ def _train(config: PretrainConfig, job: Job, asked: Blend, tokenizer_digest: str
     chunks = model.build(job, seed=batch.seed)
     parallel.say(f"model with {shards.num_parameters(chunks):,} parameters")
     trainer = training.make_trainer(chunks, job.optimizer, batch, job.execution)
-    found = checkpoint.latest(config.save)
+    found = parallel.on_rank_zero(lambda: checkpoint.latest(config.save))
     start = 0 if found is None else checkpoint.load_training(
         found, chunks, trainer.optimizer, trainer.scheduler)
     log = training.MetricsLog(Path(config.save) / "metrics.jsonl", start)

@@ -12,11 +12,13 @@ on eight ranks is carried on by four.
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -127,8 +129,9 @@ class SketchStore:
         rows = np.empty((len(samples), self.size), np.float32)
         for number in np.unique(entries.file).tolist():
             path = self._rows_path(number)
-            stored = np.memmap(path, _row_dtype(self.dtype), "r",  # a last row may be cut short
-                               shape=(path.stat().st_size // self._row_bytes, self.size))
+            with open(path, "rb") as file:  # a last row may be cut short
+                stored = np.memmap(file, _row_dtype(self.dtype), "r",
+                                   shape=(_size(file) // self._row_bytes, self.size))
             here = np.flatnonzero(entries.file == number)
             for i in here[np.argsort(entries.position[here])].tolist():
                 row = stored[entries.position[i]]
@@ -154,15 +157,16 @@ class SketchStore:
         A disk that loses data it was to keep leaves a tail of zeros: the checksum of the last
         entries finds it, and they are looked at backwards until one is sound.
         """
-        path, rows = self._entries_path(number), self._rows_path(number)
-        if not path.is_file() or not rows.is_file():
+        try:
+            with open(self._entries_path(number), "rb") as file, \
+                    open(self._rows_path(number), "rb") as rows:
+                count = min(_size(file) // _ENTRY.itemsize, _size(rows) // self._row_bytes)
+                entries = np.fromfile(file, _ENTRY, count)
+                if not count:
+                    return entries
+                stored = np.memmap(rows, _row_dtype(self.dtype), "r", shape=(count, self.size))
+        except FileNotFoundError:
             return np.empty(0, _ENTRY)
-        count = min(path.stat().st_size // _ENTRY.itemsize, rows.stat().st_size // self._row_bytes)
-        entries = np.fromfile(path, _ENTRY, count)
-        if not count:
-            return entries
-        stored = np.memmap(rows, _row_dtype(self.dtype), "r",
-                           shape=(count, self.size))
         while count:
             last = entries[count - 1]
             if _checksum(stored[count - 1], last["dataset"], last["document"], last["loss"]) == \
@@ -206,6 +210,11 @@ class SketchWriter:
     def close(self) -> None:
         for file in (self._rows, self._entries):
             file.close()
+
+
+def _size(file: BinaryIO) -> int:
+    """Of an open file: of a name, NFS clients know the size from before others appended to it."""
+    return os.fstat(file.fileno()).st_size
 
 
 def _checksum(row: np.ndarray, dataset, document, loss) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,9 +22,6 @@ from megatron_direct.preprocessing.reading import Shard, Stream
 from megatron_direct.preprocessing.settings import PreprocessSettings
 from megatron_direct.preprocessing.tokenizer import TokenizerIdentity
 from megatron_direct.runtime import files
-
-# NFS clients see new files of others after a minute at the latest (acdirmax).
-SECONDS_UNTIL_FILES_SHOW = 90
 
 
 @dataclass(frozen=True)
@@ -152,9 +148,7 @@ def unfinished(work: Sequence[Shard | Stream], folder: Path) -> list[Shard | Str
 
 def require_whole(work: Sequence[Shard | Stream], folder: Path) -> None:
     """Waits until what other ranks wrote shows. Raises UserError where it does not."""
-    patience = time.monotonic() + SECONDS_UNTIL_FILES_SHOW
-    while lacking := unfinished(work, folder):
-        if time.monotonic() > patience:
-            raise UserError(f"{folder} lacks {len(lacking)} of {len(work)} shards that other ranks "
-                            "wrote. Give an --output-prefix on a file system that all ranks share.")
-        time.sleep(1)
+    lacking = files.once_seen(lambda: unfinished(work, folder), lambda found: not found)
+    if lacking:
+        raise UserError(f"{folder} lacks {len(lacking)} of {len(work)} shards that other ranks "
+                        "wrote. Give an --output-prefix on a file system that all ranks share.")

@@ -15,7 +15,9 @@ import re
 import socket
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_direct.errors import UserError
 from megatron_direct.runtime import digests
@@ -23,6 +25,10 @@ from megatron_direct.runtime import digests
 # Bytes of what comes out of data in a file's name. File systems allow 255 for the whole name, of
 # which suffixes, and the name that a file has while it is written, take some.
 LONGEST_NAME = 180
+# NFS clients see new files of others after a minute at the latest (acdirmax).
+SECONDS_UNTIL_FILES_SHOW = 90
+
+Found = TypeVar("Found")
 
 
 def shortened(name: str, of: str, room: int = LONGEST_NAME) -> str:
@@ -88,6 +94,14 @@ def written_whole(path: str | os.PathLike, mode: str = "wb"):
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def once_seen(look: Callable[[], Found], suffices: Callable[[Found], bool]) -> Found:
+    """What ``look`` finds, once that suffices, or when what others wrote ought to be seen."""
+    patience = time.monotonic() + SECONDS_UNTIL_FILES_SHOW
+    while not suffices(found := look()) and time.monotonic() < patience:
+        time.sleep(1)
+    return found
 
 
 def write_json(path: str | os.PathLike, value) -> None:

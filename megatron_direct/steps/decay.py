@@ -93,7 +93,8 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
     onset = trainer.scheduler.num_steps
     when_loaded()
     folder = plan.folder / "checkpoints"
-    resumed = checkpoint.latest(folder) if plan.save_interval else None
+    resumed = parallel.on_rank_zero(lambda: checkpoint.latest(folder)) \
+        if plan.save_interval else None
     done = 0 if resumed is None else checkpoint.load_training(
         resumed, chunks, trainer.optimizer, trainer.scheduler)
     training.anneal_over(trainer, optimizer, batch, training.DecaySteps(onset, done,

@@ -23,7 +23,7 @@ from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.gradients.store import DTYPES, Sketches, SketchStore
 from megatron_direct.mcore import checkpoint, grid, model
 from megatron_direct.mcore.shards import ParameterShard, parameter_shards
-from megatron_direct.runtime import attendance, parallel
+from megatron_direct.runtime import attendance, files, parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps import pass_plan
@@ -217,7 +217,8 @@ def write_rows(store: SketchStore, drawn: Drawn, what: str, compute: _Compute) -
                 parallel.stop()
     parallel.wait_for_all()  # copies of the model exchange nothing in between, and drift apart
     parallel.on_rank_zero(lambda: pass_plan.plan_path(store, drawn).unlink(missing_ok=True))
-    left = num_missing(store, drawn)
+    left = parallel.on_rank_zero(lambda: files.once_seen(
+        lambda: _count_missing(drawn, pass_plan.with_rows(store, drawn)), lambda count: not count))
     if left:
         raise UserError(f"{store.folder} lacks {left} of {len(drawn.numbers)} {drawn.what} samples "
                         "that were computed: rows were lost while being written. Check the disk, "
@@ -237,7 +238,16 @@ def _writer(store: SketchStore) -> contextlib.AbstractContextManager[AppendThrea
 
 def read_sketches(store: SketchStore, drawn: Drawn, share: int = 0, num_shares: int = 1,
                   ) -> Sketches:
-    """The rows of what is drawn, or of an even share of it, by ascending sample number."""
+    """The rows of what is drawn, or of an even share of it, by ascending sample number.
+
+    Raises UserError if a row is not there.
+    """
     mine = np.array_split(drawn.numbers, num_shares)[share]
-    entries, samples = pass_plan.rows_of(store, drawn, mine)
+    entries, samples = files.once_seen(lambda: pass_plan.rows_of(store, drawn, mine),
+                                       lambda found: len(found[1]) == len(mine))
+    if len(samples) < len(mine):
+        raise UserError(f"{store.folder} has rows of {len(samples)} of the {len(mine)} "
+                        f"{drawn.what} samples that this rank reads. Give a --run-dir on a file "
+                        "system that all nodes share (megatron-direct doctor tries it), and run "
+                        "the command again.")
     return store.read(entries, samples)

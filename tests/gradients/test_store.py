@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -183,4 +186,17 @@ def test_a_disk_that_is_full_is_reported_and_leaves_what_was_there(tmp_path):
     again = store.writer(0)
     _append(again, [4, 5, 6])
     again.close()
+    np.testing.assert_array_equal(_read(store).rows, rows)
+
+
+def test_rows_that_others_append_are_seen_whatever_is_remembered_of_the_files_names(
+        tmp_path, monkeypatch):
+    """As on NFS, where what a client knows of a name may be a minute old, and opening asks anew."""
+    stat, known = Path.stat, {}
+    monkeypatch.setattr(Path, "stat", lambda path, **how: known.setdefault(
+        (path, *how.items()), stat(path, **how)))
+    store, rows, _ = _write(tmp_path, [range(3)])
+    assert len(_read(store).samples) == 3
+    with contextlib.closing(store.writer(0)) as writer:
+        _append(writer, [3, 4, 5, 6])
     np.testing.assert_array_equal(_read(store).rows, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from ranks import Layout, on_layout
 from trained import LEARNT
 
@@ -20,7 +21,7 @@ def _weights(chunks) -> list[np.ndarray]:
     return [p.detach().numpy().copy() for chunk in chunks for p in chunk.parameters()]
 
 
-def _anneal(folder, name, layout, recipe, save_interval=None):
+def _anneal(folder, name, layout, recipe, **how):
     """The chunks at the end."""
     start = open_checkpoint(str(folder / "theta"))
     job = Job(LEARNT.model, layout, LEARNT.optimizer, LEARNT.batch)
@@ -29,7 +30,7 @@ def _anneal(folder, name, layout, recipe, save_interval=None):
     dataset, _ = blend.build_blend(blend.Blend([str(folder / "a")]), {}, request)
     chunks = model.build(job)
     decay(Decay(job, start, [Segment(0, dataset)], ITERATIONS, folder / name, "",
-                save_interval=save_interval, recipe=recipe), chunks)
+                recipe=recipe, **how), chunks)
     return chunks
 
 
@@ -63,3 +64,19 @@ def test_the_rate_falls_to_the_share_that_is_asked_for(learnt_folder, final):
     # Linear: the rate of the last iteration is one step above that of the end.
     expected = LEARNT.optimizer.lr * (1 - (1 - final) * np.arange(ITERATIONS) / ITERATIONS)
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
+def _resumed_blindly(_, layout, folder):
+    """Iterations of the second of two calls, in which rank 1 may not look for checkpoints: on a
+    network file system it could see an older one than rank 0 does."""
+    _anneal(folder, "blind", layout, Recipe(), save_interval=3, stop=3)
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.distributed.get_rank() == 1:
+            patch.delattr(checkpoint, "latest")
+        _anneal(folder, "blind", layout, Recipe(), save_interval=3)
+    return [line["iteration"] for line in read_metrics(folder / "blind" / "metrics.jsonl")]
+
+
+def test_all_ranks_resume_from_the_checkpoint_that_rank_zero_sees(learnt_folder):
+    done = on_layout(Layout(dp=2), _resumed_blindly, LEARNT.model, learnt_folder)[0]
+    assert done == list(range(1, ITERATIONS + 1))

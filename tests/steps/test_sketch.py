@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from types import SimpleNamespace
 
 import flat_requests
 import numpy as np
@@ -357,3 +359,42 @@ def test_the_distributed_optimizers_moments_are_the_same_and_so_are_those_in_bf1
         moments, others = (np.where(of_one > 0, of_one, np.inf) ** -4.0
                            for of_one in (scales, distributed[name]))
         np.testing.assert_allclose(others, moments, rtol=1e-3, atol=1e-8 * moments.max())
+
+
+class _SeenLate(SketchStore):
+    """Whose rows are seen at the third look, as those of another node can be."""
+
+    looks = 0
+
+    def entries_by_file(self):
+        self.looks += 1
+        return super().entries_by_file() if self.looks > 2 else iter([])
+
+
+def _write_and_read_late(model, layout, folder, run):
+    samples = Samples([str(folder / "pool")], MODEL.seq_length, VOCAB_SIZE)
+    drawn = Drawn("pool", samples, samples.usable, [dataset_digest(str(folder / "pool"))])
+    rows = np.random.default_rng(0).standard_normal((len(drawn.numbers), 4)).astype(np.float32)
+
+    def compute(plan):
+        yield rows, drawn.numbers, rows[:, 0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_direct.runtime.files.time", SimpleNamespace(
+            monotonic=time.monotonic, sleep=lambda seconds: None))
+        store = _SeenLate(folder / run, 4)
+        sketch_step.write_rows(store, drawn, "rows", compute)
+        store.looks = 0
+        found = read_sketches(store, drawn)
+        patch.setattr("megatron_direct.runtime.files.SECONDS_UNTIL_FILES_SHOW", 0)
+        store.looks = 0
+        with pytest.raises(UserError, match="has rows of 0 of the .* --run-dir on a file system"):
+            read_sketches(store, drawn)
+    return found.samples, drawn.numbers, found.rows, rows
+
+
+def test_rows_of_other_nodes_that_show_late_are_waited_for(folder):
+    samples, numbers, found, rows = on_layout(
+        Layout(), _write_and_read_late, MODEL, folder, "late")[0]
+    np.testing.assert_array_equal(samples, numbers)
+    np.testing.assert_array_equal(found, rows)
