@@ -54,7 +54,7 @@ ifeq ($(FOR_GPU),)
 export CUDA_VISIBLE_DEVICES := $(GPUS)
 endif
 
-# Two ranks, one a core, and sizes that end in six to twelve minutes on them. The annealing sees
+# Two ranks, one a core, and sizes that end in five to twelve minutes on them. The annealing sees
 # 0.43 times the tokens of the pool.
 export GPUS_PER_NODE ?= 2
 TEXT_FLAGS := --max-files 180

@@ -345,7 +345,8 @@ def elsewhere(folder) -> dict:
 
 def test_where_the_files_have_moved_selecting_again_gives_the_new_paths(folder, annealed,
                                                                         elsewhere):
-    """Also where the selection was annealed: it is the same one, and so is its arm."""
+    """Also where the selection was annealed: it is the same one, and so is its arm. Datasets are
+    known by what they hold: neither sketches nor curvature are computed again."""
     shutil.copytree(annealed, folder / "moved")
     before = _selection(folder / "moved")
     run_on_ranks(1, _select_without_a_model, folder, Layout(), "moved", elsewhere)
@@ -410,20 +411,6 @@ def test_a_pilot_is_kept_when_pools_are_added(folder):
     run_on_ranks(1, _select_with, folder, Layout(), "pilot-grows", {"pilot_iters": 2})
     assert (folder / "pilot-grows" / "pilot" / "manifest.json").read_bytes() == pilot
     assert len(_sketches(folder / "pilot-grows").samples) == 150
-
-
-def test_datasets_are_known_by_what_they_hold_not_by_their_paths(folder, run):
-    elsewhere = folder / "elsewhere"
-    elsewhere.mkdir()
-    for name in ("a", "b", "valid"):
-        for suffix in ("idx", "bin"):
-            shutil.copy(folder / f"{name}.{suffix}", elsewhere)
-    before = {p: p.stat().st_mtime_ns for part in ("sketches", "curvature", "selections")
-              for p in (run / part).rglob("*") if p.is_file()}
-    run_on_ranks(1, _select_with, folder, Layout(), "run", {
-        "data_path": (str(elsewhere / "a"), str(elsewhere / "b")),
-        "valid_data_path": (str(elsewhere / "valid"),)})
-    assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 # --- what is refused, and that it leaves earlier results as they were -----------------------------
