@@ -21,7 +21,7 @@ from ranks import Layout  # noqa: E402
 from spec_parity import build_filled, errors  # noqa: E402
 from tiny_models import MODELS, VOCAB_SIZE  # noqa: E402
 
-from megatron_direct.mcore import checkpoint, compat, grid  # noqa: E402
+from megatron_direct.mcore import checkpoint, compat, grid, training_folder  # noqa: E402
 from megatron_direct.mcore.shards import parameter_shards  # noqa: E402
 from megatron_direct.mcore.specs import SPECS, LayerSpec, transformer_engine  # noqa: E402
 from megatron_direct.mcore.without_gpu import megatron_runtime  # noqa: E402
@@ -64,7 +64,7 @@ def _in_checkpoints(model, layout, folder: Path) -> dict[str, float]:
         for shard in parameter_shards(read):
             torch.nn.init.zeros_(shard.parameter)
         checkpoint.save(folder / saved, 1, written, None, None, {})
-        path = checkpoint.latest(folder / saved)
+        path = training_folder.latest(folder / saved)
         assert path is not None
         checkpoint.load_model(path, read)
         expected = {shard.name: shard.parameter for shard in parameter_shards(written)}

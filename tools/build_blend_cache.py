@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 
 from megatron_direct.config import ParallelConfig
-from megatron_direct.mcore import checkpoint, grid
+from megatron_direct.mcore import checkpoint, grid, training_folder
 from megatron_direct.mcore.checkpoint_formats import iteration_folder
 from megatron_direct.mcore.without_gpu import megatron_runtime
 from megatron_direct.plugins import megatron_lm
@@ -60,7 +60,7 @@ def _parse(extra_args_provider: Callable, defaults: dict) -> None:
 def _continue_from(flags) -> None:
     """Iteration and consumed samples as a training with these flags would begin with them."""
     flags.iteration = 0
-    if flags.load and not flags.finetune and checkpoint.latest(flags.load) is not None:
+    if flags.load and not flags.finetune and training_folder.latest(flags.load) is not None:
         found = checkpoint.read_checkpoint(flags.load if flags.ckpt_step is None else
                                            iteration_folder(flags.load, flags.ckpt_step))
         flags.iteration = found.iteration

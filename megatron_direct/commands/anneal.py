@@ -15,9 +15,10 @@ import numpy as np
 from megatron_direct.commands.arm import RANDOM, AnnealedArm, AnnealRequest, ArmKey, checked_arm
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.mcore import blend, grid, model
-from megatron_direct.mcore.checkpoint import latest, load_model
+from megatron_direct.mcore.checkpoint import load_model
 from megatron_direct.mcore.merging import Average
 from megatron_direct.mcore.object_storage import read_object_stores
+from megatron_direct.mcore.training_folder import latest
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Artefact, State
 from megatron_direct.runtime.run_directory import RunDirectory

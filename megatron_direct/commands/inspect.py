@@ -17,7 +17,7 @@ from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.materialize import materialize
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import checkpoint_contents, integrity
-from megatron_direct.mcore.checkpoint import latest
+from megatron_direct.mcore.training_folder import latest
 from megatron_direct.reports.tables import Table, make_table, text_table
 from megatron_direct.runtime import parallel
 from megatron_direct.settings import Settings, flag, flag_name

@@ -21,7 +21,7 @@ from megatron_direct.config import (
 )
 from megatron_direct.data import blend_files, checks
 from megatron_direct.data.blend_plan import Blend
-from megatron_direct.mcore import blend, checkpoint, grid, model, shards, training
+from megatron_direct.mcore import blend, checkpoint, grid, model, shards, training, training_folder
 from megatron_direct.mcore.object_storage import read_object_stores
 from megatron_direct.runtime import parallel
 from megatron_direct.runtime.manifest import Artefact, Key, State
@@ -106,7 +106,7 @@ def _train(config: PretrainConfig, job: Job, asked: Blend, tokenizer_digest: str
     chunks = model.build(job, seed=batch.seed)
     parallel.say(f"model with {shards.num_parameters(chunks):,} parameters")
     trainer = training.make_trainer(chunks, job.optimizer, batch, job.execution)
-    found = parallel.on_rank_zero(lambda: checkpoint.latest(config.save))
+    found = parallel.on_rank_zero(lambda: training_folder.latest(config.save))
     start = 0 if found is None else checkpoint.load_training(
         found, chunks, trainer.optimizer, trainer.scheduler)
     log = training.MetricsLog(Path(config.save) / "metrics.jsonl", start)
@@ -120,7 +120,7 @@ def _train(config: PretrainConfig, job: Job, asked: Blend, tokenizer_digest: str
         stops = not is_last and parallel.stop_is_agreed()
         is_due = is_last or step.iteration % config.save_interval == 0
         if is_due or stops:
-            checkpoint.note_due(config.save, step.iteration, is_due=is_due)
+            training_folder.note_due(config.save, step.iteration, is_due=is_due)
             checkpoint.save(config.save, step.iteration, chunks, trainer.optimizer,
                             trainer.scheduler, arguments)
         if stops:

@@ -29,7 +29,7 @@ from megatron_direct.comparison.run_results import mean_test_loss
 from megatron_direct.data import indexed
 from megatron_direct.data.blend_plan import Blend
 from megatron_direct.errors import NothingFits
-from megatron_direct.mcore import blend, checkpoint, grid, model
+from megatron_direct.mcore import blend, checkpoint, grid, model, training_folder
 from megatron_direct.mcore.merging import Average
 from megatron_direct.runtime import arrays, files, parallel
 from megatron_direct.runtime.run_directory import locked, versions
@@ -181,7 +181,7 @@ def _load_average(setting: Setting, chunks) -> None:
     folder = setting.folder / "merged"
     with locked(folder, "compare", waits=True):  # seeds may be run at once
         make_average(states_of_training(setting), folder)
-    checkpoint.load_model(parallel.on_rank_zero(lambda: checkpoint.latest(folder)), chunks)
+    checkpoint.load_model(parallel.on_rank_zero(lambda: training_folder.latest(folder)), chunks)
 
 
 @dataclass(frozen=True, eq=False)

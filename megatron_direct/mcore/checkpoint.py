@@ -1,9 +1,7 @@
 """Megatron distributed checkpoints: written and read at any layout.
 
-The folder is laid out as Megatron-LM's: ``iter_0000300/`` for each saved iteration, and
-``latest_checkpointed_iteration.txt``, which is written last and names the newest whole one. Every
-checkpoint carries, under ``args``, the flags that it was made with; one of Megatron-Bridge has a
-file for them.
+Every checkpoint carries, under ``args``, the flags that it was made with; one of Megatron-Bridge
+has a file for them. training_folder.py says where they lie.
 """
 
 from __future__ import annotations
@@ -33,6 +31,7 @@ from megatron_direct.mcore import (
     integrity,
     main_parameters,
     torch_adam,
+    training_folder,
 )
 from megatron_direct.mcore.checkpoint_formats import (
     FORMAT_FILE,
@@ -46,7 +45,6 @@ from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
 from megatron_direct.runtime import attendance, digests, files, parallel, stopping
 from megatron_direct.settings import Settings, flag_name
 
-_STOPS = "stops.json"  # beside a training's checkpoints
 _PREDICTION_HEADS = "mtp."
 # Flags, with their values, that ask for less than the model of a checkpoint.
 _LEAVES_OUT = {("mtp_num_layers", 0)}
@@ -54,65 +52,6 @@ _LEAVES_OUT = {("mtp_num_layers", 0)}
 # numbered.
 _SECOND_MOMENTS = "optimizer.state.exp_avg_sq."
 _SECOND_MOMENTS_OF = re.compile(rf"(?:chained_\d+\.)?{re.escape(_SECOND_MOMENTS)}(.+)")
-
-
-def latest(folder: str | os.PathLike) -> Path | None:
-    """The newest whole checkpoint in a folder, or the folder itself if it is one, or None."""
-    folder = Path(folder)
-    if (folder / FORMAT_FILE).is_file():
-        return folder
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_bytes().decode(errors="replace").strip()
-    if text != "release" and not re.fullmatch("[0-9]{1,15}", text):
-        older = ", ".join(sorted(path.name for path in folder.glob("iter_*"))) or "none"
-        raise UserError(f"{tracker} holds {text[:40]!r}, where the number of an iteration was "
-                        f"expected. Write the one to use into it; there are {older}.")
-    return folder / text if text == "release" else iteration_folder(folder, int(text))
-
-
-def saved_states(folder: str | os.PathLike, last: int = 0, upto: int | None = None) -> list[Path]:
-    """The newest whole checkpoints of a training's folder, oldest first.
-
-    ``last`` of them; for 0 those of the last quarter of its iterations. upto: the iteration that
-    counts as the newest. A state that is there only because the training stopped is none of them,
-    unless it is the newest. A folder that is itself a checkpoint stands for itself.
-    """
-    folder = Path(folder)
-    newest = latest(folder)
-    if newest is None or newest == folder or iteration_of(newest) is None:
-        return [newest or folder]
-    end = iteration_of(newest) if upto is None else upto
-    assert end is not None
-    there = {iteration: path.parent for path in folder.glob(f"iter_*/{FORMAT_FILE}")
-             if (iteration := iteration_of(path.parent)) is not None}
-    stops = set(_stops(folder)) - {end}
-    iterations = sorted(iteration for iteration in there.keys() - stops if iteration <= end)
-    taken = iterations[-last:] if last else [n for n in iterations if 4 * n > 3 * end]
-    return [there[iteration] for iteration in taken]
-
-
-def note_due(folder: str | os.PathLike, iteration: int, *, is_due: bool) -> None:
-    """That the state of an iteration is saved because it is due, or only because the training
-    stops there: without a stop there would be none. All ranks call this before they save it."""
-    def note() -> None:
-        stops = _stops(Path(folder))
-        if is_due == (iteration in stops):
-            files.write_json(Path(folder) / _STOPS, sorted({*stops} ^ {iteration}))
-
-    with stopping.postponed():
-        parallel.on_rank_zero(note)
-
-
-def _stops(folder: Path) -> list[int]:
-    """Iterations whose states are there only because the training stopped."""
-    path = folder / _STOPS
-    found = files.read_json(path) if path.is_file() else []
-    if not isinstance(found, list) or not all(type(number) is int for number in found):
-        raise UserError(f"{path} is damaged: it holds no list of iterations. Write [] into it, or "
-                        "the iterations at which the training was stopped.")
-    return found
 
 
 Group = TypeVar("Group", bound=Settings)
@@ -169,7 +108,7 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 
 def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     """As open_checkpoint, on one rank."""
-    found = latest(folder) or Path(folder)
+    found = training_folder.latest(folder) or Path(folder)
     # Without one of these files it would seem to be of another format, or version.
     integrity.verify_files(found, itertools.chain([FORMAT_FILE], compat.common_state_files(found)))
     require_readable(found)

@@ -12,7 +12,7 @@ import torch
 
 from megatron_direct.config import BatchConfig, Job, ModelConfig
 from megatron_direct.evaluation.losses import dataset_losses
-from megatron_direct.mcore import checkpoint, training
+from megatron_direct.mcore import checkpoint, training, training_folder
 from megatron_direct.mcore.checkpoint import Checkpoint
 from megatron_direct.runtime import parallel
 
@@ -93,7 +93,7 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
     onset = trainer.scheduler.num_steps
     when_loaded()
     folder = plan.folder / "checkpoints"
-    resumed = parallel.on_rank_zero(lambda: checkpoint.latest(folder)) \
+    resumed = parallel.on_rank_zero(lambda: training_folder.latest(folder)) \
         if plan.save_interval else None
     done = 0 if resumed is None else checkpoint.load_training(
         resumed, chunks, trainer.optimizer, trainer.scheduler)
@@ -112,7 +112,7 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
         stops = not is_last and parallel.stop_is_agreed()
         is_due = is_last or step.iteration % (plan.save_interval or 1) == 0
         if plan.save_interval and (is_due or stops):
-            checkpoint.note_due(folder, step.iteration, is_due=is_due)
+            training_folder.note_due(folder, step.iteration, is_due=is_due)
             checkpoint.save(folder, step.iteration, chunks, trainer.optimizer, trainer.scheduler,
                             arguments)
         if stops:

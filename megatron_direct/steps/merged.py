@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import checkpoint
+from megatron_direct.mcore import training_folder
 from megatron_direct.mcore.checkpoint import Checkpoint, read_checkpoint
 from megatron_direct.mcore.merging import Average, write_average
 from megatron_direct.runtime import parallel
@@ -54,7 +54,7 @@ def find_states(folders: Sequence[str], last: int, upto: int | None, flag: str,
     """
     def find() -> list[Checkpoint]:
         found = [read_checkpoint(path) for folder in folders
-                 for path in checkpoint.saved_states(folder, last, upto)]
+                 for path in training_folder.saved_states(folder, last, upto)]
         if len(found) < 2:
             where = ", ".join(folders)
             raise UserError(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_direct.config import ModelConfig, OptimizerConfig, Precision
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import blend, checkpoint, grid, model
+from megatron_direct.mcore import blend, grid, model, training_folder
 from megatron_direct.mcore.checkpoint import Checkpoint
 from megatron_direct.mcore.merging import Average
 from megatron_direct.runtime import parallel
@@ -162,4 +162,4 @@ def _pilot_in(folder: Path, digest: str) -> GradientPoint:
 
 
 def _newest_in(folder: Path) -> Path:
-    return parallel.on_rank_zero(lambda: checkpoint.latest(folder))
+    return parallel.on_rank_zero(lambda: training_folder.latest(folder))

@@ -23,7 +23,7 @@ import numpy as np
 from megatron_direct.data import indexed
 from megatron_direct.data.blend_plan import MAX_EPOCHS, Blend, BlendPart, BlendRules
 from megatron_direct.data.mask import SampleMask
-from megatron_direct.mcore import blend, checkpoint, grid, model
+from megatron_direct.mcore import blend, checkpoint, grid, model, training_folder
 from megatron_direct.mcore.checkpoint_formats import iteration_folder, iteration_of
 from megatron_direct.runtime import files, parallel, typed_json
 from megatron_direct.runtime.manifest import Artefact
@@ -96,7 +96,7 @@ class Rounds:
     def _done(self) -> int:
         """The iteration of the newest checkpoint."""
         def look() -> int:
-            newest = checkpoint.latest(self.folder / "checkpoints")
+            newest = training_folder.latest(self.folder / "checkpoints")
             return 0 if newest is None else iteration_of(newest) or 0
 
         return parallel.on_rank_zero(look)

@@ -26,7 +26,7 @@ from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import Samples
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.store import SketchStore
-from megatron_direct.mcore.checkpoint import saved_states
+from megatron_direct.mcore.training_folder import saved_states
 from megatron_direct.runtime import parallel, stopping
 from megatron_direct.steps import selected
 from megatron_direct.steps.sketch import Drawn, read_sketches
@@ -179,13 +179,13 @@ def test_the_last_states_of_an_annealing_are_averaged(folder, capsys):
 
 def _test_losses(folder, name):
     from megatron_direct.config import BatchConfig, Job
-    from megatron_direct.mcore import checkpoint, grid, model
+    from megatron_direct.mcore import checkpoint, grid, model, training_folder
     from megatron_direct.steps.decay import set_losses
 
     job = Job(LEARNT.model)
     with grid.model_parallel(job.layout, 1):
         chunks = model.build(job)
-        checkpoint.load_model(checkpoint.latest(folder / name), chunks)
+        checkpoint.load_model(training_folder.latest(folder / name), chunks)
         return set_losses(chunks, job.model, BatchConfig(), test=[str(folder / "test")])["test"]
 
 

@@ -25,7 +25,7 @@ from megatron_direct.data.samples import Samples
 from megatron_direct.data.sources import read_sources
 from megatron_direct.evaluation import questions
 from megatron_direct.gradients.store import SketchStore
-from megatron_direct.mcore import checkpoint
+from megatron_direct.mcore import training_folder
 from megatron_direct.preprocessing import documents, reading, shard_folder, tokenizer, windows
 from megatron_direct.preprocessing.documents import Fields
 from megatron_direct.runtime import arrays
@@ -83,7 +83,8 @@ def all_readers() -> list[Reader]:
             "format": 2, "commands": [{"command": "select", "flags": {}, "provenance": {
                 "versions": {"megatron-direct": "0.2.0"}}}]}).encode(),),
             lambda folder: RunDirectory(folder).record()),
-        Reader("stops of a training", "stops.json", (b"[\n  50,\n  73\n]\n",), checkpoint._stops),
+        Reader("stops of a training", "stops.json", (b"[\n  50,\n  73\n]\n",),
+               training_folder._stops),
         Reader("smaller model", "proxy.json", (
             b'{"load": "small", "checkpoint_digest": "d"}',), lambda folder: read_record(
                 SmallerModel, folder / "proxy.json")),

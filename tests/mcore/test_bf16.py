@@ -22,7 +22,7 @@ from megatron_direct.errors import UserError
 from megatron_direct.gradients.hooks import PieceHooks
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
-from megatron_direct.mcore import checkpoint, passes, training
+from megatron_direct.mcore import checkpoint, passes, training, training_folder
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.steps.curvature_config import CurvatureConfig, require_precision
@@ -188,7 +188,8 @@ def _train_save_and_resume(model, layout, folder, precision, distributed):
                     {**vars(model), **vars(precision)})
     unbroken = _train(trainer, model, range(4, 7))
     resumed = _trainer(model, layout, precision, distributed)
-    assert checkpoint.load_training(checkpoint.latest(folder), resumed.chunks, resumed.optimizer,
+    newest = training_folder.latest(folder)
+    assert checkpoint.load_training(newest, resumed.chunks, resumed.optimizer,
                                     resumed.scheduler) == 3
     dtypes = {p.dtype for chunk in resumed.chunks for p in chunk.parameters()}
     return unbroken, _train(resumed, model, range(4, 7)), dtypes, \

@@ -20,7 +20,7 @@ from trained_checkpoint import CASES, Case, require_equal, resume, save
 
 from megatron_direct.config import Job, OptimizerConfig
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import checkpoint, compat, integrity
+from megatron_direct.mcore import checkpoint, compat, integrity, training_folder
 
 LLAMA = MODELS["llama-tied"]
 
@@ -220,7 +220,7 @@ def test_objects_of_another_version_are_named(tmp_path):
 def _load(model, layout, folder):
     from megatron_direct.mcore import model as models
 
-    checkpoint.load_model(checkpoint.latest(folder), models.build(Job(model, layout)))
+    checkpoint.load_model(training_folder.latest(folder), models.build(Job(model, layout)))
 
 
 def test_a_model_of_another_shape_is_refused(bare):

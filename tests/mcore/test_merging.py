@@ -12,7 +12,7 @@ from trained_checkpoint import BATCH, train_on
 from weights import assemble, fill_by_hash, fill_expert_bias, pieces
 
 from megatron_direct.config import Job, OptimizerConfig, Precision
-from megatron_direct.mcore import checkpoint
+from megatron_direct.mcore import checkpoint, training_folder
 from megatron_direct.mcore.merging import Average, write_average
 
 WEIGHTS = (0.5, 0.2, 0.3)
@@ -63,7 +63,7 @@ def _read(model, layout, folder, bf16=False):
     from megatron_direct.mcore import model as models
 
     chunks = models.build(Job(model, layout, precision=Precision(bf16=bf16)))
-    checkpoint.load_model(checkpoint.latest(folder), chunks)
+    checkpoint.load_model(training_folder.latest(folder), chunks)
     return _pieces(chunks)
 
 
@@ -111,7 +111,7 @@ def _resume(model, layout, folder):
 
     chunks = models.build(Job(model, layout, precision=Precision(bf16=True)))
     trainer = training.make_trainer(chunks, OptimizerConfig(lr=1e-3), BATCH)
-    checkpoint.load_training(checkpoint.latest(folder), chunks, trainer.optimizer,
+    checkpoint.load_training(training_folder.latest(folder), chunks, trainer.optimizer,
                              trainer.scheduler)
     return _pieces(chunks), _mains(chunks)
 
@@ -137,7 +137,7 @@ def _read_biases(model, layout, folder):
     from megatron_direct.mcore import model as models
 
     chunks = models.build(Job(model, layout))
-    checkpoint.load_model(checkpoint.latest(folder), chunks)
+    checkpoint.load_model(training_folder.latest(folder), chunks)
     return {name: bias.numpy() for name, bias in _biases(chunks).items()}
 
 
@@ -182,11 +182,11 @@ def test_the_states_of_a_folder(tmp_path):
     (tmp_path / "iter_0000030_backup" / "metadata.json").write_text("{}")
 
     def iterations(*args):
-        return [int(path.name[5:]) for path in checkpoint.saved_states(tmp_path, *args)]
+        return [int(path.name[5:]) for path in training_folder.saved_states(tmp_path, *args)]
 
     assert iterations() == [40]
     assert iterations(3) == [20, 30, 40]
     assert iterations(0, 30) == [30] and iterations(2, 30) == [20, 30]
-    assert checkpoint.saved_states(tmp_path / "iter_0000020", 5) == [tmp_path / "iter_0000020"]
+    assert training_folder.saved_states(tmp_path / "iter_0000020", 5) == [tmp_path / "iter_0000020"]
 
 

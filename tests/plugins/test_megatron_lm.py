@@ -170,9 +170,9 @@ def _loss_and_masks(folder, training, batches):
 
     from megatron_direct.commands.select import SelectRequest, select
     from megatron_direct.config import Job, ModelConfig, ParallelConfig
-    from megatron_direct.mcore import checkpoint, grid, model
+    from megatron_direct.mcore import checkpoint, grid, model, training_folder
 
-    found = checkpoint.latest(folder / f"killed-{training}").parent / "iter_0000004"
+    found = training_folder.latest(folder / f"killed-{training}").parent / "iter_0000004"
     opened = checkpoint.open_checkpoint(found)
     architecture = opened.settings(ModelConfig, {})
     assert opened.iteration == 4

@@ -9,7 +9,7 @@ from ranks import Layout, on_layout
 from trained import LEARNT
 
 from megatron_direct.config import Job
-from megatron_direct.mcore import blend, checkpoint, model
+from megatron_direct.mcore import blend, checkpoint, model, training_folder
 from megatron_direct.mcore.checkpoint import open_checkpoint
 from megatron_direct.mcore.training import read_metrics
 from megatron_direct.steps.decay import Decay, Recipe, Segment, decay
@@ -72,7 +72,7 @@ def _resumed_blindly(_, layout, folder):
     _anneal(folder, "blind", layout, Recipe(), save_interval=3, stop=3)
     with pytest.MonkeyPatch.context() as patch:
         if torch.distributed.get_rank() == 1:
-            patch.delattr(checkpoint, "latest")
+            patch.delattr(training_folder, "latest")
         _anneal(folder, "blind", layout, Recipe(), save_interval=3)
     return [line["iteration"] for line in read_metrics(folder / "blind" / "metrics.jsonl")]
 

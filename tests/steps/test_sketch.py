@@ -27,7 +27,7 @@ from megatron_direct.errors import UserError
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.gradients.store import SketchStore
-from megatron_direct.mcore import checkpoint, grid, model, training
+from megatron_direct.mcore import checkpoint, grid, model, training, training_folder
 from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.steps import selected
 from megatron_direct.steps import sketch as sketch_step
@@ -148,7 +148,7 @@ def test_samples_without_finite_gradients_are_counted_and_never_selected(folder)
 def _sketches(folder, layout, settings):
     """(rows by sample, scales by parameter, names sketched) of one pass over the pool."""
     chunks = model.build(Job(MODEL, layout))
-    found = checkpoint.latest(folder / "theta")
+    found = training_folder.latest(folder / "theta")
     checkpoint.load_model(found, chunks)
     shards = parameter_shards(chunks)
     scales = adam_scales(found, chunks, shards)
@@ -172,8 +172,8 @@ def _adam_state(folder):
     with grid.model_parallel(Layout().config()):
         chunks = model.build(Job(MODEL, Layout().config()))
         trainer = training.make_trainer(chunks, OPTIMIZER, BATCH)
-        checkpoint.load_training(checkpoint.latest(folder / "theta"), chunks, trainer.optimizer,
-                                 trainer.scheduler)
+        checkpoint.load_training(training_folder.latest(folder / "theta"), chunks,
+                                 trainer.optimizer, trainer.scheduler)
         shards = parameter_shards(chunks)
         state = trainer.optimizer.optimizer.state
         return pieces(shards, [state[s.parameter]["exp_avg_sq"] for s in shards])
@@ -238,7 +238,7 @@ def _products_over_some_parameters(folder, layout):
     """(H v restricted to some parameters, and the product of the operator over these alone)."""
     with grid.model_parallel(layout.config()):
         chunks = model.build(Job(MODEL, layout.config()), spec="local")
-        checkpoint.load_model(checkpoint.latest(folder / "theta"), chunks)
+        checkpoint.load_model(training_folder.latest(folder / "theta"), chunks)
         shards = parameter_shards(chunks)
         some = sketched_shards(shards, ["*layernorm*", "*mlp*", "!*fc2*"])
         names = {shard.name for shard in some}
@@ -302,7 +302,7 @@ def _save_weights_alone(folder):
 def _scales_of(folder):
     with grid.model_parallel(Layout().config()), torch.no_grad():
         chunks = model.build(Job(MODEL, Layout().config()))
-        adam_scales(checkpoint.latest(folder / "bare"), chunks, parameter_shards(chunks))
+        adam_scales(training_folder.latest(folder / "bare"), chunks, parameter_shards(chunks))
 
 
 def _moments_of_parts(model_of_case, layout, folder):
@@ -310,7 +310,7 @@ def _moments_of_parts(model_of_case, layout, folder):
     may hold: experts have one of their own."""
     chunks = model.build(Job(model_of_case, layout))
     trainer = training.make_trainer(chunks, OPTIMIZER, BATCH)
-    found = checkpoint.latest(folder)
+    found = training_folder.latest(folder)
     checkpoint.load_training(found, chunks, trainer.optimizer, trainer.scheduler)
     shards = parameter_shards(chunks)
     state = {parameter: of_one for optimizer in getattr(
@@ -337,7 +337,7 @@ def test_experts_and_mamba_layers_have_second_moments_too(name, layout, part, tm
 def _scales_in(model_of_case, layout, folder, precision):
     chunks = model.build(Job(model_of_case, layout, precision=precision))
     shards = parameter_shards(chunks)
-    scales = adam_scales(checkpoint.latest(folder), chunks, shards)
+    scales = adam_scales(training_folder.latest(folder), chunks, shards)
     return pieces(shards, [scales[s.name] for s in shards])
 
 
