@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -26,18 +27,33 @@ _WORTH_SETTLING = 2000
 
 @dataclass(frozen=True, eq=False)
 class Vertex:
-    """The optimum of a linear programme over W: w = (1 - theta) lower + theta upper.
+    """The optimum of the linear programme max c.w over W: w = (1 - theta) lower + theta upper.
 
     ``lower`` [N] bool is feasible, and is the rounded optimum; ``upper`` [N] bool is it with one
-    exchange undone; ``theta`` lies in [0, 1]. ``price`` is mu; ``value`` is the optimum c.w, or,
-    where ties were not decided by their scores, what no weights exceed.
+    exchange undone; ``theta`` lies in [0, 1]. ``price`` is mu.
     """
 
+    feasible: FeasibleSet
+    scores: np.ndarray
     lower: np.ndarray
     upper: np.ndarray
     theta: float
-    value: float
     price: float
+
+    @cached_property
+    def value(self) -> float:
+        """The optimum c.w, or, where ties were not decided by their scores, what no weights exceed:
+        L(mu), with all ties broken by scores. Most vertices are not asked for it.
+
+        Written as what a selection that fits scores, and what the best at this price has beyond it:
+        at a budget that is small beside the best one's cost, its priced score is lost in rounding.
+        """
+        feasible, mask, price = self.feasible, self.lower, self.price
+        priced = self.scores - price * feasible.costs
+        best = feasible.best(priced)
+        gain = float(priced[best & ~mask].sum() - priced[mask & ~best].sum())
+        unspent = feasible.budget - float(feasible.costs[mask].sum()) if price else 0.0
+        return float(self.scores[mask].sum()) + price * max(unspent, 0.0) + max(gain, 0.0)
 
     def weights(self) -> np.ndarray:
         """[N] the optimum itself."""
@@ -58,8 +74,7 @@ def maximise(
         low = 0.0
         upper = samples.best_at(low)
     if low == 0 and feasible.fits(upper.mask, upper.cost):
-        value = _dual_value(feasible, scores, upper.mask, 0.0)
-        return Vertex(upper.mask, upper.mask, 0.0, value, 0.0)
+        return Vertex(feasible, scores, upper.mask, upper.mask, 0.0, 0.0)
     guess = low * _HINT_SPREAD**2
     lower = _Priced.of(feasible, scores, feasible.cheapest)
     while True:
@@ -81,22 +96,7 @@ def maximise(
             samples.settle((low, upper.mark), (high, lower.mark))
         guess = 0.0
     after, before, theta = _adjacent(feasible, lower.mask, upper.mask)
-    return Vertex(after, before, theta, _dual_value(feasible, scores, after, price), price)
-
-
-def _dual_value(
-    feasible: FeasibleSet, scores: np.ndarray, mask: np.ndarray, price: float
-) -> float:
-    """L(price), which bounds c.w whatever ties have decided, with all ties broken by scores.
-
-    Written as what a selection that fits scores, and what the best at this price has beyond it:
-    at a budget that is small beside the best one's cost, its priced score is lost in rounding.
-    """
-    priced = scores - price * feasible.costs
-    best = feasible.best(priced)
-    gain = float(priced[best & ~mask].sum() - priced[mask & ~best].sum())
-    unspent = feasible.budget - float(feasible.costs[mask].sum()) if price else 0.0
-    return float(scores[mask].sum()) + price * max(unspent, 0.0) + max(gain, 0.0)
+    return Vertex(feasible, scores, after, before, theta, price)
 
 
 @dataclass(frozen=True, eq=False)
