@@ -173,10 +173,11 @@ def sketched_shards(shards: Sequence[ParameterShard], patterns: Sequence[str],
 
 def num_missing(store: SketchStore, drawn: Drawn) -> int:
     """How many of the samples drawn have no row; all ranks call this."""
-    return parallel.on_rank_zero(lambda: _count_missing(drawn, pass_plan.with_rows(store, drawn)))
+    return parallel.on_rank_zero(lambda: _count_missing(store, drawn))
 
 
-def _count_missing(drawn: Drawn, has_row: np.ndarray) -> int:
+def _count_missing(store: SketchStore, drawn: Drawn) -> int:
+    has_row = pass_plan.with_rows(store, drawn)
     return len(drawn.numbers) - int(np.count_nonzero(has_row[drawn.numbers]))
 
 
@@ -218,7 +219,7 @@ def write_rows(store: SketchStore, drawn: Drawn, what: str, compute: _Compute) -
     parallel.wait_for_all()  # copies of the model exchange nothing in between, and drift apart
     parallel.on_rank_zero(lambda: pass_plan.plan_path(store, drawn).unlink(missing_ok=True))
     left = parallel.on_rank_zero(lambda: files.once_seen(
-        lambda: _count_missing(drawn, pass_plan.with_rows(store, drawn)), lambda count: not count))
+        lambda: _count_missing(store, drawn), lambda count: not count))
     if left:
         raise UserError(f"{store.folder} lacks {left} of {len(drawn.numbers)} {drawn.what} samples "
                         "that were computed: rows were lost while being written. Check the disk, "
