@@ -92,7 +92,7 @@ def count_sketches(size: int, milliseconds: Callable[[Callable[[], None]], float
 def _axis(width: int, size: int, device: str) -> AxisHash:
     rows = torch.arange(width, device=device)
     shard = ParameterShard("w", torch.nn.Parameter(torch.empty(width, 1, device=device)), rows,
-                           rows[:1], True, True)
+                           rows[:1], (width, 1), True, True)
     return Hashes.draw(shard, size, seed=1).rows
 
 

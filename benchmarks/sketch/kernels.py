@@ -41,19 +41,31 @@ class Shape:
     tokens: int
     samples: int
     size: int = 2048
+    of_vocabulary: bool = False
+
+    def shard(self, device: str) -> ParameterShard:
+        weight = torch.nn.Parameter(torch.empty(self.outputs, self.inputs, device="meta"))
+        return ParameterShard(
+            "weight", weight, torch.arange(self.outputs, device=device),
+            torch.arange(self.inputs, device=device), (self.outputs, self.inputs), owned=True,
+            adds_gradient=True, of_vocabulary=self.of_vocabulary)
 
 
 # Layers 128 to 1024 wide, narrow and wide in either direction.
-_WIDTHS = ((128, 128), (512, 128), (256, 256), (1024, 256), (512, 512), (1536, 512), (512, 1408),
-           (1024, 1024))
+_WIDTHS = ((128, 128), (512, 128), (1024, 192), (256, 256), (1024, 256), (512, 512), (1536, 512),
+           (512, 1408), (1024, 1024))
 SHAPES = {
     "cpu": [*(Shape(o, i, t, 2) for o, i in _WIDTHS for t in (128, 512, 2048)),
             *(Shape(o, i, 512, 2, 512) for o, i in _WIDTHS),
-            *(Shape(o, i, t, 2) for o, i in ((2816, 512), (3072, 1024), (8192, 512), (1024, 2752))
+            *(Shape(o, i, t, 2) for o, i in ((2816, 512), (3072, 1024), (1024, 2752))
+              for t in (128, 512)),
+            *(Shape(o, i, t, 2, of_vocabulary=True) for o, i in ((4096, 192), (8192, 512),
+                                                                 (8192, 1024))
               for t in (128, 512))],
     "cuda": [*(Shape(o, i, t, 8) for o, i in _WIDTHS for t in (128, 512, 2048)),
              *(Shape(o, i, 1024, 8) for o, i in ((3072, 1024), (1024, 1024), (5504, 1024),
-                                                 (1024, 2752), (50304, 1024))),
+                                                 (1024, 2752))),
+             Shape(50304, 1024, 1024, 8, of_vocabulary=True),
              *(Shape(o, i, 4096, 2) for o, i in ((6144, 4096), (28672, 4096), (4096, 14336),
                                                  (512, 4096), (4096, 512)))],
 }
@@ -72,15 +84,15 @@ def main() -> None:
 def print_kernels(device: str, rounds: int) -> None:
     shapes = SHAPES[device]
     print(f"{'outputs':>8}{'inputs':>8}{'tokens':>8}{'samples':>8}{'k':>6}",
-          *(f"{kernel.name + ' ms':>12}" for kernel in KERNELS), "  chosen   over the fastest",
+          *(f"{kernel.name + ' ms':>12}" for kernel in KERNELS), "  chosen    over the fastest",
           sep="")
     timed = []
     for shape in shapes:
         timed.append(_milliseconds(shape, device, rounds))
         chosen = _chosen(shape, device, costs.of(device))
         print(f"{shape.outputs:8}{shape.inputs:8}{shape.tokens:8}{shape.samples:8}{shape.size:6}",
-              *(f"{timed[-1][kernel.name]:12.3f}" for kernel in KERNELS),
-              f"  {chosen:8}{timed[-1][chosen] / min(timed[-1].values()):18.2f}", sep="",
+              *(f"{timed[-1].get(kernel.name, float('nan')):12.3f}" for kernel in KERNELS),
+              f"  {chosen:9}{timed[-1][chosen] / min(timed[-1].values()):18.2f}", sep="",
               flush=True)
     fitted = _fit(shapes, timed, device)
     print(f'"{device}": {_literal(fitted)}')
@@ -101,8 +113,9 @@ def _milliseconds(shape: Shape, device: str, rounds: int) -> dict[str, float]:
                            dtype=dtype)
 
     piece = OuterProducts(draw(shape.inputs), draw(shape.outputs))
-    hashes = _hashes(shape, device)
-    kernels = [kind(shape.samples, shape.size, torch.device(device)) for kind in KERNELS]
+    hashes = Hashes.draw(shape.shard(device), shape.size, seed=1)
+    kernels = [kind(shape.samples, shape.size, torch.device(device))
+               for kind in _able(shape, device)]
     times = {kernel.name: [] for kernel in kernels}
     # On a GPU several layers one after another: a launch is not waited for, and what a kernel puts
     # off until a buffer is full comes as often as it does in a pass.
@@ -127,21 +140,22 @@ def _seconds(kernel: Kernel, piece: OuterProducts, hashes: Hashes, layers: int) 
     return clock() - begun
 
 
-def _hashes(shape: Shape, device: str) -> Hashes:
-    weight = torch.nn.Parameter(torch.empty(shape.outputs, shape.inputs, device="meta"))
-    return Hashes.draw(ParameterShard(
-        "weight", weight, torch.arange(shape.outputs, device=device),
-        torch.arange(shape.inputs, device=device), owned=True, adds_gradient=True),
-        shape.size, seed=1)
+def _able(shape: Shape, device: str) -> list[type[Kernel]]:
+    """The kernels that take such a layer's pieces."""
+    hashes = Hashes.draw(shape.shard("cpu"), shape.size, seed=1)
+    piece = OuterProducts(torch.empty(0, 1, shape.inputs), torch.empty(0, 1, shape.outputs))
+    return [kernel for kernel in KERNELS if kernel.takes(piece, hashes, device)]
 
 
 def _work(shape: Shape, device: str) -> Work:
-    return Work(shape.tokens, shape.outputs, shape.inputs, shape.size, shape.samples, device,
-                bf16=device != "cpu")
+    hashes = Hashes.draw(shape.shard("cpu"), shape.size, seed=1)
+    return Work(shape.tokens, shape.outputs, shape.inputs, hashes.rows.size, hashes.columns.size,
+                shape.size, shape.samples, device, bf16=device != "cpu")
 
 
 def _chosen(shape: Shape, device: str, table: Coefficients) -> str:
-    return min(KERNELS, key=lambda kernel: kernel.cost(_work(shape, device), table)).name
+    work = _work(shape, device)
+    return min(_able(shape, device), key=lambda kernel: kernel.cost(work, table)).name
 
 
 def _fit(shapes: Sequence[Shape], timed: Sequence[dict[str, float]], device: str) -> Coefficients:
@@ -156,7 +170,7 @@ def _fit(shapes: Sequence[Shape], timed: Sequence[dict[str, float]], device: str
         rows = []
         for shape, of_shape in zip(shapes, timed, strict=True):
             work = _work(shape, device)
-            for kernel in KERNELS:
+            for kernel in _able(shape, device):
                 slopes = np.array([_slope(kernel, work, fitted, name) for name in names])
                 rows.append(slopes / (1e6 * of_shape[kernel.name]))
         counts = np.array(rows)

@@ -1,31 +1,66 @@
 """Errors that the sketch adds to inner products and norms of true gradients.
 
+    python benchmarks/sketch/quality.py
+    python benchmarks/sketch/quality.py --load CHECKPOINT --data-path PREFIX [PREFIX ...]
+
 A dense Gaussian of k rows errs, in <g, h> / (|g| |h|), by sqrt((1 + cos^2) / k) in the root mean
-square, and in |g|^2 / |g|^2 by sqrt(2 / k): exactly known, and what ours is divided by. The
-gradients are those of a model of 6 M parameters, trained for some steps on the Python
-installation's own source text as bytes.
+square, and in |g|^2 / |g|^2 by sqrt(2 / k): exactly known, and what ours is divided by. Beside it
+stand the errors with k buckets on all axes, and what of the gradients a single layer has. Without
+--load the gradients are those of a model of 6 M parameters, trained for some steps on the Python
+installation's own source text as bytes. On one rank, with all gradients in memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from megatron_direct.config import Job, ModelConfig, ParallelConfig
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from megatron_direct.cli import main as cli
+from megatron_direct.config import Given, Job, ModelConfig, ParallelConfig
 from megatron_direct.data.samples import MicroBatchLimits, Samples
+from megatron_direct.gradients.hashes import Hashes
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
-from megatron_direct.mcore import model, passes
-from megatron_direct.mcore.shards import num_parameters, parameter_shards
+from megatron_direct.mcore import checkpoint, grid, model, passes
+from megatron_direct.mcore.shards import ParameterShard, num_parameters, parameter_shards
+from megatron_direct.mcore.without_gpu import megatron_runtime
+from megatron_direct.runtime import parallel
+from megatron_direct.steps.onset import job_of
 
 # 6.3 M parameters.
 MODEL = ModelConfig(num_layers=8, hidden_size=256, num_attention_heads=4, vocab_size=256,
                     seq_length=256)
 SAMPLES, STEPS, SEEDS, MICRO_BATCH = 24, 30, 8, 8
+SIZES = (512, 1024, 2048)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--load", help="a checkpoint of a small model")
+    parser.add_argument("--data-path", nargs="+", help="datasets, of which samples are drawn")
+    parser.add_argument("--num-samples", type=int, default=SAMPLES)
+    flags = parser.parse_args()
+    cli.quiet_imports()
+    with megatron_runtime(), parallel.process_group(), grid.model_parallel(ParallelConfig()):
+        if flags.load is None:
+            print_quality()
+            return
+        opened = checkpoint.open_checkpoint(flags.load)
+        job = job_of(opened, ParallelConfig(), Given(), flags.data_path)
+        samples = Samples(flags.data_path, job.model.seq_length, job.model.vocab_size)
+        chunks = model.build(dataclasses.replace(job, precision=dataclasses.replace(
+            job.precision, bf16=False)))
+        checkpoint.load_model(opened.path, chunks)
+        numbers = np.random.default_rng(0).choice(samples.usable, flags.num_samples, replace=False)
+        print_errors(chunks, samples, np.sort(numbers))
 
 
 def print_quality() -> None:
@@ -34,28 +69,45 @@ def print_quality() -> None:
             folder, SAMPLES + STEPS * MICRO_BATCH, MODEL.seq_length)], MODEL.seq_length)
         chunks = model.build(Job(MODEL, ParallelConfig()))
         train(chunks, samples, samples.usable[SAMPLES:])
-        shards = parameter_shards(chunks)
-        numbers = samples.usable[:SAMPLES]
-        gradients = torch.stack(
-            [one_gradient(chunks, samples, numbers[[i]]) for i in range(SAMPLES)])
-        norms, cosines = norms_and_cosines(gradients)
-        del gradients
-        upper = np.triu_indices(SAMPLES, 1)
-        print(f"{num_parameters(chunks) / 1e6:.1f} M parameters, {SAMPLES} gradients, "
-              f"{SEEDS} "
-              f"seeds; cosines from {cosines[upper].min():.2f} to {cosines[upper].max():.2f}")
-        for size in (512, 2048):
+        print_errors(chunks, samples, samples.usable[:SAMPLES])
+
+
+def print_errors(chunks, samples: Samples, numbers: np.ndarray) -> None:
+    count, shards = len(numbers), parameter_shards(chunks)
+    gradients = torch.stack([one_gradient(chunks, samples, numbers[[i]]) for i in range(count)])
+    norms, cosines = norms_and_cosines(gradients)
+    name, share = _largest_layer(gradients, shards)
+    del gradients
+    upper = np.triu_indices(count, 1)
+    print(f"{num_parameters(chunks) / 1e6:.1f} M parameters, {count} gradients, {SEEDS} "
+          f"seeds; cosines from {cosines[upper].min():.2f} to {cosines[upper].max():.2f}; of a "
+          f"squared norm at most {100 * share:.0f} % in one layer of the blocks, {name}")
+    print(f"{'error x sqrt(k) / a dense Gaussian' + chr(39) + 's':36}{'inner products':>16}"
+          f"{'squared norms':>15}")
+    for size in SIZES:
+        everywhere = [dataclasses.replace(shard, of_vocabulary=True) for shard in shards]
+        for label, of in ((f"k {size}", shards), ("the same, k buckets everywhere", everywhere)):
             products, squares = [], []
             for seed in range(SEEDS):
-                rows = sketched_rows(chunks, samples, numbers, Sketch(shards, size, seed),
-                                     MICRO_BATCH)
+                rows = sketched_rows(chunks, samples, numbers, Sketch(of, size, seed), MICRO_BATCH)
                 errors = rows @ rows.T / np.outer(norms, norms) - cosines
                 products.append(errors[upper])
                 squares.append(np.diag(errors))
             gaussian = np.sqrt(np.mean(1 + cosines[upper] ** 2))
-            print(f"k {size:5}: error x sqrt(k) over a dense Gaussian's: inner products "
-                  f"{np.sqrt(size * np.mean(np.square(products))) / gaussian:.2f}, squared norms "
-                  f"{np.sqrt(size * np.mean(np.square(squares)) / 2):.2f}", flush=True)
+            print(f"{label:36}{np.sqrt(size * np.mean(np.square(products))) / gaussian:16.2f}"
+                  f"{np.sqrt(size * np.mean(np.square(squares)) / 2):15.2f}", flush=True)
+
+
+def _largest_layer(gradients: torch.Tensor, shards: Sequence[ParameterShard]) -> tuple[str, float]:
+    """Of those whose longer axis is narrowed (for the least k): its name, and the largest share
+    that it has of a gradient's squared norm."""
+    parts = gradients.split([shard.parameter.numel() for shard in shards], 1)
+    whole = gradients.square().sum(1)
+    shares = {shard.name: float((part.square().sum(1) / whole).max())
+              for shard, part in zip(shards, parts, strict=True)
+              if Hashes.draw(shard, SIZES[0], 0).narrowed is not None}
+    name = max(shares, key=lambda name: shares[name])
+    return name, shares[name]
 
 
 def norms_and_cosines(gradients: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -106,3 +158,7 @@ def sketched_rows(chunks, samples: Samples, numbers: np.ndarray, sketch: Sketch,
     for found, ids, _ in sketch_samples(model, samples, numbers):
         rows.update(zip(ids.tolist(), found, strict=True))
     return np.stack([rows[number] for number in numbers.tolist()]).astype(np.float64)
+
+
+if __name__ == "__main__":
+    main()

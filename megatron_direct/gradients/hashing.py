@@ -48,6 +48,16 @@ def buckets(stream_number: int, indices: torch.Tensor, num_buckets: int) -> torc
     return order[block_of, indices % num_buckets]
 
 
+def rotated_buckets(stream_number: int, indices: torch.Tensor, num_buckets: int) -> torch.Tensor:
+    """[n] int64 in [0, num_buckets): as ``buckets``, but each block is rotated by a random number.
+
+    Neighbours keep together. Two indices of different blocks share a bucket with the same
+    probability, 1 / num_buckets, only that a whole block's worth of pairs then do.
+    """
+    shifts = hash64(stream_number, indices // num_buckets) % num_buckets
+    return (indices + shifts) % num_buckets
+
+
 def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical shift: torch's own keeps the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

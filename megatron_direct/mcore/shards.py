@@ -24,6 +24,7 @@ class ParameterShard:
     name: of the whole parameter, with the global layer number: the same in every layout.
     rows: [local rows] row numbers in the whole matrix (a vector's entries are its rows).
     columns: [local columns] column numbers; [0] for a vector.
+    shape: (rows, columns) of the whole matrix.
     owned: True on exactly one rank of a copy of the model, for each entry: what sums over
         parameters (dot products) count. With expert parallelism, the ranks that share a set of
         experts are one copy.
@@ -35,16 +36,19 @@ class ParameterShard:
         queries and keys).
     of_local_experts: only this expert-parallel rank has these entries, and its gradient is that
         of the samples of all data-parallel ranks which share the set of experts.
+    of_vocabulary: a matrix of embeddings, or the output layer's.
     """
 
     name: str
     parameter: torch.nn.Parameter
     rows: torch.Tensor
     columns: torch.Tensor
+    shape: tuple[int, int]
     owned: bool
     adds_gradient: bool
     is_partial: bool = False
     of_local_experts: bool = False
+    of_vocabulary: bool = False
 
     def as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the parameter's shape as [local rows, local columns]."""
@@ -81,7 +85,7 @@ def _parameter_shard(parameter: torch.nn.Parameter, sharded, of_heads: bool) -> 
     num_rows = parameter.shape[0]
     rows = torch.empty(num_rows, dtype=torch.int64)
     columns = torch.arange(parameter.numel() // num_rows)
-    name, first_rows, rows_before = "", {}, 0
+    name, first_rows, rows_before, num_columns = "", {}, 0, len(columns)
     for tile, local_rows in _tiles(sharded, num_rows):
         axes = tile.prepend_axis_num
         name = _global_name(sharded.key, tile.global_offset[:axes])
@@ -92,6 +96,7 @@ def _parameter_shard(parameter: torch.nn.Parameter, sharded, of_heads: bool) -> 
         rows[local_rows] = first_rows[tile.key] + offset[0] + torch.arange(len(local_rows))
         if parameter.dim() == 2:
             columns = offset[1] + torch.arange(parameter.shape[1])
+            num_columns = tile.global_shape[axes + 1]
     is_tied_copy = getattr(parameter, "shared", False)
     is_replica = (not getattr(parameter, "tensor_model_parallel", False)
                   and grid.tensor_rank() > 0)
@@ -102,11 +107,13 @@ def _parameter_shard(parameter: torch.nn.Parameter, sharded, of_heads: bool) -> 
         parameter=parameter,
         rows=rows.to(parameter.device),
         columns=columns.to(parameter.device),
+        shape=(rows_before, num_columns),
         owned=(not is_replica and not is_tied_copy
                and (of_local_experts or grid.expert_rank() == 0)),
         adds_gradient=not is_replica or is_partial,
         is_partial=is_partial,
         of_local_experts=of_local_experts,
+        of_vocabulary=name.startswith(("embedding.", "output_layer.")),
     )
 
 

@@ -141,5 +141,8 @@ def _in_words(name: str, before, now) -> str:
     if name.endswith("_digests"):
         what = name.removesuffix("_digests").replace("_", " ")
         return f"other {what}"
+    if name.endswith("_version"):
+        what = name.removesuffix("_version").replace("_", " ")
+        return f"version {before} of the {what}, and megatron-direct has version {now} now"
     name = "seed" if name in ("first_seed", "order_seed") else name  # as the flag is called
     return f"{flag_name(name)} was {before}, now it is {now}"

@@ -18,6 +18,7 @@ from megatron_direct.curvature.preconditioner import adam_scales
 from megatron_direct.data.samples import MicroBatchLimits
 from megatron_direct.errors import UserError
 from megatron_direct.gradients.append_thread import AppendThread
+from megatron_direct.gradients.hashes import HASH_VERSION
 from megatron_direct.gradients.per_sample import SAMPLE_LOSSES, GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.gradients.store import DTYPES, Sketches, SketchStore
@@ -90,12 +91,13 @@ class SketchesKey(Key):
     precondition: str = "none"
     seed: int = 1234
     precision: Precision = field(default_factory=Precision)
+    hash_version: int = 1
 
 
 def sketches_key(config: SketchConfig, job: Job, point: GradientPoint) -> SketchesKey:
     return SketchesKey(point.digest, job.model, config.sketch_size, config.sketch_dtype,
                        tuple(config.sketch_parameters), config.sample_loss, config.precondition,
-                       config.seed, job.precision)
+                       config.seed, job.precision, HASH_VERSION)
 
 
 def open_store(folder: Path, key: SketchesKey) -> SketchStore:

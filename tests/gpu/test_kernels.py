@@ -22,7 +22,7 @@ SIZE, SAMPLES, TOKENS = 256, 3, 70
 def _shard(rows: int, columns: int, device: str) -> ParameterShard:
     return ParameterShard("w", torch.nn.Parameter(torch.zeros(rows, columns, device=device)),
                           torch.arange(rows, device=device), torch.arange(columns, device=device),
-                          True, True)
+                          (rows, columns), True, True)
 
 
 def _pieces(rows: int, columns: int, dtype: torch.dtype) -> dict:

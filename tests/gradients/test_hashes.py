@@ -9,18 +9,21 @@ import torch
 from megatron_direct.gradients.hashes import Hashes, folded
 from megatron_direct.mcore.shards import ParameterShard
 
-SIZE = 16
+SIZE = 32
 
 
-def _hashes(rows, columns) -> Hashes:
+def _hashes(rows, columns, of_vocabulary=True) -> Hashes:
+    """Of k buckets on both axes, but for those of a layer that is not the vocabulary's."""
+    shape = (max(rows) + 1, max(columns) + 1)
     shard = ParameterShard("w", torch.nn.Parameter(torch.zeros(len(rows), len(columns))),
-                           torch.as_tensor(rows), torch.as_tensor(columns), True, True)
+                           torch.as_tensor(rows), torch.as_tensor(columns), shape, True, True,
+                           of_vocabulary=of_vocabulary)
     return Hashes.draw(shard, SIZE, seed=4)
 
 
 def _definition(axis, values: np.ndarray) -> np.ndarray:
     """Number i of the last dimension is added to bucket h(i), with sign s(i)."""
-    sums = np.zeros((*values.shape[:-1], SIZE))
+    sums = np.zeros((*values.shape[:-1], axis.size))
     for i, (bucket, sign) in enumerate(zip(axis.buckets, axis.signs, strict=True)):
         sums[..., int(bucket)] += float(sign) * values[..., i]
     return sums
@@ -30,19 +33,26 @@ def _definition(axis, values: np.ndarray) -> np.ndarray:
 # blocks, in no order, so that a narrow axis has two indices in one bucket.
 @pytest.mark.parametrize("indices", [
     range(5), range(SIZE), range(SIZE + 1), range(3 * SIZE + 7),
-    [40, 3, 41, 4, 42, 5], [0, 16, 32, 48, 64]], ids=str)
-def test_count_sketches(indices):
+    [80, 3, 81, 4, 82, 5], [0, 32, 64, 96, 128]], ids=str)
+@pytest.mark.parametrize("of_vocabulary", [True, False])
+def test_count_sketches(indices, of_vocabulary):
     generator = torch.Generator().manual_seed(0)
-    hashes = _hashes(indices, range(3))
+    hashes = _hashes(indices, range(4), of_vocabulary)
+    size = 2 if not of_vocabulary else SIZE
+    assert hashes.rows.size == size and (hashes.narrowed is hashes.rows) == (not of_vocabulary)
     values = torch.randn(4, 3, len(indices), generator=generator)
     truth = _definition(hashes.rows, values.double().numpy())
-    # Sums of a few float32 numbers.
-    np.testing.assert_allclose(hashes.rows.count_sketch(values), truth, atol=1e-6)
-    places = torch.empty(3, 4, SIZE).transpose(0, 1)
+    rounding = {"rtol": 1e-6, "atol": 1e-6}  # of sums of some float32 numbers
+    np.testing.assert_allclose(hashes.rows.count_sketch(values), truth, **rounding)
+    places = torch.empty(3, 4, size).transpose(0, 1)
     hashes.rows.write_count_sketch(values, places)
-    np.testing.assert_allclose(places, truth, atol=1e-6)
-    np.testing.assert_allclose(hashes.rows.count_sketch_of_rows(values.mT), truth.swapaxes(1, 2),
-                               atol=1e-6)
+    np.testing.assert_allclose(places, truth, **rounding)
+    np.testing.assert_allclose(hashes.rows.count_sketch_by_product(values), truth, **rounding)
+    of_rows = truth.swapaxes(1, 2)
+    np.testing.assert_allclose(hashes.rows.count_sketch_of_rows(values.mT), of_rows, **rounding)
+    sums = torch.ones(4, size, 3)
+    hashes.rows.add_count_sketch_of_rows(sums, values.mT.clone())
+    np.testing.assert_allclose(sums - 1, of_rows, **rounding)
 
 
 def test_count_sketches_a_few_slices_at_a_time(monkeypatch):
@@ -72,14 +82,40 @@ def test_a_vector_is_a_matrix_of_one_column():
         coordinate = int(hashes.rows.buckets[row] + hashes.columns.buckets[0]) % SIZE
         sign = float(hashes.rows.signs[row] * hashes.columns.signs[0])
         truth[:, coordinate] += sign * values[:, row].double().numpy()
-    np.testing.assert_allclose(hashes.of_vector.count_sketch(values), truth, atol=1e-6)
+    np.testing.assert_allclose(hashes.of_vector.count_sketch(values), truth, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 16])
-def test_frames_are_summed_along_their_coordinates(size):
-    frames = torch.randn(3, size, size, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("rows", "columns"), [
+    (1, 1), (2, 2), (7, 7), (16, 16), (16, 2), (2, 16), (7, 1), (1, 7), (9, 8)])
+def test_frames_are_summed_along_their_coordinates(rows, columns):
+    size = max(rows, columns)
+    frames = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(0))
     truth = np.zeros((3, size))
-    for row in range(size):
-        for column in range(size):
+    for row in range(rows):
+        for column in range(columns):
             truth[:, (row + column) % size] += frames[:, row, column].double().numpy()
     np.testing.assert_allclose(folded(frames), truth, atol=1e-5)
+
+
+def _numbers_of_buckets(rows, columns, **named):
+    hashes = _hashes(range(rows), range(columns), **named)
+    return hashes.rows.size, hashes.columns.size
+
+
+def test_the_longer_axis_of_a_layer_has_a_sixteenth_of_the_buckets():
+    assert _numbers_of_buckets(20, 5, of_vocabulary=False) == (2, 32)
+    assert _numbers_of_buckets(5, 20, of_vocabulary=False) == (32, 2)
+    assert _numbers_of_buckets(4, 4, of_vocabulary=False) == (32, 2)
+    assert _numbers_of_buckets(20, 3, of_vocabulary=False) == (32, 32), "a short side"
+    assert _numbers_of_buckets(20, 1, of_vocabulary=False) == (32, 32), "a vector"
+    assert _numbers_of_buckets(20, 5) == (32, 32), "the vocabulary's"
+
+
+def test_a_rank_has_the_buckets_of_the_whole_matrix():
+    """Its own part may be longer along the other axis."""
+    whole = _hashes(range(20), range(12), of_vocabulary=False)
+    part = Hashes.draw(ParameterShard("w", torch.nn.Parameter(torch.zeros(5, 12)),
+                                      torch.arange(5, 10), torch.arange(12), (20, 12), True, True),
+                       SIZE, seed=4)
+    assert torch.equal(part.rows.buckets, whole.rows.buckets[5:10]) and part.rows.size == 2
+    assert torch.equal(part.columns.buckets, whole.columns.buckets)

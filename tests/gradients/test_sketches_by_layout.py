@@ -74,12 +74,15 @@ def _on_ranks(model, layout, prefix):
             "dimension": space.dimension}
 
 
-def _hashes(axis: str, name: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """[count] buckets and signs by their definition: each block of k is permuted."""
+def _hashes(axis: str, name: str, count: int, narrowed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """[count] buckets and signs by their definition: each block of k is permuted, or each of k / 16
+    rotated."""
+    size = SKETCH_SIZE // 16 if narrowed else SKETCH_SIZE
     signs = hashing.hash64(hashing.stream(SEED, f"{axis} sign", name), torch.arange(count)).numpy()
-    blocks = np.arange(-(-count // SKETCH_SIZE))
+    blocks = np.arange(-(-count // size))
     seeds = hashing.hash64(hashing.stream(SEED, f"{axis} bucket", name), torch.from_numpy(blocks))
-    orders = [np.argsort(hashing.hash64(seed, torch.arange(SKETCH_SIZE)).numpy(), kind="stable")
+    orders = [(np.arange(size) + seed) % size if narrowed else
+              np.argsort(hashing.hash64(seed, torch.arange(size)).numpy(), kind="stable")
               for seed in seeds.tolist()]
     return np.concatenate(orders)[:count], np.where(signs < 0, -1, 1)
 
@@ -88,8 +91,11 @@ def _sketch_entry_by_entry(matrices: dict[str, np.ndarray]) -> np.ndarray:
     """The definition: entry (r, c) goes to (h1(r) + h2(c)) mod k with sign s1(r) s2(c)."""
     total = np.zeros(SKETCH_SIZE)
     for name, matrix in matrices.items():
-        rows, row_signs = _hashes("row", name, matrix.shape[0])
-        columns, column_signs = _hashes("column", name, matrix.shape[1])
+        (num_rows, num_columns), of_layer = matrix.shape, name.startswith(("decoder.", "mtp."))
+        narrowed = of_layer and min(matrix.shape) >= SKETCH_SIZE // 8
+        rows, row_signs = _hashes("row", name, num_rows, narrowed and num_rows > num_columns)
+        columns, column_signs = _hashes("column", name, num_columns,
+                                        narrowed and num_rows <= num_columns)
         np.add.at(total, (rows[:, None] + columns) % SKETCH_SIZE,
                   matrix * row_signs[:, None] * column_signs)
     return total
@@ -296,7 +302,7 @@ def _with_a_layer_no_hook_knows(model, layout):
     chunks[0].decoder.extra = torch.nn.Conv1d(1, 1, 1)
     shards = parameter_shards(models.build(Job(model, layout)))
     odd = ParameterShard("decoder.extra.weight", chunks[0].decoder.extra.weight,
-                         torch.arange(1), torch.arange(1), True, True)
+                         torch.arange(1), torch.arange(1), (1, 1), True, True)
     with PieceHooks(chunks, [*shards, odd], lambda *_: None):
         pass
 

@@ -33,7 +33,8 @@ MODEL = ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_que
 def _axis(indices, size: int):
     rows = torch.as_tensor(list(indices), device=DEVICE)
     shard = ParameterShard("w", torch.nn.Parameter(torch.zeros(len(rows), 3, device=DEVICE)), rows,
-                           torch.arange(3, device=DEVICE), True, True)
+                           torch.arange(3, device=DEVICE), (len(rows), 3), True, True,
+                           of_vocabulary=True)
     return Hashes.draw(shard, size, seed=4).rows
 
 

@@ -24,6 +24,7 @@ from megatron_direct.data.indexed import dataset_digest
 from megatron_direct.data.mask import SampleMask
 from megatron_direct.data.samples import MicroBatchLimits, Samples
 from megatron_direct.errors import UserError
+from megatron_direct.gradients.hashes import HASH_VERSION
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.gradients.store import SketchStore
@@ -277,6 +278,15 @@ def test_rows_whose_key_is_not_known_are_refused(tmp_path):
     with pytest.raises(UserError, match="holds sketches but no manifest.json .*delete the folder"):
         open_store(tmp_path, key)
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_rows_of_older_hashes_are_refused(tmp_path):
+    """Their key, which did not name a version, counts as that of the first."""
+    open_store(tmp_path, SketchesKey("point", MODEL, SIZE))
+    now = SketchesKey("point", MODEL, SIZE, hash_version=HASH_VERSION)
+    with pytest.raises(UserError, match="version 1 of the hash, and megatron-direct has version 2 "
+                                        "now. Choose another --run-dir, or delete"):
+        open_store(tmp_path, now)
 
 
 def test_patterns_of_parameters_that_match_nothing_are_refused(folder):

@@ -10,17 +10,18 @@ from megatron_direct.gradients.hashes import Hashes
 from megatron_direct.gradients.kernels import costs
 from megatron_direct.gradients.kernels.entries import ByEntries
 from megatron_direct.gradients.kernels.frames import ByFrames
+from megatron_direct.gradients.kernels.kept_axis import ByKeptAxis
 from megatron_direct.gradients.kernels.kernel import Kernel, Work
 from megatron_direct.gradients.kernels.spectra import BySpectra
 from megatron_direct.gradients.pieces import Entries, Piece
 
-KERNELS: tuple[type[Kernel], ...] = (ByEntries, BySpectra, ByFrames)
+KERNELS: tuple[type[Kernel], ...] = (ByEntries, ByKeptAxis, BySpectra, ByFrames)
 
 
 def cheapest(piece: Piece, hashes: Hashes, device_type: str, scaled: bool) -> type[Kernel]:
     """The kernel that adds a piece in the least time; scaled: by one that applies a scale."""
     able = [kernel for kernel in KERNELS
-            if kernel.takes(piece, device_type) and (kernel.applies_scale or not scaled)]
+            if kernel.takes(piece, hashes, device_type) and (kernel.applies_scale or not scaled)]
     if len(able) == 1:
         return able[0]
     assert not isinstance(piece, Entries), "one kernel takes them"

@@ -4,7 +4,7 @@ A linear layer's G = sum_t delta_t a_t^T costs t o i multiply-adds and one addit
 o i entries. That wins where layers are narrow, and it is the only way to multiply the entries by a
 scale. On a CPU each entry is added at its coordinate h1(r) + h2(c). On a GPU such additions would
 be atomic, in an order that changes from run to run: there both axes of G are count-sketched by
-gathers, and the k x k result is summed along its coordinates.
+gathers, and the result, as large as the product of their buckets, is summed along its coordinates.
 
 Shapes: t tokens of a sample, n samples, i and o the layer's local inputs and outputs, k the size of
 the sketch.
@@ -43,7 +43,7 @@ class ByEntries(Kernel):
         self._sums = torch.zeros(num_samples, 2 * size, device=device)
 
     @staticmethod
-    def takes(piece: Piece, device_type: str) -> bool:
+    def takes(piece: Piece, hashes: Hashes, device_type: str) -> bool:
         return device_type == "cpu" or not isinstance(piece, RowSums)
 
     @staticmethod
@@ -56,10 +56,10 @@ class ByEntries(Kernel):
         entries = work.outputs * work.inputs
         hashing = entries * costs.scattered_entry
         if work.device_type == "cuda":
-            size = work.size
-            numbers = -(-work.inputs // size) * work.outputs * size + (
-                -(-work.outputs // size) * size * size)
-            hashing = numbers * costs.gathered + size * size * costs.frame
+            frame = work.output_buckets * work.input_buckets
+            numbers = (-(-work.inputs // work.input_buckets) * work.outputs * work.input_buckets
+                       + -(-work.outputs // work.output_buckets) * frame)
+            hashing = numbers * costs.gathered + frame * costs.frame
         return _CALLS * costs.call + work.samples * (
             entries * tokens * costs.multiply_add + hashing)
 
@@ -83,7 +83,8 @@ class ByEntries(Kernel):
                     hashes.rows.buckets, hashes.columns.buckets)
             return
         gradients = _Gradients.of(piece.output_grads.float(), piece.inputs.float(), piece)
-        gathered = hashes.rows.rounds * hashes.size**2  # numbers of a sample, while G is hashed
+        # Numbers of a sample, while G is hashed.
+        gathered = hashes.rows.rounds * hashes.rows.size * hashes.columns.size
         for samples, gradient in gradients.whole(gathered):
             gradient = _scaled(gradient, scale, slice(None))
             sums[samples, :self._size] += sketches(gradient, hashes)

@@ -23,14 +23,16 @@ from megatron_direct.gradients.pieces import (
 class Work:
     """The shapes of a piece, which is all that the choice of a kernel depends on.
 
-    tokens: of one sample; of routed ones, the mean. outputs, inputs: the shard's rows and columns.
-    size: k. device_type: cpu or cuda. lookup: an embedding's rows are looked up. routed: the tokens
-    of all samples come in no order.
+    tokens: of one sample; of routed ones, the mean. outputs, inputs: the shard's rows and columns,
+    and of how many buckets each. size: k. device_type: cpu or cuda. lookup: an embedding's rows are
+    looked up. routed: the tokens of all samples come in no order.
     """
 
     tokens: float
     outputs: int
     inputs: int
+    output_buckets: int
+    input_buckets: int
     size: int
     samples: int
     device_type: str
@@ -43,16 +45,25 @@ class Work:
         routed = isinstance(piece, RoutedOuterProducts)
         samples = piece.num_samples
         return cls(tokens=len(piece.output_grads) / samples if routed else len(piece.output_grads),
-                   outputs=hashes.rows.width, inputs=hashes.columns.width, size=hashes.size,
-                   samples=samples, device_type="cuda" if piece.output_grads.is_cuda else "cpu",
+                   outputs=hashes.rows.width, inputs=hashes.columns.width,
+                   output_buckets=hashes.rows.size, input_buckets=hashes.columns.size,
+                   size=hashes.size, samples=samples,
+                   device_type="cuda" if piece.output_grads.is_cuda else "cpu",
                    bf16=factor_dtype(piece) == torch.bfloat16,
                    lookup=isinstance(piece, RowSums), routed=routed)
 
     @property
     def gathered(self) -> int:
         """Numbers gathered per token to count-sketch both factors: each axis in whole blocks."""
-        outputs = 1 if self.lookup else -(-self.outputs // self.size)
-        return (outputs + -(-self.inputs // self.size)) * self.size
+        outputs = self.output_buckets if self.lookup else _whole(self.outputs, self.output_buckets)
+        return outputs + _whole(self.inputs, self.input_buckets)
+
+    def multiply_add(self, costs: Coefficients) -> float:
+        return costs.bf16_multiply_add if self.bf16 else costs.multiply_add
+
+
+def _whole(width: int, buckets: int) -> int:
+    return -(-width // buckets) * buckets
 
 
 class Kernel(ABC):
@@ -66,8 +77,8 @@ class Kernel(ABC):
 
     @staticmethod
     @abstractmethod
-    def takes(piece: Piece, device_type: str) -> bool:
-        """Whether pieces of this kind can be added, on such a device."""
+    def takes(piece: Piece, hashes: Hashes, device_type: str) -> bool:
+        """Whether pieces of this kind and of a matrix of such hashes can be added there."""
 
     @staticmethod
     @abstractmethod

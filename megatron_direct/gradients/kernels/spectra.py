@@ -2,8 +2,8 @@
 
 The convolution of two count sketches is a product of their spectra (Pham and Pagh, KDD 2013). The
 products are summed over tokens and over all layers, and transformed back once per sample. It costs
-two transforms of length k per token, whatever the width of the layer: it wins on a CPU, for wide
-layers and short samples.
+two transforms of length k per token, whatever the width of the matrix: it wins on a CPU, for the
+vocabulary's, whose axes both have k buckets.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class BySpectra(Kernel):
                                     device=device)
 
     @staticmethod
-    def takes(piece: Piece, device_type: str) -> bool:
-        return not isinstance(piece, Entries)
+    def takes(piece: Piece, hashes: Hashes, device_type: str) -> bool:
+        return not isinstance(piece, Entries) and hashes.narrowed is None
 
     @staticmethod
     def cost(work: Work, costs: Coefficients) -> float:
