@@ -132,7 +132,7 @@ class AxisHash:
 
     def _write_slices(self, values: torch.Tensor, out: torch.Tensor) -> None:
         """Slices are added at their first buckets, and what goes beyond the last one in the end."""
-        at_once = parts_of(values, 2 * self.size * values[:1, ..., 0].numel())
+        at_once = parts_of(values, 4 * self.size * values[:1, ..., 0].numel())
         for part, sums in zip(values.split(at_once), out.split(at_once), strict=True):
             places = self.signs.new_zeros(*part.shape[:-1], 2 * self.size)
             part = part.float()
