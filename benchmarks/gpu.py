@@ -227,13 +227,13 @@ def _parts(chunks: list[torch.nn.Module], shape: Shape, runs: Runs, ends: float,
 
 def _count_sketches(ends: float) -> list[dict[str, float]]:
     print(f"\ncount sketch of a factor, ms:\n{'width':>8}{'tokens':>8}{'kernel':>10}{'torch':>10}"
-          f"{'by bytes':>10}")
+          f"{'by bytes':>10}{'narrow':>10}")
     rows = []
     try:
         for row in gpu_parts.count_sketches(SKETCH_SIZE, _milliseconds):
             rows.append(row)
             print(f"{row['width']:8}{row['tokens']:8}{row['kernel']:10.3f}{row['torch']:10.3f}"
-                  f"{row['bytes']:10.3f}", flush=True)
+                  f"{row['bytes']:10.3f}{row['narrow']:10.3f}", flush=True)
             if time.monotonic() > ends:
                 break
     except Exception as error:

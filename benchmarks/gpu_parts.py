@@ -73,7 +73,8 @@ def write_profile(call: Callable[[], None], path: Path) -> None:
 
 def count_sketches(size: int, milliseconds: Callable[[Callable[[], None]], float],
                    ) -> Iterator[dict[str, float]]:
-    """Of one factor in bfloat16: by the kernel, by torch, and by its bytes."""
+    """Of one factor in bfloat16: by the kernel, by torch, and by its bytes; and that of a layer's
+    longer axis, by a product."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for width, tokens in FACTORS[device]:
         values = torch.randn(tokens // 8, 8, width, device=device, dtype=torch.bfloat16)
@@ -86,7 +87,13 @@ def count_sketches(size: int, milliseconds: Callable[[Callable[[], None]], float
         row = {"width": width, "tokens": tokens, "kernel": _fastest(write, milliseconds)}
         with _torch_takes(hashes):
             row["torch"] = _fastest(write, milliseconds)
-        yield row | {"bytes": 2 * tokens * (width + size) / BYTES_PER_MS}
+        narrow = _axis(width, hashes.num_narrow_buckets(size), device)
+
+        def write_narrow(axis=narrow, values=values) -> None:
+            axis.count_sketch_by_product(values)
+
+        yield row | {"bytes": 2 * tokens * (width + size) / BYTES_PER_MS,
+                     "narrow": _fastest(write_narrow, milliseconds)}
 
 
 def _axis(width: int, size: int, device: str) -> AxisHash:
