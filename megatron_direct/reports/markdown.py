@@ -186,19 +186,24 @@ def _paper(summary: ComparisonSummary) -> str:
 
 
 def _ceiling(summary: ComparisonSummary) -> str:
-    """How much of what a search found is had by the default; empty where none was made."""
+    """How much of what a search found is had by the default, at the seeds of the ceiling; empty
+    where none was made."""
     ceiling, default = summary.arm(CEILING), summary.arm(summary.default_arm)
-    if ceiling not in summary.compared or default not in summary.compared:
+    reference = summary.arm(summary.reference)
+    if ceiling not in summary.compared or default not in summary.compared or reference is None:
         return ""
+    assert ceiling is not None and default is not None, "compared"
+    shared = ceiling.losses.keys() & default.losses.keys() & reference.losses.keys()
     found = ceiling.difference
     sentence = (f"{code(CEILING)}, the best mixture of clusters that a search found for the "
                 f"validation set, in {_name(summary)}: "
                 f"{wording.with_numbers(wording.loss(ceiling.mean_loss), found)}")
     has_too_few_seeds = found.interval is None
-    if found.mean is None or found.mean >= 0 or default.difference.mean is None or not (
-            has_too_few_seeds or found.verdict == BETTER):
+    of_default, of_ceiling = (sum(arm.losses[seed] - reference.losses[seed] for seed in shared)
+                              for arm in (default, ceiling))
+    if of_ceiling >= 0 or not (has_too_few_seeds or found.verdict == BETTER):
         return f"{sentence}: nothing to gain was found."
-    share = default.difference.mean / found.mean
+    share = of_default / of_ceiling
     return (f"{sentence}; {code(default.name)} has {wording.percent(share)} of its gain"
             f"{', by too few seeds for an interval' if has_too_few_seeds else ''}"
             f"{', so which clusters is not all there is to gain' if share > 1 else ''}.")

@@ -244,4 +244,11 @@ def test_the_ceiling_is_the_last_line_and_what_share_of_it_the_default_has(tmp_p
 def test_a_ceiling_of_one_seed_says_so(tmp_path, effect, words):
     run = write_run(tmp_path / "run", {**ARMS, "ceiling": (effect, 0.01, 5.0)}, default="descent",
                     name="one", missing=[("ceiling", seed) for seed in (2, 3, 4, 5)])
-    assert re.search(words, _prose(results([summarise(run)])))
+    summary = summarise(run)
+    text = _prose(results([summary]))
+    assert re.search(words, text)
+    if effect > 0:  # what the default has at that seed, not at others
+        ceiling, default, reference = (summary.arm(name).losses[1] for name in (
+            "ceiling", "descent", summary.reference))
+        share = (default - reference) / (ceiling - reference)
+        assert f"`descent` has {100 * share:.0f} % of its gain" in text
