@@ -5,7 +5,8 @@
 
 A dense Gaussian of k rows errs, in <g, h> / (|g| |h|), by sqrt((1 + cos^2) / k) in the root mean
 square, and in |g|^2 / |g|^2 by sqrt(2 / k): exactly known, and what ours is divided by. Beside it
-stand the errors with k buckets on all axes, and what of the gradients a single layer has. Without
+stand the errors with k buckets on all axes; their standard error over seeds; how the errors of two
+halves of the coordinates correlate; and what of the gradients a single layer has. Without
 --load the gradients are those of a model of 6 M parameters, trained for some steps on the Python
 installation's own source text as bytes. On one rank, with all gradients in memory.
 """
@@ -83,19 +84,33 @@ def print_errors(chunks, samples: Samples, numbers: np.ndarray) -> None:
           f"seeds; cosines from {cosines[upper].min():.2f} to {cosines[upper].max():.2f}; of a "
           f"squared norm at most {100 * share:.0f} % in one layer of the blocks, {name}")
     print(f"{'error x sqrt(k) / a dense Gaussian' + chr(39) + 's':36}{'inner products':>16}"
-          f"{'squared norms':>15}")
+          f"{'squared norms':>15}{'halves':>9}")
     for size in SIZES:
         everywhere = [dataclasses.replace(shard, of_vocabulary=True) for shard in shards]
         for label, of in ((f"k {size}", shards), ("the same, k buckets everywhere", everywhere)):
-            products, squares = [], []
+            gaussian = np.sqrt(np.mean(1 + cosines[upper] ** 2) / size)
+            products, squares, halves = [], [], []
             for seed in range(SEEDS):
                 rows = sketched_rows(chunks, samples, numbers, Sketch(of, size, seed), MICRO_BATCH)
-                errors = rows @ rows.T / np.outer(norms, norms) - cosines
-                products.append(errors[upper])
-                squares.append(np.diag(errors))
-            gaussian = np.sqrt(np.mean(1 + cosines[upper] ** 2))
-            print(f"{label:36}{np.sqrt(size * np.mean(np.square(products))) / gaussian:16.2f}"
-                  f"{np.sqrt(size * np.mean(np.square(squares)) / 2):15.2f}", flush=True)
+                rows /= norms[:, None]
+                errors = rows @ rows.T - cosines
+                products.append(_root_mean_square(errors[upper]) / gaussian)
+                squares.append(_root_mean_square(np.diag(errors)) / np.sqrt(2 / size))
+                order = np.random.default_rng(seed).permutation(size)
+                halves.append([(2 * rows[:, part] @ rows[:, part].T - cosines)[upper]
+                               for part in np.split(order, 2)])
+            correlation = np.corrcoef(*np.array(halves).swapaxes(0, 1).reshape(2, -1))[0, 1]
+            print(f"{label:36}{_with_error(products):>16}{_with_error(squares):>15}"
+                  f"{correlation:9.2f}", flush=True)
+
+
+def _root_mean_square(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+def _with_error(of_seeds: Sequence[float]) -> str:
+    return (f"{_root_mean_square(np.array(of_seeds)):.2f} +- "
+            f"{np.std(of_seeds, ddof=1) / np.sqrt(len(of_seeds)):.2f}")
 
 
 def _largest_layer(gradients: torch.Tensor, shards: Sequence[ParameterShard]) -> tuple[str, float]:

@@ -16,9 +16,11 @@ collide: the variance of an inner product <S g, S g'> is about
     (|g|^2 |g'|^2 + <g, g'>^2) / k + sum over layers of 2 |G^T G'|^2 / q
 
 at most, G a layer's gradient with the longer axis as its columns; the first part is a dense
-Gaussian's. The second is small, unless a single layer of small rank has most of the gradient. The
-vocabulary's matrices may: their axes all have k buckets, as have those of matrices with a side that
-is shorter than 2 q.
+Gaussian's. To the root of the variance of |g|^2 the second adds a factor of sqrt(1 + 16 sum of
+p^2 / rank), p the share that a layer has of |g|^2: 1.4 for one layer of rank one that has a quarter
+of it, 1.1 for one that has an eighth. The embeddings and the output layer may have most of it:
+their axes all have k buckets, as have those of matrices with a side that is shorter than 2 q. An
+axis of k buckets that is longer than k adds such a term, too, with k in the place of q.
 """
 
 from __future__ import annotations
@@ -183,15 +185,16 @@ class AxisHash:
         """Those that are the first of their buckets, the second, and so on."""
         return [index[signs != 0].long() for index, signs in self._rounds]
 
-    @cached_property
-    def _matrix(self) -> torch.Tensor:
-        """[width, size] bfloat16: the signs, each in the column of its index's bucket."""
-        matrix = self.signs.new_zeros(self.width, self.size, dtype=torch.bfloat16)
-        return matrix.scatter_(1, self.buckets[:, None], self.signs[:, None].to(torch.bfloat16))
-
     def count_sketch_by_product(self, values: torch.Tensor) -> torch.Tensor:
-        """[..., size] as ``count_sketch``, by a matrix product: where that is what is fast."""
-        return values @ self._matrix.to(values.dtype)
+        """[..., size] as ``count_sketch``, of bfloat16 values, by a product with a matrix of signs.
+
+        The matrix is made anew each time: of all layers and experts it would be a good part of the
+        weights' memory.
+        """
+        matrix = values.new_zeros(self.width, self.size)
+        matrix.scatter_(1, self.buckets[:, None], self.signs[:, None].to(values.dtype))
+        return matrix_product(values.flatten(0, -2), matrix).to(values.dtype).unflatten(
+            0, values.shape[:-1])
 
 
 @dataclass(frozen=True)
@@ -258,6 +261,13 @@ def folded(frames: torch.Tensor) -> torch.Tensor:
         padded.flatten(1)[:, :rows * (size + 1)].unflatten(1, (rows, size + 1))[..., :-1] = part
         torch.sum(padded, 1, out=totals)
     return sums
+
+
+def matrix_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[a, b] float32 product of bfloat16 matrices, added up in float32."""
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 def parts_of(tensor: torch.Tensor, numbers: int) -> int:

@@ -7,8 +7,9 @@ with E <S g, S h> = <g, h>, but for one thing. Its hashes h1 and h2 may send two
 to one bucket, and all entries of the two then collide at once: for a gradient of singular values
 sigma_i that adds 2 sum_i sigma_i^4 / |g|^4 to the variance of |S g|^2, in units of a dense
 Gaussian's, and true gradients are nearly of rank one in some layers. Ours permute each block of k
-rows or columns, so that no two of a block meet. The longer axis of a layer's matrix is hashed to
-k / 16 buckets: what that costs and saves is in ``hashes``.
+rows or columns, so that no two of a block meet: up to k rows and columns nothing is added. The
+longer axis of a layer's matrix is hashed to k / 16 buckets: what that costs and saves is in
+``hashes``.
 
 Since S is linear, the sketch of a sum is the sum of the sketches: each rank sketches its own shard
 of a gradient, and one sum over the model's ranks makes the whole.

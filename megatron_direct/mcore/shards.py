@@ -36,7 +36,7 @@ class ParameterShard:
         queries and keys).
     of_local_experts: only this expert-parallel rank has these entries, and its gradient is that
         of the samples of all data-parallel ranks which share the set of experts.
-    of_vocabulary: a matrix of embeddings, or the output layer's.
+    of_vocabulary: a matrix of embeddings, of words or positions, or the output layer's.
     """
 
     name: str

@@ -5,7 +5,8 @@ mean of the validation set's unit gradients. A score found from such alignments 
 fits the noise of the validation samples, of the sketch's hash, and of the sample's own gradient.
 So it is cross-fitted. The validation set is divided, by source where sources are known (halves.py),
 into halves A and B, and the coordinates of the sketch into halves 1 and 2, which hold the
-gradient's entries in different parts of the model, hashed apart. A score from (A, 1) is judged by
+gradient's entries in different parts of the model, hashed apart, but for what collides along a
+layer's longer axis (docs/sketching.md). A score from (A, 1) is judged by
 the alignment in (B, 2), and so on for the four pairs that share neither. What repeats in the other
 half is worth something; noise does not repeat, wherever it comes from.
 

@@ -22,6 +22,7 @@ def cheapest(piece: Piece, hashes: Hashes, device_type: str, scaled: bool) -> ty
     """The kernel that adds a piece in the least time; scaled: by one that applies a scale."""
     able = [kernel for kernel in KERNELS
             if kernel.takes(piece, hashes, device_type) and (kernel.applies_scale or not scaled)]
+    assert able, (type(piece).__name__, hashes.narrowed is not None, device_type)
     if len(able) == 1:
         return able[0]
     assert not isinstance(piece, Entries), "one kernel takes them"

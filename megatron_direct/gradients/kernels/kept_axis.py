@@ -23,8 +23,8 @@ from megatron_direct.gradients.kernels.segments import Blocks, Segments
 from megatron_direct.gradients.pieces import OuterProducts, Piece, RoutedOuterProducts
 
 _CALLS = 8  # operations on tensors for a layer, about
-# Up to so many buckets a GPU multiplies by a matrix of signs, which takes it about as long as to
-# read the factor.
+# Up to so many buckets a GPU multiplies bfloat16 by a matrix of signs, which takes it about as long
+# as to read the factor.
 _MOST_BY_PRODUCT = 256
 
 
@@ -79,6 +79,6 @@ def _products(left: torch.Tensor, right: torch.Tensor, piece: OuterProducts | Ro
 
 
 def _count_sketch(axis: AxisHash, values: torch.Tensor) -> torch.Tensor:
-    if values.is_cuda and axis.size <= _MOST_BY_PRODUCT:
+    if values.is_cuda and values.dtype == torch.bfloat16 and axis.size <= _MOST_BY_PRODUCT:
         return axis.count_sketch_by_product(values)
     return axis.count_sketch(values)
