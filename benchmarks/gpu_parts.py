@@ -19,6 +19,7 @@ import torch
 from megatron_direct.gradients import hashes, layers
 from megatron_direct.gradients.hashes import AxisHash, Hashes
 from megatron_direct.gradients.kernels import frames
+from megatron_direct.gradients.kernels.kept_axis import count_sketch_by_product
 from megatron_direct.mcore.shards import ParameterShard
 from megatron_direct.mcore.specs import fused
 
@@ -90,7 +91,7 @@ def count_sketches(size: int, milliseconds: Callable[[Callable[[], None]], float
         narrow = _axis(width, hashes.num_narrow_buckets(size), device)
 
         def write_narrow(axis=narrow, values=values) -> None:
-            axis.count_sketch_by_product(values)
+            count_sketch_by_product(axis, values)
 
         yield row | {"bytes": 2 * tokens * (width + size) / BYTES_PER_MS,
                      "narrow": _fastest(write_narrow, milliseconds)}

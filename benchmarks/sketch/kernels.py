@@ -13,6 +13,7 @@ other work on the machine adds little to it.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -42,13 +43,6 @@ class Shape:
     samples: int
     size: int = 2048
     of_vocabulary: bool = False
-
-    def shard(self, device: str) -> ParameterShard:
-        weight = torch.nn.Parameter(torch.empty(self.outputs, self.inputs, device="meta"))
-        return ParameterShard(
-            "weight", weight, torch.arange(self.outputs, device=device),
-            torch.arange(self.inputs, device=device), (self.outputs, self.inputs), owned=True,
-            adds_gradient=True, of_vocabulary=self.of_vocabulary)
 
 
 # Layers 128 to 1024 wide, narrow and wide in either direction.
@@ -113,7 +107,7 @@ def _milliseconds(shape: Shape, device: str, rounds: int) -> dict[str, float]:
                            dtype=dtype)
 
     piece = OuterProducts(draw(shape.inputs), draw(shape.outputs))
-    hashes = Hashes.draw(shape.shard(device), shape.size, seed=1)
+    hashes = _hashes(shape, device)
     kernels = [kind(shape.samples, shape.size, torch.device(device))
                for kind in _able(shape, device)]
     times = {kernel.name: [] for kernel in kernels}
@@ -140,15 +134,23 @@ def _seconds(kernel: Kernel, piece: OuterProducts, hashes: Hashes, layers: int) 
     return clock() - begun
 
 
+@functools.cache
+def _hashes(shape: Shape, device: str) -> Hashes:
+    weight = torch.nn.Parameter(torch.empty(shape.outputs, shape.inputs, device="meta"))
+    return Hashes.draw(ParameterShard(
+        "weight", weight, torch.arange(shape.outputs, device=device),
+        torch.arange(shape.inputs, device=device), (shape.outputs, shape.inputs), owned=True,
+        adds_gradient=True, of_vocabulary=shape.of_vocabulary), shape.size, seed=1)
+
+
 def _able(shape: Shape, device: str) -> list[type[Kernel]]:
     """The kernels that take such a layer's pieces."""
-    hashes = Hashes.draw(shape.shard("cpu"), shape.size, seed=1)
     piece = OuterProducts(torch.empty(0, 1, shape.inputs), torch.empty(0, 1, shape.outputs))
-    return [kernel for kernel in KERNELS if kernel.takes(piece, hashes, device)]
+    return [kernel for kernel in KERNELS if kernel.takes(piece, _hashes(shape, device), device)]
 
 
 def _work(shape: Shape, device: str) -> Work:
-    hashes = Hashes.draw(shape.shard("cpu"), shape.size, seed=1)
+    hashes = _hashes(shape, device)
     return Work(shape.tokens, shape.outputs, shape.inputs, hashes.rows.size, hashes.columns.size,
                 shape.size, shape.samples, device, bf16=device != "cpu")
 

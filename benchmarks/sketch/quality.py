@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--data-path", nargs="+", help="datasets, of which samples are drawn")
     parser.add_argument("--num-samples", type=int, default=SAMPLES)
     flags = parser.parse_args()
+    if (flags.load is None) != (flags.data_path is None):
+        parser.error("--load and --data-path belong together")
     cli.quiet_imports()
     with megatron_runtime(), parallel.process_group(), grid.model_parallel(ParallelConfig()):
         if flags.load is None:

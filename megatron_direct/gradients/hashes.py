@@ -121,7 +121,7 @@ class AxisHash:
         if values.dtype == torch.bfloat16:
             self._write_in_bf16(values, out)
             return
-        at_once = parts_of(values, max(self.size, self.width) * values[:1, ..., 0].numel())
+        at_once = parts_of(values, self.size * values[:1, ..., 0].numel())
         further = torch.empty_like(out[:at_once]) if self.rounds > 1 else out
         (index, signs), *others = self._rounds
         for part, sums in zip(values.split(at_once), out.split(at_once), strict=True):
@@ -185,16 +185,11 @@ class AxisHash:
         """Those that are the first of their buckets, the second, and so on."""
         return [index[signs != 0].long() for index, signs in self._rounds]
 
-    def count_sketch_by_product(self, values: torch.Tensor) -> torch.Tensor:
-        """[..., size] as ``count_sketch``, of bfloat16 values, by a product with a matrix of signs.
-
-        The matrix is made anew each time: of all layers and experts it would be a good part of the
-        weights' memory.
-        """
-        matrix = values.new_zeros(self.width, self.size)
-        matrix.scatter_(1, self.buckets[:, None], self.signs[:, None].to(values.dtype))
-        return matrix_product(values.flatten(0, -2), matrix).to(values.dtype).unflatten(
-            0, values.shape[:-1])
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """[width, size]: each index's sign, in its bucket's column. Of all layers and experts it
+        would be a good part of the weights' memory, so that it is made anew each time."""
+        matrix = self.signs.new_zeros(self.width, self.size, dtype=dtype)
+        return matrix.scatter_(1, self.buckets[:, None], self.signs[:, None].to(dtype))
 
 
 @dataclass(frozen=True)
@@ -261,13 +256,6 @@ def folded(frames: torch.Tensor) -> torch.Tensor:
         padded.flatten(1)[:, :rows * (size + 1)].unflatten(1, (rows, size + 1))[..., :-1] = part
         torch.sum(padded, 1, out=totals)
     return sums
-
-
-def matrix_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """[a, b] float32 product of bfloat16 matrices, added up in float32."""
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
 
 
 def parts_of(tensor: torch.Tensor, numbers: int) -> int:

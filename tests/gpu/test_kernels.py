@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.gpu,
 SIZE, SAMPLES, TOKENS = 256, 3, 70
 
 
-def _shard(rows: int, columns: int, device: str, of_vocabulary: bool) -> ParameterShard:
+def _shard(rows: int, columns: int, device: str, of_vocabulary: bool = False,
+           ) -> ParameterShard:
     return ParameterShard("w", torch.nn.Parameter(torch.zeros(rows, columns, device=device)),
                           torch.arange(rows, device=device), torch.arange(columns, device=device),
                           (rows, columns), True, True, of_vocabulary=of_vocabulary)

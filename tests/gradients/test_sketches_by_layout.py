@@ -91,7 +91,7 @@ def _sketch_entry_by_entry(matrices: dict[str, np.ndarray]) -> np.ndarray:
     """The definition: entry (r, c) goes to (h1(r) + h2(c)) mod k with sign s1(r) s2(c)."""
     total = np.zeros(SKETCH_SIZE)
     for name, matrix in matrices.items():
-        (num_rows, num_columns), of_layer = matrix.shape, name.startswith(("decoder.", "mtp."))
+        (num_rows, num_columns), of_layer = matrix.shape, name.startswith("decoder.")
         narrowed = of_layer and min(matrix.shape) >= SKETCH_SIZE // 8
         rows, row_signs = _hashes("row", name, num_rows, narrowed and num_rows > num_columns)
         columns, column_signs = _hashes("column", name, num_columns,

@@ -19,7 +19,7 @@ import torch
 
 from megatron_direct.gradients.hashes import Hashes, folded, parts_of
 from megatron_direct.gradients.kernels.costs import Coefficients
-from megatron_direct.gradients.kernels.kernel import Kernel, Work
+from megatron_direct.gradients.kernels.kernel import Kernel, Work, whole_blocks
 from megatron_direct.gradients.kernels.segments import Blocks, Segments
 from megatron_direct.gradients.pieces import (
     Entries,
@@ -56,10 +56,10 @@ class ByEntries(Kernel):
         entries = work.outputs * work.inputs
         hashing = entries * costs.scattered_entry
         if work.device_type == "cuda":
-            frame = work.output_buckets * work.input_buckets
-            numbers = (-(-work.inputs // work.input_buckets) * work.outputs * work.input_buckets
-                       + -(-work.outputs // work.output_buckets) * frame)
-            hashing = numbers * costs.gathered + frame * costs.frame
+            outputs, inputs = work.output_buckets, work.input_buckets
+            numbers = (work.outputs * whole_blocks(work.inputs, inputs)
+                       + whole_blocks(work.outputs, outputs) * inputs)
+            hashing = numbers * costs.gathered + outputs * inputs * costs.frame
         return _CALLS * costs.call + work.samples * (
             entries * tokens * costs.multiply_add + hashing)
 

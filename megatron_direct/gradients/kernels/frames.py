@@ -24,7 +24,7 @@ from megatron_direct.gradients.kernels.costs import Coefficients
 from megatron_direct.gradients.kernels.factors import count_sketched
 from megatron_direct.gradients.kernels.held_frames import HeldFrames
 from megatron_direct.gradients.kernels.kernel import Kernel, Work, factor_dtype
-from megatron_direct.gradients.kernels.segments import Blocks, Segments
+from megatron_direct.gradients.kernels.segments import add_products_by_sample
 from megatron_direct.gradients.pieces import Entries, Piece, RoutedOuterProducts
 
 # Tokens of a sample that are buffered for one product. To read and write a frame takes an H100 as
@@ -75,7 +75,6 @@ class ByFrames(Kernel):
 
 def _add_routed(frames: torch.Tensor, piece: RoutedOuterProducts, hashes: Hashes,
                 dtype: torch.dtype) -> None:
-    blocks = Blocks.of(Segments.of(piece.samples, piece.num_samples))
     left = hashes.rows.count_sketch(piece.output_grads.to(dtype))
     right = hashes.columns.count_sketch(piece.inputs.to(dtype))
-    blocks.add_products(frames, blocks.take(left), blocks.take(right), product)
+    add_products_by_sample(frames, piece.samples, left, right, product)

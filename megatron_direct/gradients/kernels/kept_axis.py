@@ -18,8 +18,8 @@ from megatron_direct.gradients.hashes import AxisHash, Hashes, num_narrow_bucket
 from megatron_direct.gradients.kernels.buffer import product
 from megatron_direct.gradients.kernels.costs import Coefficients
 from megatron_direct.gradients.kernels.held_frames import HeldFrames
-from megatron_direct.gradients.kernels.kernel import Kernel, Work, factor_dtype
-from megatron_direct.gradients.kernels.segments import Blocks, Segments
+from megatron_direct.gradients.kernels.kernel import Kernel, Work, factor_dtype, whole_blocks
+from megatron_direct.gradients.kernels.segments import add_products_by_sample
 from megatron_direct.gradients.pieces import OuterProducts, Piece, RoutedOuterProducts
 
 _CALLS = 8  # operations on tensors for a layer, about
@@ -44,11 +44,10 @@ class ByKeptAxis(Kernel):
         kept, narrowed, buckets = work.outputs, work.inputs, work.input_buckets
         if work.output_buckets < buckets:
             kept, narrowed, buckets = narrowed, kept, work.output_buckets
-        gathered = -(-narrowed // buckets) * buckets
         blocks = 1.25 if work.routed else 1.0  # of tokens, filled up with zeros
         # P is written, read, and added to the frame: twice a frame's traffic for each entry.
         return _CALLS * costs.call + work.samples * (
-            work.tokens * gathered * costs.gathered
+            work.tokens * whole_blocks(narrowed, buckets) * costs.gathered
             + kept * buckets * (blocks * work.tokens * work.multiply_add(costs) + 2 * costs.frame))
 
     def add(self, first: int, piece: Piece, hashes: Hashes,
@@ -72,13 +71,18 @@ def _products(left: torch.Tensor, right: torch.Tensor, piece: OuterProducts | Ro
     """[n, w, q] float32 sums over each sample's tokens."""
     if isinstance(piece, OuterProducts):
         return product(left.transpose(0, 1), right.transpose(0, 1))
-    blocks = Blocks.of(Segments.of(piece.samples, piece.num_samples))
     sums = torch.zeros(piece.num_samples, left.shape[1], right.shape[1], device=left.device)
-    blocks.add_products(sums, blocks.take(left), blocks.take(right), product)
+    add_products_by_sample(sums, piece.samples, left, right, product)
     return sums
 
 
 def _count_sketch(axis: AxisHash, values: torch.Tensor) -> torch.Tensor:
     if values.is_cuda and values.dtype == torch.bfloat16 and axis.size <= _MOST_BY_PRODUCT:
-        return axis.count_sketch_by_product(values)
+        return count_sketch_by_product(axis, values)
     return axis.count_sketch(values)
+
+
+def count_sketch_by_product(axis: AxisHash, values: torch.Tensor) -> torch.Tensor:
+    """[..., size] as ``AxisHash.count_sketch`` of bfloat16 values, by a product with signs."""
+    sums = product(values.flatten(0, -2).mT[None], axis.matrix(values.dtype)[None])[0]
+    return sums.to(values.dtype).unflatten(0, values.shape[:-1])

@@ -55,14 +55,16 @@ class Work:
     @property
     def gathered(self) -> int:
         """Numbers gathered per token to count-sketch both factors: each axis in whole blocks."""
-        outputs = self.output_buckets if self.lookup else _whole(self.outputs, self.output_buckets)
-        return outputs + _whole(self.inputs, self.input_buckets)
+        outputs = 1 if self.lookup else self.outputs
+        return (whole_blocks(outputs, self.output_buckets)
+                + whole_blocks(self.inputs, self.input_buckets))
 
     def multiply_add(self, costs: Coefficients) -> float:
         return costs.bf16_multiply_add if self.bf16 else costs.multiply_add
 
 
-def _whole(width: int, buckets: int) -> int:
+def whole_blocks(width: int, buckets: int) -> int:
+    """Numbers of an axis that is filled up to whole blocks of its buckets."""
     return -(-width // buckets) * buckets
 
 

@@ -92,6 +92,14 @@ class Blocks:
             part += _segment_sums(product(of_part, right), self.per_sample)
 
 
+def add_products_by_sample(sums: torch.Tensor, samples: torch.Tensor, left: torch.Tensor,
+                           right: torch.Tensor,
+                           product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """``Blocks.add_products`` of tokens [N, a] and [N, b] of samples [N], to sums [n, a, b]."""
+    blocks = Blocks.of(Segments.of(samples, len(sums)))
+    blocks.add_products(sums, blocks.take(left), blocks.take(right), product)
+
+
 def _segment_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """[n, ...] sums over consecutive segments of values [m, ...]; what is left over is not summed.
     """

@@ -2,8 +2,8 @@
 
 The convolution of two count sketches is a product of their spectra (Pham and Pagh, KDD 2013). The
 products are summed over tokens and over all layers, and transformed back once per sample. It costs
-two transforms of length k per token, whatever the width of the matrix: it wins on a CPU, for
-wide ones whose axes both have k buckets: the vocabulary's.
+two transforms of length k per token, whatever the width of the matrix. It wins on a CPU, for wide
+ones whose axes both have k buckets, as the vocabulary's have.
 """
 
 from __future__ import annotations
