@@ -100,13 +100,25 @@ def run_on_ranks(world_size: int, function, *arguments) -> list:
             os.remove(store)
     stop_workers([rank for rank, (process, _) in _workers.items()
                   if len(os.listdir(f"/proc/{process.pid}/task")) > MOST_THREADS])
-    failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
+    failures = [f"rank {rank}:\n{outcome.value}" for rank, outcome in enumerate(outcomes)
+                if not outcome.ok]
     if failures:
+        if not all(outcome.met for outcome in outcomes):
+            stop_workers()  # torch numbers groups: those that did not meet would never meet again
         raise RankError("\n".join(failures))
-    return [value for _, value in outcomes]
+    return [outcome.value for outcome in outcomes]
 
 
-def _receive(pipe, rank: int):
+@dataclass(frozen=True)
+class _Outcome:
+    """value: what the function returned, or a traceback; met: whether the ranks had met."""
+
+    ok: bool
+    value: object
+    met: bool = True
+
+
+def _receive(pipe, rank: int) -> _Outcome:
     if not pipe.poll(TIMEOUT_SECONDS):
         raise RankError(f"rank {rank} gave no answer in {TIMEOUT_SECONDS} s")
     return pipe.recv()
@@ -163,20 +175,31 @@ def _serve(pipe) -> None:
             return
         try:
             function, arguments = pipe.recv()
-            pipe.send((True, _run(store, rank, world_size, function, arguments)))
+            _meet(store, rank, world_size)
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            pipe.send(_Outcome(False, traceback.format_exc(), met=False))
+            continue
+        try:
+            pipe.send(_Outcome(True, _run(function, arguments)))
+        except BaseException:
+            pipe.send(_Outcome(False, traceback.format_exc()))
 
 
-def _run(store, rank, world_size, function, arguments):
+def _meet(store: str, rank: int, world_size: int) -> None:
     import datetime
 
     import torch.distributed as dist
 
-    from megatron_direct.mcore.without_gpu import megatron_runtime
-
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank,
                             world_size=world_size, timeout=datetime.timedelta(seconds=120))
+    dist.barrier()  # a rank that left at once would break the connection while others still make it
+
+
+def _run(function, arguments):
+    import torch.distributed as dist
+
+    from megatron_direct.mcore.without_gpu import megatron_runtime
+
     try:
         with megatron_runtime():
             return function(*arguments)

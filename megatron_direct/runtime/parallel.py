@@ -83,6 +83,8 @@ def process_group(timeout_minutes: int = 10, backend: str | None = None):
         dist.init_process_group(backend, store=meeting.store, rank=here.rank,
                                 world_size=here.world_size, timeout=timeout, **device)
         try:
+            # A rank that left at once would break its connections while others still make them.
+            barrier()
             yield
             meeting.leave()
         finally:
