@@ -27,8 +27,8 @@ _ALWAYS_THE_SAME = {"losses", "ceiling"}
 
 @dataclass(frozen=True)
 class Repeats:
-    """samples: share of one half's choice that the other half makes, too, copies counted;
-    by_chance: what two selections of that size at random share."""
+    """samples: share of one choice that another one makes, too, copies counted; by_chance: what two
+    selections of that size at random share."""
 
     samples: float
     by_chance: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,7 @@ def _arm(name: str, run: RunResults, before: LossesBefore | None, pool: PoolSumm
         problem={seed: _problem(r, run.candidates[seed]) for seed, r in results.items()},
         overlap_between_seeds=_overlap_between_seeds(results, run.candidates),
         repeats=_repeats(results),
+        shared_by_seeds=_shared_by_seeds(results, run.candidates),
         curve=_curve([r.training_losses for r in results.values()]),
         cost=cost(name, difference.mean, _mean(losses.values()), setting, before, pool),
         failed={seed: why for seed, why in run.failures[name].items() if seed not in results},
@@ -201,8 +203,25 @@ def _overlap(names: Sequence[str], run: RunResults) -> Overlap:
 
 
 def _repeats(results: ResultsBySeed) -> Repeats | None:
-    found = [r.file.repeats for r in results.values() if r.file.repeats is not None]
-    return Repeats(*(float(np.mean([getattr(of_seed, name) for of_seed in found]))
+    return _mean_of([r.file.repeats for r in results.values() if r.file.repeats is not None])
+
+
+def _shared_by_seeds(results: ResultsBySeed, candidates: dict[int, Candidates]) -> Repeats | None:
+    """Of distinct samples; None where a seed chose none. Two random choices of a and b samples, out
+    of A and B candidates of which C are the same, share C (a / A) (b / B)."""
+    chosen = [(set(candidates[seed].numbers[r.chosen].tolist()),
+               set(candidates[seed].numbers.tolist())) for seed, r in results.items()]
+    if not all(of_seed for of_seed, _ in chosen):
+        return None
+    return _mean_of([
+        Repeats(len(a & b) / size, len(of_a & of_b) * len(a) * len(b)
+                / (len(of_a) * len(of_b) * size))
+        for (a, of_a), (b, of_b) in itertools.combinations(chosen, 2)
+        for size in [(len(a) + len(b)) / 2]])
+
+
+def _mean_of(found: Sequence[Repeats]) -> Repeats | None:
+    return Repeats(*(float(np.mean([getattr(one, name) for one in found]))
                      for name in ("samples", "by_chance"))) if found else None
 
 

@@ -172,6 +172,8 @@ class ArmSummary:
     cost: Cost
     failed: dict[int, str] = field(default_factory=dict)  # of the missing: seed -> why
     versions: tuple[str, ...] = ()  # of this package, by which the results were made
+    # Of the samples it was annealed on, means over pairs of seeds; None in an earlier file.
+    shared_by_seeds: Repeats | None = None
 
 
 @dataclass(frozen=True)

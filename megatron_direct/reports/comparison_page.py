@@ -204,26 +204,26 @@ def _selected(summary: ComparisonSummary) -> Shown:
     short = wording.short_names(summary.setting.pools)
 
     def row(name: str | Cell, found: SampleStatistics, counts: dict[str, float],
-            repeats: Repeats | None = None) -> list[str | Cell]:
+            *repeats: Repeats | None) -> list[str | Cell]:
         total = sum(counts.values())
         return [name, f"{found.samples:.0f}", f"{found.tokens:.0f}",
                 f"{summary.setting.tokens / found.tokens_of_an_epoch:.2f}",
                 *(wording.percent(counts.get(pool, 0) / total if total else None)
                   for pool in short),
                 wording.percent(found.corrupted), f"{found.loss_mean:.3f}",
-                wording.repeats(repeats)]
+                *map(wording.repeats, repeats)]
 
     rows = []
     if summary.pool.candidates is not None:
         rows.append(row("(the pool)", summary.pool.candidates, {
-            name: counts.samples for name, counts in summary.pool.domains.items()}))
+            name: counts.samples for name, counts in summary.pool.domains.items()}, None, None))
     rows += [row(_name(summary, arm), arm.selected, {
-        name: counts.selected for name, counts in arm.composition.items()}, arm.repeats)
-        for arm in summary.arms if arm.selected]
+        name: counts.selected for name, counts in arm.composition.items()},
+        arm.repeats, arm.shared_by_seeds) for arm in summary.arms if arm.selected]
     return Shown(
         image(figures.selected_samples(summary), "domain, loss and length of selected samples"),
         make_table(["arm", "samples", "tokens", "times seen", *short.values(), "corrupted",
-                    "mean loss", "repeats (by chance)"], rows))
+                    "mean loss", "repeats (by chance)", "seeds share (by chance)"], rows))
 
 
 def _measured_seconds(summary: ComparisonSummary) -> str:

@@ -77,9 +77,11 @@ def _how_to_read(summaries: Sequence[ComparisonSummary]) -> str:
         "p-value of a sign-flip test after Holm's correction for the number of arms; with few "
         "seeds it cannot be small, whatever the difference. *tokens* are those that an arm is "
         "trained on after the checkpoint; *choosing* is what its choice costs, as a share of the "
-        "annealing; *repeats* is the share of its choice that is the same when it is made from "
-        "either half of the validation set and of the sketch's coordinates, with another seed, and "
-        "in brackets what two random selections of that size share. This text is written from the "
+        "annealing; *repeats* is the share of its choice, before any draw at random, that is the "
+        "same when it is made from either half of the validation set and of the sketch's "
+        "coordinates, with another seed; *seeds share* is the share of the samples it was annealed "
+        "on that two seeds have in common, whose validation samples, hash and draws differ. In "
+        "brackets is what random selections of that size share. This text is written from the "
         "numbers by `megatron-direct compare`.")
 
 
@@ -274,15 +276,15 @@ def _of_setting(summary: ComparisonSummary) -> list[str]:
             paragraph(" ".join(sentence for sentence in sentences if sentence)),
             table(["arm", "mean test loss", f"arm - {code(summary.reference)}", "interval",
                    "p (Holm)", "verdict", "seeds"], rows, left=[0, 5]), _yardsticks(summary),
-            table(["arm", "tokens", "choosing", "repeats (by chance)"],
+            table(["arm", "tokens", "choosing", "repeats (by chance)", "seeds share (by chance)"],
                   [[code(arm.name), *_tokens_and_repeats(arm)] for arm in ordered], left=[0])]
 
 
 def _tokens_and_repeats(arm: ArmSummary) -> list[str]:
     """What the arm sees after the checkpoint; what choosing costs, as a share of that; how much of
-    the choice repeats, and by chance."""
+    the choice repeats, and how much seeds share, each also by chance."""
     return [wording.thousands(arm.cost.tokens), wording.percent(arm.cost.share_of_annealing),
-            wording.repeats(arm.repeats)]
+            wording.repeats(arm.repeats), wording.repeats(arm.shared_by_seeds)]
 
 
 def _yardsticks(summary: ComparisonSummary) -> str:

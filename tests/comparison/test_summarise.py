@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from synthetic_run import sample_texts, write_run
 
-from megatron_direct.comparison.summarise import jaccard_matrix, summarise
+from megatron_direct.comparison.summarise import _shared_by_seeds, jaccard_matrix, summarise
 from megatron_direct.runtime import files
 
 ARMS = {"random": (0.0, 0.0, 0.0), "constant": (0.25, 0.0, 0.5), "worse": (-0.4, 0.02, 0.5),
@@ -139,6 +140,27 @@ def test_overlaps(run_dir, summary):
     a, b = chosen["worse", 1], chosen["worse", 5]
     assert summary.arm("worse").overlap_between_seeds == pytest.approx(
         len(a & b) / len(a | b))
+    shared = summary.arm("worse").shared_by_seeds
+    assert shared.samples == pytest.approx(2 * len(a & b) / (len(a) + len(b)))
+
+
+def test_two_random_choices_share_what_chance_has_it():
+    """Seeds whose candidates differ, by drawing many such choices."""
+    rng = np.random.default_rng(0)
+    numbers = {1: np.arange(0, 60), 2: np.arange(20, 100)}
+    candidates = {seed: SimpleNamespace(numbers=of_seed) for seed, of_seed in numbers.items()}
+    drawn, by_chance = [], set()
+    for _ in range(500):
+        results = {seed: SimpleNamespace(chosen=rng.choice(len(numbers[seed]), size, replace=False))
+                   for seed, size in ((1, 30), (2, 20))}
+        shared = _shared_by_seeds(results, candidates)
+        drawn.append(shared.samples)
+        by_chance.add(shared.by_chance)
+    # 40 x 1/2 x 1/4 of 25; the mean of 500 has a standard error of 0.003.
+    assert by_chance == {0.2} and np.mean(drawn) == pytest.approx(0.2, abs=0.01)
+    nothing = {1: SimpleNamespace(chosen=np.arange(0)), 2: results[2]}
+    assert _shared_by_seeds(nothing, candidates) is None
+    assert _shared_by_seeds({1: results[1]}, candidates) is None
 
 
 def test_cost_and_break_even(summary):

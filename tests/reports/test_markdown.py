@@ -145,8 +145,8 @@ def test_text_of_users_is_shown_and_not_interpreted(summaries):
     tables = [line for line in prose.splitlines() if line.startswith("|")]
     assert any("script" in line for line in tables)
     widths = {len(re.split(r"(?<!\\)\|", line)) for line in tables}
-    # Of the tables' two, four, six and seven columns, with what is outside the edges.
-    assert widths == {4, 6, 8, 9}
+    # Of the tables' two, five, six and seven columns, with what is outside the edges.
+    assert widths == {4, 7, 8, 9}
     assert not any(line.startswith(("- y", "```", "rm ")) for line in prose.splitlines())
     # The command's comment is one line, and its quoted name ends before the block does.
     assert block.splitlines()[0].startswith("# <script>") and block.endswith("\n````\n")
@@ -159,7 +159,8 @@ def test_averages_are_compared_with_averages(tmp_path):
             "stable-averaged": (0.2, 0.01, 0.0), "direct-averaged": (0.5, 0.01, 1.3)}
     summary = summarise(write_run(tmp_path / "run", arms, default="direct-averaged"))
     text = results([replace(summary, arms=tuple(
-        replace(arm, repeats=Repeats(0.618, 0.25)) if arm.name == "direct-averaged" else arm
+        replace(arm, repeats=Repeats(0.618, 0.25), shared_by_seeds=Repeats(0.5, 0.204))
+        if arm.name == "direct-averaged" else arm
         for arm in summary.arms))])
     losses = {arm.name: arm.losses for arm in summary.arms}
     for other in ("random-averaged", "stable-averaged"):
@@ -170,7 +171,7 @@ def test_averages_are_compared_with_averages(tmp_path):
     # Of 60 x 16 x 256 tokens of annealing; choosing costs 1.3 passes over the pool.
     share = 1.3 * summary.pool.candidates.tokens / (60 * 16 * 256)
     assert _row(text, "`direct-averaged`", "246 k")[2:] == [f"{share:.0%}".replace("%", " %"),
-                                                            "62 % (25 %)"]
+                                                            "62 % (25 %)", "50 % (20 %)"]
 
 
 def test_arms_that_lack_seeds_are_not_ranked_by_means_over_others(tmp_path):
