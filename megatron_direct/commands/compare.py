@@ -51,6 +51,7 @@ from megatron_direct.runtime import files, parallel
 from megatron_direct.runtime.manifest import Artefact, State
 from megatron_direct.runtime.run_directory import RunDirectory, locked
 from megatron_direct.selection.auto import FEWEST_VALID
+from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.steps import selection_request
 from megatron_direct.steps.extend import num_drawn_valid
 from megatron_direct.steps.onset import Onset, OnsetConfig, dataset_digests
@@ -70,7 +71,7 @@ class CompareRequest(SelectionRequest):
 @dataclass(frozen=True, kw_only=True)
 class ComparisonKey(LossesKey):
     """Arms and seeds are no part of it: more may be added later. The seed of the hashes is left at
-    its default."""
+    its default, and so is where the rows lie."""
 
     first_seed: int
 
@@ -221,7 +222,8 @@ def _key(setting: Setting) -> ComparisonKey:
     return ComparisonKey.of(
         onset, dataclasses.replace(setting.measure, pilot=pilot, sketch=dataclasses.replace(
             sketch, seed=SketchConfig().seed)),
-        setting.selection, tuple(setting.test_digests.values()),
+        dataclasses.replace(setting.selection, sketch_rows=SelectionConfig().sketch_rows),
+        tuple(setting.test_digests.values()),
         lr_wsd_decay_iters=setting.config.lr_wsd_decay_iters, first_seed=sketch.seed)
 
 

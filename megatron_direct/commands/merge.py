@@ -40,9 +40,9 @@ class MergeConfig(Settings):
             values = [float(weight) for weight in self.weights]
         except ValueError:
             raise UserError(f"--weights {' '.join(self.weights)}: expected numbers.") from None
-        if values and not (sum(values) > 0 and all(0 <= value < float("inf") for value in values)):
-            raise UserError(f"--weights {' '.join(map(str, self.weights))}: expected finite "
-                            "numbers of at least 0, not all of them 0.")
+        if values and not (0 < sum(values) < float("inf") and all(value >= 0 for value in values)):
+            raise UserError(f"--weights {' '.join(map(str, self.weights))}: expected "
+                            "numbers of at least 0, with a finite sum that is not 0.")
 
 
 @dataclass(frozen=True)

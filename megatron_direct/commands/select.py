@@ -139,8 +139,8 @@ def _other_paths(known: dict, origin: SelectionOrigin) -> list[str]:
 
 def _require_what_was_annealed(folder: Path, masks: Mapping[str, SampleMask]) -> None:
     """Raises UserError where arms were annealed on other masks (rank 0)."""
-    if not is_annealed(folder):
-        return
+    if not (is_annealed(folder) and (folder / "selection.json").is_file()):
+        return  # what was annealed says itself on which masks
     known = SelectionSummary.read(folder).mask_digests
     if sorted(known.values()) != sorted(mask.digest for mask in masks.values()):
         raise UserError(f"{folder} was annealed, and would hold other samples if it were written "

@@ -51,11 +51,14 @@ def repeats_of(arm: Arm, case: Case, num_chosen: int) -> Repeats | None:
     used = {"onset", *arm.needs, *({"select"} if "share" in arm.needs else ())}
     whole = dataclasses.replace(case, num_select=num_chosen, evidence={
         name: evidence for name, evidence in case.evidence.items() if name in used})
+    halves = halves_of(case.evidence["onset"], case.seed)
+    if min(half.valid.sum() for half in halves) < FEWEST_VALID:  # by sources of unequal size
+        return None
     try:
         # One half is made after the other was used: each is as large as half of all rows.
         first, second = (
             np.bincount(arm.take(_half(whole, part, number))[0], minlength=num_samples)
-            for number, part in enumerate(halves_of(case.evidence["onset"], case.seed)))
+            for number, part in enumerate(halves))
     except (InfeasibleSelection, InfeasibleQuotas):
         return None
     return Repeats(int(np.minimum(first, second).sum()) / num_chosen,

@@ -157,6 +157,7 @@ def _rounds_of(replicate: Replicate) -> Rounds:
         setting.measure, sketch=dataclasses.replace(setting.measure.sketch, seed=seed)))
     rounds = Rounds(onset, measure, setting.selection, replicate.folder, replicate.arm.rounds,
                     setting.config.lr_wsd_decay_iters, setting.config.test_data_path,
+                    max_epochs=None,  # as for the other arms
                     load_optim=onset.checkpoint.has_optimizer,
                     measured_in=measurement_folder(setting, seed, "select"))
     return dataclasses.replace(

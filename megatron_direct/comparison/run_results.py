@@ -43,8 +43,10 @@ class Candidates:
 
 @dataclass(frozen=True)
 class SolvedProblem:
-    """What the solver reported; the budget is infinite where there is none."""
+    """What the solver reported, in units of the arm's own directions; the budget is infinite where
+    there is none."""
 
+    stiff_cost: float | None = None
     stiff_budget: float | None = None
     objective_value: float | None = None
 

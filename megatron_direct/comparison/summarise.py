@@ -157,10 +157,13 @@ def _problem(result: Result, candidates: Candidates) -> ProblemSummary:
     def relative(value: float | None) -> float | None:
         return value / unit if value is not None and np.isfinite(value) and unit > 0 else None
 
-    solved = result.file.problem
+    solved, cost = result.file.problem, float(candidates.stiff_cost[result.chosen].sum())
+    budget = None
+    if solved and solved.stiff_budget is not None and solved.stiff_cost:
+        # Its directions may be others than those of the candidates' costs, at another point.
+        budget = relative(cost * (solved.stiff_budget / solved.stiff_cost))
     return ProblemSummary(
-        stiff_cost=relative(float(candidates.stiff_cost[result.chosen].sum())),
-        stiff_budget=relative(solved.stiff_budget) if solved else None,
+        stiff_cost=relative(cost), stiff_budget=budget,
         objective_value=solved.objective_value if solved else None,
         mean_loss=result.file.after.mean)
 

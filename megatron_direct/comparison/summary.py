@@ -121,8 +121,9 @@ class PoolSummary:
 
 @dataclass(frozen=True)
 class ProblemSummary:
-    """Of one arm and seed. Cost and budget in units of what as many average samples cost; budget
-    and objective only of arms that solve a selection problem."""
+    """Of one arm and seed. Cost in units of what as many average samples cost at the checkpoint,
+    and the budget to it as for the arm's own directions; budget and objective only of arms that
+    solve a selection problem."""
 
     stiff_cost: float | None
     stiff_budget: float | None

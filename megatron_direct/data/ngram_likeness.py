@@ -123,19 +123,25 @@ class Texts:
         """[V, n] mean log ratio over the n-grams of each sample of the pool that count, 0 of none,
         for each of the groups (numbers 0 .. V - 1 [M]); all ranks that share the pool call this."""
         ratios = _log_ratios(self.valid.counts(groups), all_reduce_sum(self.pool.counts_of_all))
-        if self.counted is None:
-            return self.pool.means(ratios)
-        shares = self.pool.means(self.counted[None].astype(np.float64))
-        return np.divide(self.pool.means(ratios * self.counted), shares,
-                         out=np.zeros((len(ratios), len(self.pool))), where=shares > 0)
+        return _means(self.pool, ratios, self.counted)
 
 
 def likeness_of_dsir(texts: Texts) -> np.ndarray:
     """[n] of the pool's samples, all of them on this rank, to the whole validation set, with the
-    features and the smoothing that DSIR has."""
+    features and the smoothing that DSIR has. Of half of the features, as many of DSIR's count."""
     pool, valid = (Ngrams(some.source, _DSIR_FEATURES) for some in (texts.pool, texts.valid))
     ratios = _log_shares(valid.counts_of_all) - _log_shares(pool.counts_of_all)
-    return pool.means(ratios)[0]
+    counted = None if texts.counted is None else texts.counted[:_DSIR_FEATURES]
+    return _means(pool, ratios, counted)[0]
+
+
+def _means(pool: Ngrams, ratios: np.ndarray, counted: np.ndarray | None) -> np.ndarray:
+    """[V, n] of ratios [V, features], over the n-grams of each sample that count."""
+    if counted is None:
+        return pool.means(ratios)
+    shares = pool.means(counted[None].astype(np.float64))
+    return np.divide(pool.means(ratios * counted), shares,
+                     out=np.zeros((len(ratios), len(pool))), where=shares > 0)
 
 
 def _features(texts: list[np.ndarray], num_features: int) -> tuple[np.ndarray, np.ndarray]:

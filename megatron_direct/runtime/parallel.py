@@ -125,7 +125,7 @@ def while_rank_zero_holds(lock: Lock) -> Iterator[None]:
 
 def sum_over_world(array: np.ndarray) -> np.ndarray:
     """Sum of a float64 array over all ranks."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array)).to(host.device())
+    tensor = torch.from_numpy(np.array(array)).to(host.device())  # a copy: summed in place
     return all_reduce(tensor, dist.group.WORLD).cpu().numpy()
 
 

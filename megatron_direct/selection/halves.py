@@ -23,8 +23,8 @@ _FEWEST_BLOCKS = 4
 @dataclass(frozen=True, eq=False)
 class Division:
     """Of the validation set. blocks: [M] numbers, of which the even ones are one half; num_sources:
-    that are known; is_by_source: whether each of them is in one block; others: whether some samples
-    are of no known source."""
+    by which it is divided, or that are too few to divide it by; is_by_source: whether each of them
+    is in one block; others: whether some samples are divided otherwise."""
 
     blocks: np.ndarray
     num_sources: int
@@ -38,12 +38,12 @@ class Division:
         if not self.is_by_source:
             return f"{runs}: its {self.num_sources} sources are too few, or too unequal, to divide"
         return f"{self.num_sources} sources, each in one of them" + (
-            f", and {runs} whose sources are not known" if self.others else "")
+            f", and {runs} whose sources are not known, or too few" if self.others else "")
 
 
 def divide(evidence: Evidence) -> Division:
-    """By source, wherever sources are known and give either half _FEWEST_BLOCKS blocks; samples
-    whose source is not known count as of one with those around them.
+    """By source, wherever sources are known and give either half _FEWEST_BLOCKS blocks, some of
+    them of each dataset; samples whose source is not known count as of one with those around them.
 
     Otherwise a block is a run of consecutive samples of one dataset, in which documents of one
     source stand next to each other if they were written so. The halves then share what sources are
@@ -53,14 +53,30 @@ def divide(evidence: Evidence) -> Division:
 
 
 def _divide(evidence: Evidence) -> Division:
-    runs, known = _runs(evidence.datasets_of_valid), evidence.valid_sources
-    if known is None:
+    datasets, given = evidence.datasets_of_valid, evidence.valid_sources
+    runs = _runs(datasets)
+    if given is None:
         return Division(runs, 0, False, True)
-    sources = np.unique(np.where(known < 0, -1 - runs, known), return_inverse=True)[1]
-    blocks = _blocks_of_sources(sources, evidence.datasets_of_valid)
-    is_by_source = bool(blocks.max() + 1 >= 2 * _FEWEST_BLOCKS)
-    return Division(blocks if is_by_source else runs, len(np.unique(known[known >= 0])),
-                    is_by_source, bool((known < 0).any()))
+    known = given
+    while True:
+        sources = np.unique(np.where(known < 0, -1 - runs, known), return_inverse=True)[1]
+        blocks = _blocks_of_sources(sources, datasets)
+        # A dataset all of which is in one half, as one of a single source is, would be unknown to
+        # the other, which could not find what is worth something to it.
+        whole = np.isin(datasets, _datasets_of_one_half(blocks, datasets)) & (known >= 0)
+        if not whole.any():
+            break
+        known = np.where(whole, -1, known)
+    if (known < 0).all() or blocks.max() + 1 < 2 * _FEWEST_BLOCKS:
+        return Division(runs, len(np.unique(given[given >= 0])), False, True)
+    return Division(blocks, len(np.unique(known[known >= 0])), True, bool((known < 0).any()))
+
+
+def _datasets_of_one_half(blocks: np.ndarray, datasets: np.ndarray) -> list[int]:
+    """Those of two samples or more."""
+    return [number for number in np.unique(datasets)
+            if (datasets == number).sum() > 1
+            and len(np.unique(blocks[datasets == number] % 2)) == 1]
 
 
 def source_blocks(evidence: Evidence) -> np.ndarray:

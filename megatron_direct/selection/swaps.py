@@ -26,8 +26,10 @@ from megatron_direct.selection.problem import Problem
 _LISTED = 64
 # Exchanges that are tried two at a time.
 _PAIRED = 48
-# Gains below this share of |J| are left: they are of the size of rounding.
+# Gains below this share of |J| are left, and below that share of the largest term of one: they are
+# of the size of rounding, and could be made for ever.
 _LEAST_GAIN = 1e-9
+_ROUNDING = 1e-13
 # Rounds after which an ever-improving search is cut off; instances measured take 2 to 15.
 _MAX_ROUNDS = 50
 
@@ -119,7 +121,10 @@ class _Exchanges:
         # The guard keeps sums of rounded differences within the budget.
         spent = feasible.cost(mask)
         self._slack = feasible.budget - spent - 1e-12 * spent
-        self._price, self._least_gain = slopes.price, slopes.least_gain
+        largest = max(float(np.abs(self._linear).max(initial=0)),
+                      float(np.abs(self._gram).max(initial=0)))
+        self._price = slopes.price
+        self._least_gain = max(slopes.least_gain, _ROUNDING * largest)
 
     def best(self) -> list[tuple[int, int]]:
         """The exchanges (leaving, entering) to make next: one, or two at once; none if none gains

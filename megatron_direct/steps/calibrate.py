@@ -28,11 +28,13 @@ from megatron_direct.architecture import ModelConfig
 from megatron_direct.config import Job
 from megatron_direct.curvature.spectrum import Directions
 from megatron_direct.data.samples import MicroBatchLimits, PassShape, SampleSource
+from megatron_direct.gradients.hashes import HASH_VERSION
 from megatron_direct.gradients.per_sample import GradientModel, sketch_samples
 from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import grid, model, passes
 from megatron_direct.mcore.shards import parameter_shards
 from megatron_direct.runtime import digests, files, host, memory, parallel
+from megatron_direct.runtime.run_directory import versions
 from megatron_direct.selection.choice import choose
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.evidence import Evidence
@@ -84,7 +86,8 @@ def _key(job: Job, setup: PassSetup) -> str:
     device = torch.cuda.get_device_name() if host.has_gpu() else "cpu"
     settings = files.as_json([dataclasses.asdict(setup), vars(job.model)])
     return digests.digest(socket.gethostname(), device, str(parallel.world_size()),
-                          torch.__version__, digests.canonical(settings))
+                          str(torch.get_num_threads()), files.as_json(versions()),
+                          str(HASH_VERSION), digests.canonical(settings))
 
 
 def _machine() -> Machine:

@@ -54,7 +54,7 @@ class Round:
 @dataclass(frozen=True)
 class Rounds:
     """measured_in: where the first selection is measured, or has been; None: in its own folder.
-    max_epochs: over a pool within a segment; more is an error."""
+    max_epochs: over a pool within a segment; more is an error; None: as many as it takes."""
 
     onset: Onset
     measure: MeasureSettings
@@ -63,7 +63,7 @@ class Rounds:
     number: int
     iterations: int
     test_data_path: tuple[str, ...] = ()
-    max_epochs: float = MAX_EPOCHS
+    max_epochs: float | None = MAX_EPOCHS
     save_interval: int | None = None
     load_optim: bool = True
     measured_in: Path | None = None

@@ -18,7 +18,7 @@ from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
 from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.selection.quotas import state_quotas
 from megatron_direct.selection.share import Share
-from megatron_direct.steps.curvature_config import CurvatureConfig
+from megatron_direct.steps.curvature_config import SKETCHED_FISHER, CurvatureConfig
 from megatron_direct.steps.measure import Measured
 from megatron_direct.steps.sketch import SketchConfig
 
@@ -26,7 +26,8 @@ from megatron_direct.steps.sketch import SketchConfig
 @dataclass(frozen=True)
 class SelectionKey(Key):
     """What a selection depends on. Left at their defaults: where the rows lie while it is solved,
-    and the tokens of the annealing where the number of samples is given."""
+    the tokens of the annealing where the number of samples is given, and products that the
+    curvature has none of."""
 
     pool_digests: tuple[str, ...]
     sketches_digest: str
@@ -38,6 +39,7 @@ class SelectionKey(Key):
     sketch_share: float = 1.0
     valid_sources_digest: str | None = None
     proxy_digest: str | None = None
+    max_matvecs: int = CurvatureConfig.max_matvecs
 
 
 def check_number(config: SelectionConfig, num_usable: int) -> None:
@@ -66,14 +68,15 @@ def check_finite(config: SelectionConfig, num_finite: int) -> None:
 
 def selection_key(config: SelectionConfig, curvature: CurvatureConfig, measured: Measured,
                   sketch: SketchConfig) -> SelectionKey:
-    defaults = SelectionConfig()
+    defaults, is_sketched = SelectionConfig(), curvature.curvature == SKETCHED_FISHER
     problem = dataclasses.replace(
         config, sketch_rows=defaults.sketch_rows,
         anneal_tokens=config.anneal_tokens if config.is_auto else defaults.anneal_tokens)
     return SelectionKey(tuple(measured.pool.digests), measured.sketches, measured.spectrum,
                         curvature.num_eigenpairs, curvature.energy_share, problem, sketch.seed,
                         sketch.sketch_share, measured.valid.samples.sources_digest,
-                        None if measured.proxy is None else measured.proxy.digest)
+                        None if measured.proxy is None else measured.proxy.digest,
+                        CurvatureConfig.max_matvecs if is_sketched else curvature.max_matvecs)
 
 
 def parse_quotas(texts: Sequence[str], names: Sequence[str]) -> dict[str, tuple[int, int]]:

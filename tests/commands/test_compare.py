@@ -57,9 +57,10 @@ def _given(micro_batch_size=2, **batch):
     return Given(batch={"micro_batch_size": micro_batch_size, **batch})
 
 
-def _compare(folder, layout, name, arms=ARMS, num_seeds=2, test=("test", "test-2")):
+def _compare(folder, layout, name, arms=ARMS, num_seeds=2, test=("test", "test-2"), **settings):
     compare(flat_requests.make(
-        CompareRequest, layout.config(), _given(), **_onset(folder, name), micro_batch_size=2,
+        CompareRequest, layout.config(), _given(), **{**_onset(folder, name), **settings},
+        micro_batch_size=2,
         test_data_path=tuple(str(folder / name) for name in test), arms=arms,
         num_seeds=num_seeds, lr_wsd_decay_iters=ITERATIONS))
 
@@ -120,16 +121,25 @@ def _losses(run, arm, seed):
     return _result(run, arm, seed)["after"]["test"]
 
 
-def _alternate(folder, name):
+_FEW = {"num_select": 2}  # an annealing sees them more often than alternate has it by default
+
+
+def _alternate(folder, name, max_epochs):
     alternate(flat_requests.make(
-        AlternateRequest, Layout().config(), _given(seed=1), **_onset(folder, name),
-        micro_batch_size=2, rounds=2, lr_wsd_decay_iters=ITERATIONS,
+        AlternateRequest, Layout().config(), _given(seed=1), **{**_onset(folder, name), **_FEW},
+        micro_batch_size=2, max_epochs=max_epochs, rounds=2, lr_wsd_decay_iters=ITERATIONS,
         test_data_path=(str(folder / "test"), str(folder / "test-2"))))
 
 
+def _compare_few(folder, name):
+    _compare(folder, Layout(), name, ("direct-rounds",), 1, **_FEW)
+
+
 def test_an_arm_that_selects_again_is_alternate(folder, digest_of_theta):
-    run_on_ranks(1, _compare, folder, Layout(), "again", ("direct-rounds",), 1)
-    run_on_ranks(1, _alternate, folder, "alternated")
+    run_on_ranks(1, _compare_few, folder, "again")
+    with pytest.raises(RankError, match="more often than --max-epochs 4"):
+        run_on_ranks(1, _alternate, folder, "too-often", 4.0)
+    run_on_ranks(1, _alternate, folder, "alternated", 100.0)
     arm, alternated = folder / "again" / "arms" / "direct-rounds" / "1", folder / "alternated"
     result = json.loads((alternated / "result.json").read_text())
     assert _losses(folder / "again", "direct-rounds", 1) == result["after"]["test"]

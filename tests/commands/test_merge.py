@@ -141,8 +141,10 @@ def test_what_cannot_be_averaged_is_refused(folder):
         run_on_ranks(1, _select, folder, Layout(), "few", "states", {"at": "merged"})
     with pytest.raises(RankError, match="--weights gives 2 weights for 3 states"):
         run_on_ranks(1, _merge_with, folder, "never", {"weights": ("1", "2")})
-    with pytest.raises(UserError, match="--weights 0 0: expected finite numbers"):
+    with pytest.raises(UserError, match="expected numbers of at least 0, with a finite sum"):
         MergeConfig(merge_load=("a",), save="b", weights=("0", "0"))
+    with pytest.raises(UserError, match="--weights 1e308 1e308: expected"):
+        MergeConfig(merge_load=("a", "b"), save="b", weights=("1e308", "1e308"))
     assert not (folder / "never").exists()
 
 

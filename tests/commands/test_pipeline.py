@@ -328,6 +328,10 @@ def test_a_selection_gives_way_to_another_of_its_name_until_it_is_annealed(folde
                                             "this selection another name with --selection-name"):
             run_on_ranks(1, _select_with, folder, Layout(), name, {"num_select": 20})
         assert _selection(folder / name)["num_select"] == 40
+    kept = _kept(folder / "used")
+    shutil.rmtree(folder / "used" / "selections" / "direct")
+    run_on_ranks(1, _select, folder, Layout(), "used")  # again, as docs/run-directory.md says
+    np.testing.assert_array_equal(_kept(folder / "used"), kept)
 
 
 @pytest.fixture(scope="module")

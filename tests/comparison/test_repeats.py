@@ -57,6 +57,21 @@ def test_where_nothing_is_asked_nothing_repeats():
     assert repeats_of(REGISTRY["direct"], case, N) is None
 
 
+def test_of_a_half_of_few_validation_samples_nothing_is_known():
+    """Ten documents of four sources and six of four others, of which one half gets six."""
+    case, sources = _case(1.0), np.array([2, 1, 0, 0, 0, 3, 0, 0, 0, 0, 6, 4, 4, 4, 7, 5])
+    whole = case.evidence["onset"]
+    few = dataclasses.replace(whole, valid_rows=whole.valid_rows[:16], valid_sources=sources,
+                              valid_datasets=np.repeat([0, 1], [10, 6]))
+    assert np.bincount(source_blocks(few) % 2).min() == 6
+    case = dataclasses.replace(case, valid_domains=case.valid_domains[:16],
+                               valid_labels=case.valid_labels[:16], evidence={"onset": few})
+    assert repeats_of(REGISTRY["gradient-cosine"], case, K) is None
+    known = dataclasses.replace(few, valid_sources=None)
+    case = dataclasses.replace(case, evidence={"onset": known})
+    assert repeats_of(REGISTRY["gradient-cosine"], case, K) is not None
+
+
 def test_text_is_likened_to_half_of_the_validation_set():
     """Every other block of the validation set is of one kind of text, and the rest of another: each
     half chooses its own."""

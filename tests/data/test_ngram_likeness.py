@@ -77,6 +77,13 @@ def test_the_likeness_of_dsir_written_out(documents, texts):
     expected = [np.mean([log_shares[0][feature] - log_shares[1][feature]
                          for feature in _features(text, 10_000)]) for text in documents["pool"]]
     np.testing.assert_allclose(likeness_of_dsir(texts), expected, rtol=1e-12)
+    # Of half of the features, by what is left of each text; the ratios stay as they are.
+    counted = np.random.default_rng(2).random(NUM_FEATURES) < 0.5
+    half = [np.mean([log_shares[0][feature] - log_shares[1][feature]
+                     for feature in _features(text, 10_000) if counted[feature]])
+            for text in documents["pool"]]
+    found = likeness_of_dsir(texts.half(np.ones(4, bool), counted))
+    np.testing.assert_allclose(found, half, rtol=1e-12)
 
 
 def test_shuffled_text_is_unlike_what_it_was():

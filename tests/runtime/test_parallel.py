@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from ranks import run_on_ranks
@@ -51,6 +52,19 @@ def test_nccl_without_a_gpu_is_refused(monkeypatch):
             parallel.process_group(backend="nccl"):
         pass
     assert not dist.is_initialized()
+
+
+def _twice_summed():
+    own = np.arange(3.0)
+    found = [parallel.sum_over_world(own) for _ in range(2)]
+    return own, *found
+
+
+def test_a_sum_leaves_what_was_summed_as_it_was():
+    for own, first, second in run_on_ranks(2, _twice_summed):
+        np.testing.assert_array_equal(own, [0, 1, 2])
+        np.testing.assert_array_equal(first, [0, 2, 4])
+        np.testing.assert_array_equal(second, first)
 
 
 def _give_up(others_wait):

@@ -86,7 +86,19 @@ def test_samples_of_no_known_source_count_as_of_one_with_those_around_them():
     assert set(changes % 4) == {0}  # sixteen runs of four
     np.testing.assert_allclose(_sizes(blocks, datasets), [[32, 32]] * 2, atol=6)
     assert str(divide(evidence)) == ("6 sources, each in one of them, and runs of consecutive "
-                                     "documents whose sources are not known")
+                                     "documents whose sources are not known, or too few")
+
+
+@pytest.mark.parametrize("of_first", [np.zeros(64), np.resize([0, 0, 0, 100], 64)])
+def test_a_dataset_of_a_single_source_is_in_both_halves(of_first):
+    """64 samples of one source, then of one that the second dataset has too, beside 64 of 32."""
+    datasets = np.repeat([0, 1], [64, 64])
+    sources = np.concatenate([of_first, 100 + np.arange(64) // 2]).astype(int)
+    blocks = source_blocks(_of_sources(sources, datasets))
+    assert (_sizes(blocks, datasets) >= 16).all()
+    alone = 101 + np.arange(31)  # no sample of the first dataset is of these
+    for source in alone:
+        assert len(set(blocks[sources == source])) == 1
 
 
 @pytest.mark.parametrize("sizes", [[M], [64, 64], [32] * 4, [100, 14, 14], [65, *[9] * 7],

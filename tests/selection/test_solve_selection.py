@@ -180,7 +180,17 @@ def test_result_is_plain_data():
 def test_all_samples_can_be_selected():
     found = solve_selection(np.ones((3, 5)), np.arange(5.0), 5, stiff_budget=10.0)
     assert found.indices.tolist() == [0, 1, 2, 3, 4]
-    assert found.status == "optimal" or found.upper_bound >= found.objective
+    assert found.status == "optimal" and found.upper_bound == pytest.approx(found.objective)
+
+
+@pytest.mark.parametrize("target", [0.0, 1e-12])
+def test_a_search_ends_where_all_is_worth_next_to_nothing(target):
+    """Samples and their opposites: the best sum is 0, and what exchanges gain is rounding."""
+    half = np.random.default_rng(1).standard_normal((5, 4))
+    rows = np.concatenate([half, -half])
+    found = solve_selection(rows.T, np.zeros(10), 4, objective="descent",
+                            target=np.full(4, target), curvature=np.ones(4), step_size=1.0)
+    assert found.objective == pytest.approx(0, abs=1e-10)
 
 
 def generic_instance(seed: int):

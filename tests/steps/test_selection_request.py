@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from megatron_direct.errors import UserError
 from megatron_direct.selection import InfeasibleQuotas, InfeasibleSelection
 from megatron_direct.selection.config import SelectionConfig
+from megatron_direct.steps.curvature_config import CurvatureConfig
 from megatron_direct.steps.selection_request import (
     check_finite,
     check_number,
     in_terms_of_flags,
     parse_quotas,
+    selection_key,
 )
+from megatron_direct.steps.sketch import SketchConfig
 
 
 @pytest.mark.parametrize("num_select", ["auto", 1])
@@ -24,6 +29,23 @@ def test_nothing_to_select_from_is_refused(num_select):
         check_finite(config, 0)
     check_number(config, 1)
     check_finite(config, 1)
+
+
+def _key(**settings):
+    measured = SimpleNamespace(
+        pool=SimpleNamespace(digests=("a",)), sketches="b", spectrum="c", proxy=None,
+        valid=SimpleNamespace(samples=SimpleNamespace(sources_digest=None)))
+    return selection_key(SelectionConfig(), CurvatureConfig(**settings), measured, SketchConfig())
+
+
+def test_more_products_of_lanczos_are_another_selection():
+    """Its directions may not have converged; the sketched Fisher needs no products."""
+    asked = [_key(curvature="hessian", max_matvecs=number).digest() for number in (20, 200)]
+    assert asked[0] != asked[1]
+    sketched = [_key(max_matvecs=number).digest() for number in (20, 200)]
+    assert sketched[0] == sketched[1]
+    assert _key(curvature="hessian").digest() == _key(
+        curvature="hessian", max_matvecs=CurvatureConfig.max_matvecs).digest()
 
 
 def test_a_second_quota_of_a_pool_is_refused():
