@@ -203,9 +203,20 @@ def checked_arm(request: AnnealRequest, origin: SelectionOrigin) -> AnnealedArm:
         if digests[prefix] != digest:
             raise UserError(f"{prefix} has changed since the selection was made. "
                             "Run select again in a new --run-dir.")
+    asked = _with_names_of_pools(asked, origin, digests)
     checks.require_one_vocabulary([*asked.prefixes, *test], job.model.vocab_size,
                                   checkpoint.tokenizer_digest)
     return AnnealedArm(config, origin, checkpoint, job, asked, test, digests)
+
+
+def _with_names_of_pools(blend: Blend, origin: SelectionOrigin,
+                         digests: Mapping[str, str]) -> Blend:
+    """A dataset that is a pool of the run is that pool, and has its mask, however its path is spelt
+    in the blend: unless it has a mask of its own beside it."""
+    pools = {digests[prefix]: prefix for prefix in origin.data_path}
+    return dataclasses.replace(blend, prefixes=[
+        prefix if prefix in origin.data_path or os.path.isfile(prefix + mask_files.SUFFIX)
+        else pools.get(digests[prefix], prefix) for prefix in blend.prefixes])
 
 
 def blend_of(config: AnnealConfig, origin: SelectionOrigin) -> tuple[Blend, list[str]]:

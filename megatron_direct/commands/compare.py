@@ -184,11 +184,13 @@ def _arms(setting: Setting) -> list[str]:
                           f"they are judged by one half of the validation set and the other, for "
                           f"which its {num_valid} samples are too few: it takes {FEWEST_VALID}",
                           "Give more validation data, or leave these arms out."))
-    if not setting.onset.checkpoint.has_optimizer:
+    if not setting.onset.checkpoint.has_readable_optimizer:
         obstacles.append((
             [name for name in chosen if "adam-sketches" in find_arm(name).needs],
-            f"{setting.onset.checkpoint.path} holds no second moments of Adam",
-            "Save it with its optimizer, or leave these arms out."))
+            f"{setting.onset.checkpoint.path} holds no second moments of Adam that can "
+            "be read in another layout",
+            "Save it with its optimizer (with Megatron-LM and the distributed optimizer: "
+            "--dist-ckpt-optim-fully-reshardable), or leave these arms out."))
     of_average = [name for name in chosen if find_arm(name).recipe is None
                   or "merged" in find_arm(name).needs]
     if of_average:

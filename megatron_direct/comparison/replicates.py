@@ -158,7 +158,7 @@ def _rounds_of(replicate: Replicate) -> Rounds:
     rounds = Rounds(onset, measure, setting.selection, replicate.folder, replicate.arm.rounds,
                     setting.config.lr_wsd_decay_iters, setting.config.test_data_path,
                     max_epochs=None,  # as for the other arms
-                    load_optim=onset.checkpoint.has_optimizer,
+                    load_optim=onset.checkpoint.has_readable_optimizer,
                     measured_in=measurement_folder(setting, seed, "select"))
     return dataclasses.replace(
         rounds, selection=setting.selection.for_annealing(rounds.tokens_of_a_round))
@@ -205,7 +205,7 @@ class _Annealing:
         masks = masks_of(onset.pool, onset.digests_of(onset.pool), self.chosen)
         dataset, _ = blend.build_blend(self.blend, masks, request)
         decay(Decay(onset.job, onset.checkpoint, [Segment(0, dataset)], iterations, self.folder,
-                    self.description, load_optim=onset.checkpoint.has_optimizer,
+                    self.description, load_optim=onset.checkpoint.has_readable_optimizer,
                     recipe=self.recipe), chunks, before_averaging=before_averaging)
 
 

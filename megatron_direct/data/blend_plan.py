@@ -94,7 +94,8 @@ def plan_blend(blend: Blend, masks: Mapping[str, SampleMask], demand: Demand,
     """The parts of a blend from which training sequences will be drawn.
 
     Without weights a prefix counts by the tokens that are left, under any rule. A prefix with
-    nothing left is dropped with a warning, and its weight is shared out among the others.
+    nothing left is dropped with a warning, and its weight is shared out among the others; so is one
+    with less than a sequence, where Megatron takes each of several prefixes as it is.
 
     Raises UserError for a prefix listed twice, a damaged dataset, a mask of another dataset, a
     blend with nothing left, and a masked prefix that would be seen too often.
@@ -109,16 +110,21 @@ def plan_blend(blend: Blend, masks: Mapping[str, SampleMask], demand: Demand,
         if rules.blend_weights == "tokens":
             shares = {prefix: shares[prefix] * left / max(whole, 1)
                       for prefix, (_, left, whole) in sizes.items()}
-    used = [prefix for prefix in prefixes if sizes[prefix][1] > 0 and shares[prefix] > 0]
+    least = least_tokens(blend, demand.seq_length) if rules.blend_weights == "keep" else 1
+    used = [prefix for prefix in prefixes if shares[prefix] > 0
+            and sizes[prefix][1] >= (least if prefix in masks else 1)]
     if not used:
+        less = "" if least == 1 else f", or less than a sequence of {demand.seq_length} tokens"
         raise UserError(
-            f"the masks keep no document in any dataset of the blend ({', '.join(prefixes)}). "
+            f"the masks keep no document in any dataset of the blend ({', '.join(prefixes)}){less}. "
             "Select more samples, or check that the masks belong to this run.")
     for prefix in prefixes:
         if prefix not in used:
             warnings.warn(f"{prefix} is left out of the blend: " + (
-                "its weight is 0." if sizes[prefix][1] else
-                "its mask keeps no document. Its weight is distributed over the others."),
+                "its mask keeps no document. Its weight is distributed over the others."
+                if not sizes[prefix][1] else
+                "its weight is 0." if not shares[prefix] else
+                f"its mask keeps less than a sequence of {demand.seq_length} tokens."),
                 stacklevel=2)
     total = sum(shares[prefix] for prefix in used)
     parts = []
@@ -139,13 +145,21 @@ def num_sequences_in(parts: Sequence[BlendPart], seq_length: int) -> int:
     return sum((part.tokens - 1) // seq_length for part in parts)
 
 
-def require_something_left(prefixes: Sequence[str], masks: Mapping[str, SampleMask],
-                           share: tuple[float, float], split: str) -> None:
+def least_tokens(blend: Blend, seq_length: int) -> int:
+    """That Megatron builds a dataset of: without weights, each of several gives an epoch of its
+    own, of at least a sequence."""
+    return seq_length + 1 if blend.weights is None and len(blend.prefixes) > 1 else 1
+
+
+def require_something_left(blend: Blend, masks: Mapping[str, SampleMask],
+                           demand: Demand, split: str) -> None:
     """Raises UserError if a mask leaves nothing in the part of its prefix that a split takes."""
-    for prefix in prefixes:
-        if prefix in masks and _sizes(prefix, masks[prefix], share)[1] == 0:
+    for prefix in blend.prefixes:
+        if prefix in masks and _sizes(prefix, masks[prefix], demand.share)[1] < least_tokens(
+                blend, demand.seq_length):
             raise UserError(
-                f"the mask of {prefix} keeps no document in the {split} split of --split. Give "
+                f"the mask of {prefix} keeps no document in the {split} split of --split, or "
+                "less than a sequence. Give "
                 "--split 100,0,0, with --train-data-path and --valid-data-path for separate "
                 "datasets, so that training uses the whole pools.")
 

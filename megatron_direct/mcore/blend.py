@@ -193,7 +193,9 @@ def _plan_one_blend(plan: _Plan, sizes: list[_Size]) -> tuple[dict, list[BlendPa
     blend, parts = plan.of(plan.config.blend, first, shares[first[0]])
     for split in _SPLITS:
         if split != first[0] and shares[split] is not None:
-            require_something_left(blend[0], plan.masks, shares[split], split)
+            require_something_left(
+                Blend(*blend), plan.masks,
+                Demand(plan.config.sequence_length, 0, shares[split]), split)
     return {"blend": blend}, parts
 
 

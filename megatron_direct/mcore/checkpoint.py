@@ -33,8 +33,10 @@ from megatron_direct.mcore import (
     torch_adam,
     training_folder,
 )
+from megatron_direct.mcore.checkpoint_contents import tensors_in
 from megatron_direct.mcore.checkpoint_formats import (
     FORMAT_FILE,
+    OF_ONE_LAYOUT,
     PARTS_OF_MODELS,
     TRACKER,
     iteration_folder,
@@ -62,8 +64,9 @@ class Checkpoint:
     """What is known of a checkpoint before its weights are loaded; the same on every rank.
 
     arguments: the flags it was made with, under our names; {} if it carries none. has_optimizer:
-    whether training can carry on with its optimizer. digest: of the names, sizes and ends of its
-    files (its weights are not all read).
+    whether its optimizer was saved; is_optimizer_of_one_layout: as it lies in the layout of its
+    training, so that it cannot be read; lr_reached: the learning rate of its last step. digest: of
+    the names, sizes and ends of its files (its weights are not all read).
     """
 
     path: Path
@@ -71,6 +74,13 @@ class Checkpoint:
     arguments: Mapping[str, Any]
     has_optimizer: bool
     digest: str
+    is_optimizer_of_one_layout: bool = False
+    lr_reached: float | None = None
+
+    @property
+    def has_readable_optimizer(self) -> bool:
+        """Whether training can carry on with it."""
+        return self.has_optimizer and not self.is_optimizer_of_one_layout
 
     @property
     def tokenizer_digest(self) -> str | None:
@@ -113,12 +123,15 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     integrity.verify_files(found, itertools.chain([FORMAT_FILE], compat.common_state_files(found)))
     require_readable(found)
     common = _common_state(found)
-    args = common.get("args")
+    args, has_optimizer = common.get("args"), "opt_param_scheduler" in common
     return Checkpoint(
         path=found, iteration=int(common["iteration"]),
         arguments=(bridge_arguments.read(found) if args is None
                    else arguments.translated(vars(args), found)),
-        has_optimizer="opt_param_scheduler" in common, digest=_digest(found))
+        has_optimizer=has_optimizer, digest=_digest(found),
+        is_optimizer_of_one_layout=has_optimizer and any(
+            OF_ONE_LAYOUT.match(tensor.name) for tensor in tensors_in(found)),
+        lr_reached=main_parameters.lr_reached(common.get("optimizer", {})))
 
 
 def _common_state(checkpoint: Path) -> dict:
@@ -221,7 +234,8 @@ def load_training(checkpoint: Path, chunks: Sequence[Any], optimizer,
     load_model(checkpoint, chunks)
     torch_adam.give_state(optimizer)
     state = optimizer.sharded_state_dict(
-        _model_state(chunks), is_loading=True, metadata=checkpoint_metadata())
+        _model_state(chunks), is_loading=True,
+        metadata=checkpoint_metadata(main_parameters.has_chained_prefix(checkpoint)))
     torch_adam.load(optimizer, main_parameters.load_state(checkpoint, state, stored["optimizer"]))
     scheduler.load_state_dict(stored["opt_param_scheduler"])
     return int(stored["iteration"])

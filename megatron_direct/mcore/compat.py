@@ -200,7 +200,7 @@ def load_common_state(checkpoint: Path) -> dict[str, Any]:
     """All that is not a tensor of the model or the optimizer; no other rank need call this."""
     from megatron.core import dist_checkpointing
 
-    with _without_deprecations():
+    with _without_deprecations(), _damage_told(checkpoint):
         return dist_checkpointing.load_common_state_dict(str(checkpoint))
 
 
@@ -208,8 +208,23 @@ def load_sharded(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """What a sharded state dict describes, and the common state; all ranks call this."""
     from megatron.core import dist_checkpointing
 
-    with _without_deprecations():
+    with _without_deprecations(), _damage_told(checkpoint):
         return dist_checkpointing.load(state, str(checkpoint))
+
+
+@contextlib.contextmanager
+def _damage_told(checkpoint: Path) -> Iterator[None]:
+    """torch's CheckpointException, which is no Exception and holds those of all ranks, as a
+    UserError."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        found = next(iter(error.failures.values()))[0]
+        raise UserError(f"{checkpoint} cannot be read ({type(found).__name__}: {found}). It is "
+                        "damaged or incomplete: copy it again from where it was made, or load an "
+                        "older one.") from error
 
 
 def load_sharded_objects(checkpoint: Path) -> dict[str, Any]:

@@ -19,7 +19,25 @@ from megatron_direct.mcore.checkpoint_formats import OF_ONE_LAYOUT
 
 # Before a parameter's own key; experts have an optimizer of their own.
 _MAIN_PARAMETERS = re.compile(r"^(chained_\d+\.)?optimizer\.state\.fp32_param\.")
+_CHAINED = re.compile(r"^chained_\d+\.")
 _NESTED = "optimizer"
+
+
+def has_chained_prefix(checkpoint: Path) -> bool:
+    """Whether the state of each of several optimizers is under its number, as earlier versions
+    wrote it."""
+    from megatron.core import dist_checkpointing
+
+    return any(map(_CHAINED.match, dist_checkpointing.load_tensors_metadata(str(checkpoint))))
+
+
+def lr_reached(stored: Mapping[str, Any]) -> float | None:
+    """The largest learning rate of an optimizer's groups as they were saved, but for their own
+    factors; stored: what a checkpoint holds of it beside tensors."""
+    groups = [group for part in _parts(stored).values()
+              for group in part.get(_NESTED, part).get("param_groups", ())]
+    return max((float(group["lr"]) / group.get("lr_mult", 1.0) for group in groups
+                if "lr" in group and not group.get("is_decoupled_lr")), default=None)
 
 
 def load_state(checkpoint: Path, state: dict, stored: Mapping[str, Any]) -> dict:
@@ -37,6 +55,11 @@ def load_state(checkpoint: Path, state: dict, stored: Mapping[str, Any]) -> dict
     if tied is not None:
         raise UserError(f"{checkpoint} holds its optimizer ({tied}) as it lies in one layout. Save "
                         "with --dist-ckpt-optim-fully-reshardable, or add --no-load-optim.")
+    if _parts(state).keys() != _parts(stored).keys():
+        raise UserError(
+            f"{checkpoint} was saved by {_told(stored)}, and this layout has {_told(state)}: "
+            "distributed experts have one of their own. Give the --expert-model-parallel-size of "
+            "the training, or add --no-load-optim.")
 
     def where_it_is(entry):
         if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or entry.key in known:
@@ -44,10 +67,8 @@ def load_state(checkpoint: Path, state: dict, stored: Mapping[str, Any]) -> dict
         of_model = dataclasses.replace(entry, key=_MAIN_PARAMETERS.sub("", entry.key))
         # A factory's tensors have longer keys; Megatron names one that is missing.
         if isinstance(entry, ShardedTensor) and of_model.key not in known:
-            raise UserError(
-                f"{checkpoint} holds no {entry.key}, so its optimizer cannot be loaded. Where "
-                "experts are distributed they have an optimizer of their own: give the "
-                "--expert-model-parallel-size of the training, or add --no-load-optim.")
+            raise UserError(f"{checkpoint} holds no {entry.key}, so its optimizer cannot be "
+                            "loaded. Add --no-load-optim to start with a fresh one.")
         return of_model
 
     nested = {number: _NESTED in part for number, part in _parts(state).items()}
@@ -58,6 +79,11 @@ def load_state(checkpoint: Path, state: dict, stored: Mapping[str, Any]) -> dict
         if was_nested != nested[number]:
             _move_settings(_parts(stored)[number], part, was_nested)
     return loaded
+
+
+def _told(state: Mapping) -> str:
+    count = len(_parts(state))
+    return "one optimizer" if count == 1 else f"{count} optimizers"
 
 
 def _parts(state: Mapping) -> Mapping:

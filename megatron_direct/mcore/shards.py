@@ -68,7 +68,9 @@ def parameter_shards(chunks: Sequence[Any]) -> list[ParameterShard]:
     return shards
 
 
-def checkpoint_metadata() -> dict:
+def checkpoint_metadata(chained_prefix: bool = False) -> dict:
+    """chained_prefix: whether the state of each of several optimizers, as experts have one of their
+    own, is under its number. Megatron-LM writes it without."""
     from megatron.core import parallel_state
 
     return {
@@ -78,6 +80,7 @@ def checkpoint_metadata() -> dict:
         # Gathered on the host of one data-parallel rank, which alone writes. The other way takes a
         # whole float32 copy of the weights on each GPU, and three on the host of each rank.
         "distrib_optim_fully_reshardable_mem_efficient": True,
+        "chained_optim_avoid_prefix": not chained_prefix,
     }
 
 

@@ -90,9 +90,11 @@ class DecaySteps:
 def anneal_over(trainer: Trainer, optimizer: OptimizerConfig, batch: BatchConfig,
                 steps: DecaySteps) -> None:
     """Lets the learning rate decay from here on."""
-    # A checkpoint's optimizer brings the rates that it was saved with, which the schedule prefers.
+    # A checkpoint's optimizer brings what it was saved with; of the rates, the schedule prefers it.
     for group in trainer.optimizer.param_groups:
         group["max_lr"], group["min_lr"] = optimizer.lr, optimizer.min_lr
+        group["betas"] = (optimizer.adam_beta1, optimizer.adam_beta2)
+        group["eps"] = optimizer.adam_eps
     decay = steps.iterations * batch.global_batch_size
     trainer.scheduler = _scheduler(trainer.optimizer, optimizer, 0,
                                    decay_ends=steps.onset + decay, decay_steps=decay)

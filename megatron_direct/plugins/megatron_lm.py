@@ -99,10 +99,13 @@ def _builder(args, dataset_class, sizes, is_built_on_rank, config):
 
 def what_is_missed(part: BlendPart, share: float) -> str:
     """Words for selected documents that go unseen, where Megatron-LM shuffles several epochs
-    together and reads the last ``share`` of the sequences only; none for less than a hundredth."""
+    together and reads the last ``share`` of the sequences only; none for less than a hundredth, and
+    where nothing is left to read."""
+    if not part.masked or share <= 0:
+        return ""
     epochs = part.epochs / share  # of the whole run
     unseen = (1 - share) ** epochs
-    if not part.masked or epochs <= 1 or unseen < 0.01:
+    if epochs <= 1 or unseen < 0.01:
         return ""
     return (f"{part.prefix}: the index is of the whole run, {epochs:.1f} epochs shuffled together, "
             f"of which the last {share:.0%} are read: about {unseen:.0%} of the selected documents "

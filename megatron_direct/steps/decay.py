@@ -15,6 +15,7 @@ from megatron_direct.evaluation.losses import dataset_losses
 from megatron_direct.mcore import checkpoint, training, training_folder
 from megatron_direct.mcore.checkpoint import Checkpoint
 from megatron_direct.runtime import parallel
+from megatron_direct.settings import flag_name
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,24 @@ class Decay:
         return [(segment, iterations) for segment, iterations in left if iterations]
 
 
+def _say_what_changes(plan: Decay) -> None:
+    """Where the annealing does not go on as the training was."""
+    reached, begins = plan.start.lr_reached, plan.job.optimizer.lr
+    if reached is not None and reached < 0.99 * begins:
+        parallel.say(f"{plan.description}: the learning rate begins at {begins:g}, but the "
+                     f"training had come down to {reached:g} at {plan.start.path}. Give --lr "
+                     f"{reached:g} to go on from there.")
+    if plan.start.is_optimizer_of_one_layout and not plan.load_optim:
+        parallel.say(f"{plan.description}: with a fresh optimizer, for that of {plan.start.path} "
+                     "lies as in one layout. Save with --dist-ckpt-optim-fully-reshardable to go "
+                     "on with it.")
+    dropped = [flag_name(name) for name in ("hidden_dropout", "attention_dropout")
+               if plan.start.arguments.get(name)]
+    if dropped:
+        parallel.say(f"{plan.description}: without dropout, which the training had "
+                     f"({', '.join(dropped)})")
+
+
 def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
           when_loaded: Callable[[], object] = lambda: None,
           before_averaging: Callable[[], object] = lambda: None) -> None:
@@ -91,6 +110,7 @@ def decay(plan: Decay, chunks: Sequence[torch.nn.Module],
         checkpoint.load_model(plan.start.path, chunks)
         trainer.optimizer.reload_model_params()
     onset = trainer.scheduler.num_steps
+    _say_what_changes(plan)
     when_loaded()
     folder = plan.folder / "checkpoints"
     resumed = parallel.on_rank_zero(lambda: training_folder.latest(folder)) \

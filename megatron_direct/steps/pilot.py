@@ -152,7 +152,7 @@ def _anneal(config: PilotConfig, onset: Onset, folder: Path, seed: int) -> None:
                 job, config.pilot_iters, seed, folder / "cache",
                 onset.checkpoint.tokenizer_digest))
         decay(Decay(job, onset.checkpoint, [Segment(0, dataset)], config.pilot_iters, folder,
-                    "pilot", load_optim=onset.checkpoint.has_optimizer,
+                    "pilot", load_optim=onset.checkpoint.has_readable_optimizer,
                     save_interval=config.pilot_iters), model.build(job))
 
 

@@ -134,6 +134,24 @@ def test_a_team_that_takes_only_the_weights_trains_on_what_they_say(run, learnt_
         assert part["weight"] == pytest.approx(weights[part["prefix"]], rel=1e-5)
 
 
+def test_a_pool_has_its_mask_however_its_path_is_spelt(run, learnt_folder):
+    """And what is annealed on is one arm, for the digests that tell them apart are of files."""
+    os.symlink(learnt_folder, learnt_folder / "link")
+    shutil.copytree(run.parents[1], learnt_folder / "spelt",
+                    ignore=shutil.ignore_patterns("anneal"))
+    spelt = f"0.5 {learnt_folder}/./a 0.5 {learnt_folder}/link/b".split()
+    run_on_ranks(1, _anneal, learnt_folder, "spelt", {"data_path": tuple(spelt)})
+    written = selected.arm_folder(learnt_folder / "spelt", "direct") / "result.json"
+    result = json.loads(written.read_text())
+    assert [part["masked"] for part in result["blend"]] == [True, True]
+    assert sum(part["documents"] for part in result["blend"]) == 40
+    plain = tuple(str(learnt_folder / name) for name in "ab")
+    before = written.stat().st_mtime_ns
+    run_on_ranks(1, _anneal, learnt_folder, "spelt",
+                 {"data_path": ("0.5", plain[0], "0.5", plain[1])})
+    assert written.stat().st_mtime_ns == before
+
+
 def test_the_report_shows_domains_and_clusters(run, learnt_folder, capsys):
     report(ReportRequest(ReportConfig(run_dir=str(learnt_folder / "run"))))
     page = Page((learnt_folder / "run" / "report.html").read_text())

@@ -85,9 +85,29 @@ def test_a_split_takes_its_part_of_a_prefix(blend):
     a, b = blend
     part, = _plan([b], None, {b: _mask(b, [1, 0, 1, 1])}, share=(0.0, 0.5))
     assert (part.documents, part.tokens) == (1, 5)
-    require_something_left([b], {b: _mask(b, [1, 0, 1, 1])}, (0.5, 1.0), "valid")
-    with pytest.raises(UserError, match="keeps no document in the valid split of --split. Give"):
-        require_something_left([b], {b: _mask(b, [1, 1, 0, 0])}, (0.5, 1.0), "valid")
+    second = Demand(4, 0, (0.5, 1.0))
+    require_something_left(Blend([b]), {b: _mask(b, [1, 0, 1, 1])}, second, "valid")
+    with pytest.raises(UserError, match="keeps no document in the valid split of --split, or"):
+        require_something_left(Blend([b]), {b: _mask(b, [1, 1, 0, 0])}, second, "valid")
+
+
+def test_without_weights_less_than_a_sequence_is_nothing(blend):
+    """Of b's documents of five tokens one is left. As one of several, Megatron makes a dataset of a
+    sequence's length and one token more of it, or none at all."""
+    a, b = blend
+    mask = {b: _mask(b, [1, 0, 0, 0])}
+
+    def plan(weights, seq_length, **rules):
+        return [part.prefix for part in plan_blend(
+            Blend([a, b], weights), mask, Demand(seq_length, 10), BlendRules(**rules))]
+
+    assert plan(None, 4) == plan([1, 1], 5) == plan(None, 5, blend_weights="tokens") == [a, b]
+    with pytest.warns(UserWarning, match="b is left out .*: its mask keeps less than a sequence"):
+        assert plan(None, 5) == [a]
+    whole = (0.0, 1.0)
+    require_something_left(Blend([b]), mask, Demand(5, 0, whole), "valid")
+    with pytest.raises(UserError, match="the valid split of --split, or less than a sequence"):
+        require_something_left(Blend([a, b]), mask, Demand(5, 0, whole), "valid")
 
 
 def test_a_prefix_listed_twice_is_refused_under_any_name(blend, tmp_path):

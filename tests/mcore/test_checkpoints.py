@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import pickle
 import re
@@ -13,14 +14,16 @@ from traceback import StackSummary
 import numpy as np
 import pytest
 import torch
+import trained_checkpoint
 from ranks import Layout, RankError, on_layout, run_on_ranks
 from tiny_models import MODELS
 from torch.distributed.checkpoint.api import CheckpointException
-from trained_checkpoint import CASES, Case, require_equal, resume, save
+from trained_checkpoint import CASES, STEPS, Case, require_equal, resume, save
 
 from megatron_direct.config import Job, OptimizerConfig
 from megatron_direct.errors import UserError
-from megatron_direct.mcore import checkpoint, compat, integrity, training_folder
+from megatron_direct.mcore import checkpoint, compat, integrity, shards, training_folder
+from megatron_direct.mcore.checkpoint_contents import tensors_in
 
 LLAMA = MODELS["llama-tied"]
 
@@ -36,11 +39,65 @@ def test_training_goes_on_in_another_layout(tmp_path, case):
         require_equal(expected, type(expected)(expected.weights, expected.losses[::-1]))
 
 
+EXPERTS = Case("qwen2-moe", Layout(dp=2, ep=2), Layout(dp=2, ep=2))
+
+
+def _save_as_earlier(model, layout, case, folder):
+    """As versions did that numbered optimizers in the names of their tensors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "checkpoint_metadata",
+                      functools.partial(checkpoint.checkpoint_metadata, chained_prefix=True))
+        return trained_checkpoint._save(model, layout, case, folder)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("numbered", [False, True])
+def test_optimizers_of_experts_are_read_under_the_names_of_either_way(
+        tmp_path, numbered, distributed):
+    """Megatron-LM writes names without a number."""
+    case = dataclasses.replace(EXPERTS, distributed_optimizer=distributed)
+    if numbered:
+        ranks = on_layout(case.written, _save_as_earlier, MODELS[case.model], case, str(tmp_path))
+        expected = trained_checkpoint._whole(ranks)
+    else:
+        expected = save(case, tmp_path)
+    names = {tensor.name for tensor in tensors_in(tmp_path / f"iter_{STEPS:07d}")}
+    assert any(name.startswith("chained_1.optimizer.state.") for name in names) == numbered
+    assert any(name.startswith("optimizer.state.") for name in names) != numbered
+    require_equal(resume(case, tmp_path), expected)
+
+
+def _save_of_one_layout(model, layout, case, folder):
+    """As Megatron-LM does by default."""
+    def metadata(*given):
+        return {**shards.checkpoint_metadata(*given),
+                "distrib_optim_sharding_type": "dp_reshardable"}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "checkpoint_metadata", metadata)
+        return trained_checkpoint._save(model, layout, case, folder)
+
+
+def test_an_optimizer_that_lies_as_in_one_layout_is_known_before_it_is_loaded(tmp_path):
+    case = Case("llama-tied", Layout(dp=2), Layout(dp=2), distributed_optimizer=True)
+    on_layout(case.written, _save_of_one_layout, MODELS[case.model], case, str(tmp_path))
+    found = checkpoint.read_checkpoint(tmp_path)
+    assert found.has_optimizer and not found.has_readable_optimizer
+    with pytest.raises(RankError, match=r"holds its optimizer \(optimizer.distributed.* as it lies "
+                                        "in one layout"):
+        resume(case, tmp_path)
+
+
 def test_an_optimizer_of_experts_that_were_distributed_otherwise_is_refused(tmp_path):
     case = Case("qwen2-moe", Layout(), Layout(dp=2, ep=2))
     save(case, tmp_path)
-    with pytest.raises(RankError, match="expert-model-parallel-size of the training, or add"):
+    with pytest.raises(RankError, match="was saved by one optimizer, and this layout has 2 opt.*"
+                                        "expert-model-parallel-size of the training, or add"):
         resume(case, tmp_path)
+    otherwise = dataclasses.replace(case, written=case.read, read=case.written)
+    save(otherwise, tmp_path)
+    with pytest.raises(RankError, match="was saved by 2 optimizers, and this layout has one optim"):
+        resume(otherwise, tmp_path)
 
 
 def _save_bare(model, layout, folder):
@@ -103,6 +160,10 @@ def test_a_damaged_file_is_named_with_an_older_checkpoint(bare, tmp_path, layout
         on_layout(layout, _load_bare, LLAMA, folder)
     (newest / integrity.MANIFEST).unlink()  # as of an older version, or of another tool
     on_layout(layout, _load_bare, LLAMA, folder)
+    for path in newest.glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RankError, match="UserError: .*iter_0000007 cannot be read .*It is damaged"):
+        on_layout(layout, _load_bare, LLAMA, folder)
 
 
 def _read_on_rank_zero_alone(folder):

@@ -44,6 +44,7 @@ def test_what_a_blend_that_begins_within_a_run_misses(epochs, share):
     assert not what_is_missed(dataclasses.replace(part, masked=False), share)
     assert not what_is_missed(part, 1.0) and not what_is_missed(
         dataclasses.replace(part, epochs=share), share)  # one epoch in all: each is seen once
+    assert not what_is_missed(dataclasses.replace(part, epochs=0.0), 0.0)  # it is through
 
 
 @pytest.fixture(scope="module")

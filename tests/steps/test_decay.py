@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +13,9 @@ from trained import LEARNT
 
 from megatron_direct.config import Job
 from megatron_direct.mcore import blend, checkpoint, model, training_folder
-from megatron_direct.mcore.checkpoint import open_checkpoint
-from megatron_direct.mcore.training import read_metrics
-from megatron_direct.steps.decay import Decay, Recipe, Segment, decay
+from megatron_direct.mcore.checkpoint import Checkpoint, open_checkpoint
+from megatron_direct.mcore.training import DecaySteps, anneal_over, make_trainer, read_metrics
+from megatron_direct.steps.decay import Decay, Recipe, Segment, _say_what_changes, decay
 
 ITERATIONS = 8
 
@@ -51,6 +54,40 @@ def test_the_last_quarter_of_eight_states_is_the_mean_of_two(learnt_folder):
         # 1e-6: sums in float32.
         np.testing.assert_allclose(found, (one + other) / 2, atol=1e-6)
     assert any(np.abs(one - other).max() > 1e-5 for one, other in zip(first, last, strict=True))
+
+
+def _settings_of_adam(_, layout, folder):
+    """At the end of an annealing that was given others than the checkpoint's."""
+    start = open_checkpoint(str(folder / "theta"))
+    optimizer = dataclasses.replace(LEARNT.optimizer, adam_beta1=0.5, adam_beta2=0.99,
+                                    adam_eps=1e-4)
+    job = Job(LEARNT.model, layout, optimizer, LEARNT.batch)
+    trainer = make_trainer(model.build(job), optimizer, LEARNT.batch)
+    checkpoint.load_training(start.path, trainer.chunks, trainer.optimizer, trainer.scheduler)
+    anneal_over(trainer, optimizer, LEARNT.batch, DecaySteps(0, 0, ITERATIONS))
+    return [(group["betas"], group["eps"]) for group in trainer.optimizer.param_groups]
+
+
+def test_adam_has_the_settings_that_were_given(learnt_folder):
+    found, = on_layout(Layout(), _settings_of_adam, LEARNT.model, learnt_folder)
+    assert found and all(settings == ((0.5, 0.99), 1e-4) for settings in found)
+
+
+@pytest.mark.parametrize(("start", "said"), [
+    ({"lr_reached": 1e-4}, "begins at 0.001, but the training had come down to 0.0001 at theta. "
+                           "Give --lr 0.0001"),
+    ({"lr_reached": 1e-3}, ""), ({}, ""),
+    ({"is_optimizer_of_one_layout": True}, "with a fresh optimizer, for that of theta lies as in "),
+    ({"arguments": {"hidden_dropout": 0.1, "attention_dropout": 0.0}},
+     "without dropout, which the training had (--hidden-dropout)")])
+def test_it_is_said_where_the_annealing_does_not_go_on_as_the_training_was(start, said, capsys):
+    found = Checkpoint(**{**dict(path=Path("theta"), iteration=1, arguments={}, has_optimizer=True,
+                                 digest="0"), **start})
+    job = Job(LEARNT.model, Layout().config(), dataclasses.replace(LEARNT.optimizer, lr=1e-3))
+    _say_what_changes(Decay(job, found, [], 1, Path("."), "the arm",
+                            load_optim=found.has_readable_optimizer))
+    printed = capsys.readouterr().out
+    assert said in printed and bool(said) == bool(printed)
 
 
 def _rates(_, layout, folder, final):
