@@ -115,9 +115,9 @@ def plan_blend(blend: Blend, masks: Mapping[str, SampleMask], demand: Demand,
             and sizes[prefix][1] >= (least if prefix in masks else 1)]
     if not used:
         less = "" if least == 1 else f", or less than a sequence of {demand.seq_length} tokens"
-        raise UserError(
-            f"the masks keep no document in any dataset of the blend ({', '.join(prefixes)}){less}. "
-            "Select more samples, or check that the masks belong to this run.")
+        raise UserError("the masks keep no document in any dataset of the blend "
+                        f"({', '.join(prefixes)}){less}. Select more samples, or check that the "
+                        "masks belong to this run.")
     for prefix in prefixes:
         if prefix not in used:
             warnings.warn(f"{prefix} is left out of the blend: " + (
