@@ -39,7 +39,7 @@ COMMANDS = {command.name: command for command in (
             "alternate", "AlternateRequest", "alternate"),
     Command("evaluate", "multiple-choice questions, answered by likelihood",
             "evaluate", "EvaluateRequest", "evaluate"),
-    Command("compare", "arms of selection, annealed from one checkpoint and compared over seeds",
+    Command("compare", "microannealings: arms of selection, and datasets, compared over seeds",
             "compare", "CompareRequest", "compare"),
     Command("report", "the table of a run, and its report.html",
             "report", "ReportRequest", "report"),

@@ -86,7 +86,7 @@ def _key(job: Job, setup: PassSetup) -> str:
     device = torch.cuda.get_device_name() if host.has_gpu() else "cpu"
     settings = files.as_json([dataclasses.asdict(setup), vars(job.model)])
     return digests.digest(socket.gethostname(), device, str(parallel.world_size()),
-                          str(torch.get_num_threads()), files.as_json(versions()),
+                          str(torch.get_num_threads()), digests.canonical(versions()),
                           str(HASH_VERSION), digests.canonical(settings))
 
 

@@ -12,7 +12,7 @@ from trained_checkpoint import BATCH, train_on
 from weights import assemble, fill_by_hash, fill_expert_bias, pieces
 
 from megatron_direct.config import Job, OptimizerConfig, Precision
-from megatron_direct.mcore import checkpoint, training_folder
+from megatron_direct.mcore import checkpoint, merging, training_folder
 from megatron_direct.mcore.merging import Average, write_average
 
 WEIGHTS = (0.5, 0.2, 0.3)
@@ -102,6 +102,35 @@ def test_weights_are_the_average_of_the_plain_state_dict(three, tmp_path, ranks)
     merged = checkpoint.read_checkpoint(tmp_path)
     assert merged.iteration == 3 and not merged.has_optimizer
     assert merged.arguments["hidden_size"] == MODELS["llama-tied"].hidden_size
+
+
+def _merge_in_small_portions(folders, output):
+    """(bytes of the largest tensor of this rank; the most that was read and not yet averaged)."""
+    read, sizes, largest = merging._read, [], []
+
+    def noted(entries, path):
+        found = read(entries, path)
+        own = [part.data.nbytes for part in found.values()]
+        sizes.append(sum(own))
+        largest.append(max(own, default=0))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging, "_READ_AT_ONCE", 1)
+        patch.setattr(merging, "_read", noted)
+        _merge(folders, WEIGHTS, False, output)
+    assert len(sizes) > 3 * 5  # tensors, in each of three states
+    return max(largest), max(sizes)
+
+
+def test_what_is_read_of_a_state_is_a_portion_and_not_the_model(three, tmp_path):
+    for largest, most in run_on_ranks(2, _merge_in_small_portions, three[0], tmp_path / "small"):
+        assert most == largest
+    run_on_ranks(2, _merge, three[0], WEIGHTS, False, tmp_path / "whole")
+    for small, whole in zip(*(assemble(on_layout(
+            Layout(), _read, MODELS["llama-tied"], str(tmp_path / name))).values()
+            for name in ("small", "whole")), strict=True):
+        np.testing.assert_array_equal(small, whole)
 
 
 def _resume(model, layout, folder):

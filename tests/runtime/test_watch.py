@@ -83,6 +83,17 @@ def test_one_on_another_machine_is_lost_when_it_is_silent(rank):
     assert "no sign of life for 40 s at anneal" in neighbour.what_is_wrong(sign, 141.0)
 
 
+def test_one_on_this_machine_that_is_at_work_is_not_lost(rank):
+    """As while Megatron holds Python's lock for an index of a thousand million documents."""
+    process, sign = rank
+    neighbour = watch._Neighbour(2)
+    own = dataclasses.replace(sign, pid=os.getpid(), started=psutil.Process().create_time())
+    assert all(neighbour.what_is_wrong(own, now) is None for now in (100.0, 160.0))
+    _await(process, psutil.STATUS_SLEEPING)
+    assert neighbour.what_is_wrong(sign, 199.0) is None
+    assert "no sign of life for 40 s at anneal" in neighbour.what_is_wrong(sign, 201.0)
+
+
 def test_after_being_suspended_oneself_nobody_is_to_blame(rank):
     _, sign = rank
     sign = dataclasses.replace(sign, machine="another")
