@@ -50,8 +50,9 @@ def _save_as_earlier(model, layout, case, folder):
         return trained_checkpoint._save(model, layout, case, folder)
 
 
-@pytest.mark.parametrize("distributed", [False, True])
-@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize(("numbered", "distributed"), [
+    (False, True), pytest.param(False, False, marks=pytest.mark.slow),
+    (True, False), pytest.param(True, True, marks=pytest.mark.slow)])
 def test_optimizers_of_experts_are_read_under_the_names_of_either_way(
         tmp_path, numbered, distributed):
     """Megatron-LM writes names without a number."""
