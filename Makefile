@@ -78,7 +78,7 @@ QUICK := "not slow and not slurm and not nodes"
 	bench-select bench-sketch bench-solver
 
 anneal: $(READY) data theta
-	PATH=$(abspath $(BIN)):$$PATH OMP_NUM_THREADS=1 bash launch/anneal_gpt.sh $(ANNEAL_FLAGS) $(FLAGS)
+	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 bash launch/anneal_gpt.sh $(ANNEAL_FLAGS) $(FLAGS)
 
 # The checkpoint and, where `make anneal` has been, the annealed arms.
 evaluate: $(READY) theta $(CLOZE)/.done

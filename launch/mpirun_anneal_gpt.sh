@@ -12,6 +12,15 @@
 # MASTER_ADDR and MASTER_PORT where these are set.
 set -euo pipefail
 
+# Below, bash computes with these, and so would run a command that is hidden in one of them.
+for name in GPUS_PER_NODE TENSOR_MODEL_PARALLEL_SIZE PIPELINE_MODEL_PARALLEL_SIZE; do
+    if [[ -n ${!name:-} && ! ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]]; then
+        printf 'mpirun_anneal_gpt.sh: error: %s is %q: expected a whole number. Correct it.\n' \
+            "$name" "${!name}" >&2
+        exit 1
+    fi
+done
+
 TP=${TENSOR_MODEL_PARALLEL_SIZE:-1}
 PP=${PIPELINE_MODEL_PARALLEL_SIZE:-1}
 MPIRUN=${MPIRUN:-mpirun}
@@ -22,10 +31,12 @@ RANKS=$((NUM_NODES * GPUS_PER_NODE))
 if [[ $("$MPIRUN" --version 2>&1) =~ Open\ MPI|OpenRTE|open-mpi ]]; then
     MPI_ARGS=(-np "$RANKS" --bind-to none)
     MPI_ARGS+=(--host "$(printf "%s:$GPUS_PER_NODE," "${NODES[@]}" | sed 's/,$//')")
-    # Open MPI hands on its own variables alone; those of networks may be needed on all nodes.
+    # Open MPI hands on its own variables alone; those of networks and of object stores may be
+    # needed on all nodes.
     for name in PATH PYTHONPATH LD_LIBRARY_PATH OMP_NUM_THREADS CHECKPOINT_PATH RUN_DIR DATA_PATH \
         VALID_DATA_PATH TEST_DATA_PATH NUM_SELECT LR_WSD_DECAY_ITERS ARMS MASTER_ADDR MASTER_PORT \
-        TENSOR_MODEL_PARALLEL_SIZE PIPELINE_MODEL_PARALLEL_SIZE ${!NCCL_*} ${!GLOO_*}; do
+        TENSOR_MODEL_PARALLEL_SIZE PIPELINE_MODEL_PARALLEL_SIZE ${!NCCL_*} ${!GLOO_*} \
+        ${!AWS_*}; do
         [[ -z ${!name+set} ]] || MPI_ARGS+=(-x "$name")
     done
 else

@@ -27,7 +27,8 @@
 set -euo pipefail
 
 export NUM_NODES=${SLURM_JOB_NUM_NODES:?submit this with sbatch}
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${NODES%%$'\n'*}
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID * 31 % 12000))}
 export RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 

@@ -84,6 +84,9 @@ class ModelConfig(Settings):
     moe_router_topk: int = flag(2, "experts per token", at_least=1)
     moe_router_score_function: str = flag(
         "softmax", "scores from the router's logits", choices=("softmax", "sigmoid"))
+    moe_router_dtype: str | None = flag(
+        None, "precision of the router's logits and probabilities; default: the model's",
+        choices=("fp32", "fp64"))
     moe_router_pre_softmax: bool = flag(False, "softmax over all experts, not only the chosen ones")
     moe_router_enable_expert_bias: bool = flag(
         False, "a bias, not trained by gradients, on the scores by which experts are chosen")

@@ -6,8 +6,8 @@
 
 The same as ``megatron-direct preprocess``. Each input file is a *domain*, named by its stem (or
 see --domain, --domain-key), and becomes up to three datasets: ``data/mine_wiki_pool`` (from which
-samples are selected), ``data/mine_wiki_valid`` and ``data/mine_wiki_test``. Documents that are
-equal, or that share ``--group-key``, go to the same one of the three. Beside each dataset is its
+samples are selected), ``data/mine_wiki_valid`` and ``data/mine_wiki_test``. Documents whose
+texts are equal, or that share ``--group-key``, go to the same one of the three. Beside each is its
 card, ``PREFIX.json``: domain, tokenizer, counts.
 
 Input is JSONL (.jsonl, .jsonlines, .json, .ndjson: one object to a line), Parquet (.parquet), or

@@ -121,9 +121,11 @@ def lanczos(
     is not small against the tolerance, one product a pair measures each residual by itself.
     `residual_norms` does that for any pairs.
 
-    A Krylov space holds one eigenvector of an eigenvalue that is repeated exactly. Further ones
-    are sought (with `random_vector`) only where the space of `start` ends, as it does for an
-    operator of low rank; pairs beyond the rank are then returned with eigenvalue 0 to rounding.
+    A Krylov space holds one eigenvector of an eigenvalue that is repeated exactly, and of several
+    that are closer to each other than about tol times the largest it may show one as converged
+    before the others appear. Further ones are sought (with `random_vector`) only where the space of
+    `start` ends, as it does for an operator of low rank; pairs beyond the rank are then returned
+    with eigenvalue 0 to rounding.
 
     Args:
         matvec: v -> H v. It must not change v, and must give the same bits for the same v.

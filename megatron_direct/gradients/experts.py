@@ -72,8 +72,10 @@ class _Routing:
         self._follow(inputs.shape[:2], probabilities.detach(), routing_map)
 
         def pieces(probability_grads):
-            yield router.weight, OuterProducts(inputs, _logit_grads(router, inputs,
-                                                                    probability_grads))
+            grads = _logit_grads(router, inputs, probability_grads)
+            if grads.dtype != inputs.dtype:  # --moe-router-dtype; no row is of float64
+                grads = grads.float()
+            yield router.weight, OuterProducts(inputs.to(grads.dtype), grads)
 
         return pieces
 

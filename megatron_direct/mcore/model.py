@@ -167,7 +167,7 @@ def _of_experts(model: ModelConfig) -> dict:
         return {}
     names = ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
              "moe_shared_expert_gate", "moe_router_topk", "moe_router_score_function",
-             "moe_router_pre_softmax", "moe_router_enable_expert_bias",
+             "moe_router_dtype", "moe_router_pre_softmax", "moe_router_enable_expert_bias",
              "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk")
     frequency = str(model.moe_layer_freq)
     return {

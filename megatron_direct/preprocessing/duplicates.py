@@ -144,8 +144,9 @@ def refuse_leaks(folder: Path, found: Found, excluded: Sequence[ExcludedDataset]
     raise UserError(
         f"{found.leaks} documents are also in the validation or test set, or in an excluded "
         f"dataset:{''.join(lines)}{'' if found.leaks <= len(lines) else chr(10) + '  ...'}\n"
-        "Remove them from the input, drop them with --drop-duplicates, or, if --group-key "
-        "separates equal documents, leave that flag out. What was tokenized is kept.")
+        "Remove them from the input, or drop them with --drop-duplicates. Texts that are split "
+        "apart are equal where --group-key separates them, or where the tokenizer makes them alike "
+        "(white space, width of letters). What was tokenized is kept.")
 
 
 def _lines_of(folder: Path, places: set[int]) -> Iterator[tuple[int, str]]:

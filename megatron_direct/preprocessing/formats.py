@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_direct.preprocessing import optional
 COMPRESSIONS = (".gz", ".zst")
 FORMATS = {".jsonl": "jsonl", ".jsonlines": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
            ".parquet": "parquet"}
+_LONGEST_RECORD = 1 << 20  # bytes that are looked at
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which editors on Windows put before UTF-8 text
 # A Zstandard frame may ask for a window of up to 2 GiB (`zstd --long=31`), as archives of web text
 # do; the library's own limit is 128 MiB.
@@ -32,6 +34,20 @@ def format_of(path: Path) -> str:
     """jsonl, parquet or text."""
     name = Path(path.stem) if compression_of(path) else path
     return FORMATS.get(name.suffix.lower(), "text")
+
+
+def require_no_record(path: Path) -> None:
+    """Raises UserError for what would be read as plain text, for its name, and begins with a JSON
+    record: whole paragraphs of them would be documents."""
+    with opened(path) as text:
+        first = text.readline(_LONGEST_RECORD).removeprefix(BYTE_ORDER_MARK)
+    try:
+        is_record = isinstance(json.loads(first), dict)
+    except ValueError:
+        return
+    if is_record:
+        raise UserError(f"{path} would be read as plain text, for its name, but its first line is "
+                        "a JSON record. Give it a name that ends in .jsonl.")
 
 
 def stem(path: Path) -> str:

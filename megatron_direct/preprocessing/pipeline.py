@@ -103,10 +103,13 @@ def _look_over(settings: PreprocessSettings) -> Catalogue:
     if contents.bad_lines and not settings.skip_bad_lines:
         _refuse_bad_lines(settings.folder)
     _refuse_leftovers(settings, contents)
+    _refuse_own_exclusions(settings, contents)
     excluded = _excluded(settings)
     found = duplicates.find(settings.folder, contents, excluded)
     if found.leaks and not settings.drop_duplicates:
         duplicates.refuse_leaks(settings.folder, found, excluded)
+    for target in contents.targets:  # none of an earlier run is left beside one of this
+        Path(target.prefix + ".idx").unlink(missing_ok=True)
     return contents
 
 
@@ -125,6 +128,17 @@ def _refuse_leftovers(settings: PreprocessSettings, contents: Catalogue) -> None
                     "name: the two may share documents. Delete it, or give another "
                     "--output-prefix, or, if it is to stay, --exclude it. What was tokenized is "
                     "kept.")
+
+
+def _refuse_own_exclusions(settings: PreprocessSettings, contents: Catalogue) -> None:
+    """Raises UserError for a held-out dataset that this run would write anew, without what is in
+    it."""
+    targets = {os.path.realpath(target.prefix) for target in contents.targets}
+    for prefix in settings.exclude:
+        if os.path.realpath(prefix) in targets:
+            raise UserError(f"--exclude {prefix} names a dataset that this run writes: its "
+                            "documents would be in none. Give another --output-prefix, or leave "
+                            "the flag out. What was tokenized is kept.")
 
 
 def _refuse_bad_lines(path: Path) -> None:

@@ -27,6 +27,7 @@ from megatron_direct.preprocessing.formats import (
     format_of,
     opened,
     parquet_file,
+    require_no_record,
 )
 
 # Bytes of a document; a worker holds one in memory several times over. A paragraph that is longer
@@ -39,6 +40,7 @@ class Shard:
     """start, stop: bytes of a text file before its cuts are moved to line ends, or row groups.
 
     block: the text itself, of a compressed file; first_line: the lines before it, known there.
+    size: in bytes, as Parquet holds them.
     """
 
     path: Path
@@ -49,15 +51,12 @@ class Shard:
     block: bytes | None = None
     first_line: int = 0
     is_last: bool = False  # of a compressed file, whose number of shards shows only at its end
+    size: int = 0
 
     @property
     def name(self) -> str:
         """Sorts as the input does."""
         return shard_name(self.file, self.number)
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start if self.block is None else len(self.block)
 
 
 def shard_name(file: int, number: int) -> str:
@@ -79,6 +78,8 @@ def plan(paths: Sequence[Path], shard_bytes: int) -> list[Shard | Stream]:
     for file, path in enumerate(paths):
         if not path.is_file():
             raise UserError(f"{path} does not exist. Correct --input.")
+        if format_of(path) == "text":
+            require_no_record(path)
         if compression_of(path):
             if format_of(path) == "parquet":
                 raise UserError(f"{path} is a compressed Parquet file. Decompress it; Parquet "
@@ -89,7 +90,8 @@ def plan(paths: Sequence[Path], shard_bytes: int) -> list[Shard | Stream]:
             work += _row_group_shards(path, file, shard_bytes)
         else:
             size = path.stat().st_size
-            work += [Shard(path, file, number, start, min(start + shard_bytes, size))
+            work += [Shard(path, file, number, start, min(start + shard_bytes, size),
+                           size=min(shard_bytes, size - start))
                      for number, start in enumerate(range(0, size, shard_bytes))]
     return work
 
@@ -100,7 +102,7 @@ def _row_group_shards(path: Path, file: int, shard_bytes: int) -> Iterator[Shard
         for group in range(metadata.num_row_groups):
             size += metadata.row_group(group).total_byte_size
             if size >= shard_bytes or group == metadata.num_row_groups - 1:
-                yield Shard(path, file, number, start, group + 1)
+                yield Shard(path, file, number, start, group + 1, size=size)
                 start, size, number = group + 1, 0, number + 1
 
 
@@ -119,7 +121,8 @@ def _decompressed(stream: Stream, shard_bytes: int) -> Iterator[Shard]:
         while block or number == 0:  # an empty file is one empty shard, so that it has a last one
             next_line = first_line + _count_lines(block)
             following = _next_block(file, stream.path, shard_bytes, next_line)
-            yield Shard(stream.path, stream.file, number, 0, 0, block, first_line, not following)
+            yield Shard(stream.path, stream.file, number, 0, 0, block, first_line, not following,
+                        len(block))
             block, number, first_line = following, number + 1, next_line
 
 

@@ -83,6 +83,15 @@ class PreprocessSettings:
                             ("--output-prefix", self.output_prefix)):
             if "" in (value if isinstance(value, tuple) else (value,)):
                 raise UserError(f"{flag} is empty. Give a name, or leave the flag out.")
+        texts = [path for path in self.input if formats.format_of(path) == "text"]
+        unread = [flag for flag, is_given in (
+            ("--group-key", self.group_key), ("--domain-key", self.domain_key),
+            ("--json-keys", len(texts) == len(self.input) and self.json_keys != ("text",)))
+            if is_given]
+        if texts and unread:
+            raise UserError(f"{' and '.join(unread)}: {texts[0]} is read as plain text, for its "
+                            "name, and has no keys. Name records .jsonl or .parquet, or leave the "
+                            "flag out.")
 
     def _check_samples(self) -> None:
         if self.samples not in SAMPLES:
@@ -98,7 +107,13 @@ class PreprocessSettings:
         if self.vocab_size < 1:
             raise UserError(f"--vocab-size {self.vocab_size} holds no token. Give the number of "
                             "entries that the tokenizer should have.")
+        if self.eod_token is not None and not self.append_eod and not self.exclude:
+            raise UserError(f"--eod-token {self.eod_token} ends no document without --append-eod. "
+                            "Add that flag, or leave this one out.")
         if not self.train_tokenizer:
+            if self.vocab_size != PreprocessSettings.vocab_size:
+                raise UserError(f"--vocab-size {self.vocab_size} is of a tokenizer that "
+                                "--train-tokenizer trains. Add that flag, or leave this one out.")
             return
         if self.tokenizer_model.suffix == ".json" or self.tokenizer_model.is_dir():
             raise UserError(f"--tokenizer-model {self.tokenizer_model} names a Hugging Face "

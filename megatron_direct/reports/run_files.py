@@ -81,9 +81,10 @@ class RunReport:
     commands: tuple[CommandRecord, ...]
 
     def reference_of(self, name: str) -> str:
-        """The random arm of as many samples, with which one is compared; "" of a random arm."""
+        """The random arm of as many samples, with which one is compared, an average with its
+        average; "" of a random arm."""
         arm = self.annealings[name].arm
-        return "" if is_random(arm) else random_arm(arm)
+        return "" if is_random(arm) else random_arm(arm) + name.removeprefix(arm)
 
     def is_compared(self, name: str) -> bool:
         """Whether its random arm is there, and was annealed the same way."""

@@ -81,7 +81,7 @@ def written_whole(path: str | os.PathLike, mode: str = "wb"):
     partial = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, mode) as file:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -177,8 +177,11 @@ def _weights_of(job: Job) -> float:
 
 
 def _train(chunks: Sequence[torch.nn.Module], text: SampleSource, size: int, at_once: int) -> None:
-    shape = PassShape(MicroBatchLimits(size), at_once, grid.data_rank(), grid.data_size(),
-                      count_multiple=chunks[0].config.pipeline_model_parallel_size)  # type: ignore
+    config: Any = chunks[0].config
+    shape = PassShape(
+        MicroBatchLimits(size), at_once, grid.data_rank(), grid.data_size(),
+        count_multiple=config.pipeline_model_parallel_size,
+        length_multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1)
     for micro_batches in text.passes(np.arange(len(text.num_labels)), shape):
         passes.run_pass(chunks, micro_batches, backward=True)
     for chunk in chunks:

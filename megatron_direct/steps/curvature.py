@@ -141,8 +141,10 @@ class _Lanczos:
         config, space, log = self.config, self.space, self.log
         with tqdm(desc=f"lanczos ({config.curvature})", unit="product",
                   disable=None if parallel.is_rank_zero() else True) as progress:
+            # Other signs than those that it starts with.
             operator = SymmetricOperator(_counted(self.operator.matvec, progress), space,
-                                         space.random_signs, space.dimension)
+                                         lambda seed: space.random_signs(self._seed + 1 + seed),
+                                         space.dimension)
             target = Target(min(config.num_eigenpairs, self.rank), config.lanczos_tol,
                             config.max_matvecs, symmetry_tol=self._symmetry_tol)
             try:

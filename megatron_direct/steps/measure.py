@@ -67,10 +67,10 @@ def measure(settings: MeasureSettings, onset: Onset, folder: Path) -> Measured:
     store = sketch_step.open_store(folder / "sketches", key)
     spectrum = spectrum_key(settings.curvature, key, valid)
     missing = [drawn for drawn in (pool, valid) if sketch_step.num_missing(store, drawn)]
-    directions = None if missing else known_directions(
+    directions = None if valid in missing else known_directions(
         settings.curvature, spectrum, folder / "curvature")
-    if directions is None:
-        work = _Work(folder, point, store, missing, valid, spectrum)
+    if missing or directions is None:
+        work = _Work(folder, point, store, missing, valid, spectrum, directions)
         directions = _compute(settings, onset, work, clock)
     clock.write()
     return Measured(store, pool, valid, directions, key.digest(), spectrum.digest())
@@ -78,7 +78,7 @@ def measure(settings: MeasureSettings, onset: Onset, folder: Path) -> Measured:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is left to do. missing: of whom rows are missing."""
+    """What is left to do. missing: of whom rows are missing; directions: None if they are, too."""
 
     folder: Path
     point: sketch_step.GradientPoint
@@ -86,6 +86,7 @@ class _Work:
     missing: list[Drawn]
     valid: Drawn
     spectrum: SpectrumKey
+    directions: Directions | None
 
 
 def _compute(settings: MeasureSettings, onset: Onset, work: _Work, clock: _Clock) -> Directions:
@@ -96,8 +97,8 @@ def _compute(settings: MeasureSettings, onset: Onset, work: _Work, clock: _Clock
             settings.curvature, work.spectrum, work.folder / "curvature", work.valid, rows,
             gradients)
 
-    needs_model = settings.curvature.curvature != SKETCHED_FISHER
-    directions = None
+    directions = work.directions
+    needs_model = directions is None and settings.curvature.curvature != SKETCHED_FISHER
     if work.missing or needs_model:
         with sketch_step.gradient_model(
                 settings.sketch, onset.job, work.point,

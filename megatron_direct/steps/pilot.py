@@ -85,11 +85,12 @@ class PilotKey(Key):
 @dataclass(frozen=True)
 class GradientPoint:
     """The weights at which gradients are taken. digest: of all that they depend on; moments: the
-    checkpoint with Adam's second moments, if any has them."""
+    checkpoint with Adam's second moments, if any has them, with a digest of its own."""
 
     path: Path
     digest: str
     moments: Path
+    moments_digest: str
 
 
 def gradient_point(config: PilotConfig, onset: Onset, folder: Path, seed: int) -> GradientPoint:
@@ -102,9 +103,9 @@ def gradient_point(config: PilotConfig, onset: Onset, folder: Path, seed: int) -
     if config.has_pilot:
         return _end_of_pilot(config, onset, folder / "pilot", seed)
     if config.at != "merged":
-        return GradientPoint(start.path, start.digest, start.path)
+        return GradientPoint(start.path, start.digest, start.path, start.digest)
     key = make_average(Average.uniform(states_to_merge(config, start)), folder / "merged")
-    return GradientPoint(_newest_in(folder / "merged"), key.digest(), start.path)
+    return GradientPoint(_newest_in(folder / "merged"), key.digest(), start.path, start.digest)
 
 
 def states_to_merge(config: PilotConfig, start: Checkpoint) -> list[Checkpoint]:
@@ -158,7 +159,7 @@ def _anneal(config: PilotConfig, onset: Onset, folder: Path, seed: int) -> None:
 
 def _pilot_in(folder: Path, digest: str) -> GradientPoint:
     path = _newest_in(folder / "checkpoints")
-    return GradientPoint(path, digest, path)
+    return GradientPoint(path, digest, path, digest)
 
 
 def _newest_in(folder: Path) -> Path:

@@ -51,8 +51,9 @@ class SketchConfig(Settings):
         "mean", "a sample's gradient is that of the mean, or of the sum, of its token losses",
         choices=SAMPLE_LOSSES)
     precondition: str = flag(
-        "none", "adam: gradients are multiplied by the checkpoint's second moments of Adam to the "
-        "power -1/4, in sketches and curvature alike", choices=("none", "adam"))
+        "none", "adam: gradients are multiplied by (sqrt(v) + eps)^(-1/2), v being the "
+        "checkpoint's second moments of Adam, in sketches and curvature alike",
+        choices=("none", "adam"))
     micro_batch_size: int = flag(8, "samples per rank in one pass", at_least=1)
     micro_batch_tokens: int = flag(
         0, "most tokens per rank in one pass, padding included: long samples are then fewer than "
@@ -92,12 +93,15 @@ class SketchesKey(Key):
     seed: int = 1234
     precision: Precision = field(default_factory=Precision)
     hash_version: int = 1
+    moments_digest: str | None = None  # of the checkpoint whose moments scale it, with Adam's eps
+    adam_eps: float | None = None
 
 
 def sketches_key(config: SketchConfig, job: Job, point: GradientPoint) -> SketchesKey:
+    scaled = (point.moments_digest, job.optimizer.adam_eps) if config.precondition == "adam" else ()
     return SketchesKey(point.digest, job.model, config.sketch_size, config.sketch_dtype,
                        tuple(config.sketch_parameters), config.sample_loss, config.precondition,
-                       config.seed, job.precision, HASH_VERSION)
+                       config.seed, job.precision, HASH_VERSION, *scaled)
 
 
 def open_store(folder: Path, key: SketchesKey) -> SketchStore:
@@ -143,8 +147,8 @@ def gradient_model(config: SketchConfig, job: Job, point: GradientPoint, spec: s
         chunks = model.build(job.of_main_loss, spec=spec)
         checkpoint.load_model(point.path, chunks)
         shards = sketched_shards(parameter_shards(chunks), config.sketch_parameters)
-        scales = (adam_scales(point.moments, chunks, shards) if config.precondition == "adam"
-                  else None)
+        scales = None if config.precondition != "adam" else adam_scales(
+            point.moments, chunks, shards, job.optimizer.adam_eps)
         yield GradientModel(chunks, shards, Sketch(shards, config.sketch_size, config.seed, scales),
                             scales, config.sample_loss, config.micro_batch)
 

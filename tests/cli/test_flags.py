@@ -133,7 +133,7 @@ _NEEDED = {
     "select": {"--load": "l", "--data-path": "a", "--valid-data-path": "v", "--run-dir": "r"},
     "anneal": {"--run-dir": "r"}, "report": {"--run-dir": "r"}, "inspect": {"--mask": "m"},
     "evaluate": {"--load": "l", "--tasks": "t", "--tokenizer-model": "m", "--output": "o"},
-    "preprocess": {"--input": "i", "--output-prefix": "o", "--tokenizer-model": "t"}}
+    "preprocess": {"--input": "i.jsonl", "--output-prefix": "o", "--tokenizer-model": "t"}}
 _NEEDED["compare"] = {**_NEEDED["select"], "--test-data-path": "t"}
 _NEEDED["alternate"] = _NEEDED["select"]
 _NEEDED["merge"] = {"--merge-load": "m", "--save": "s"}

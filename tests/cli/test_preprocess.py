@@ -13,7 +13,7 @@ from preprocess_runs import COMMAND
 from megatron_direct.cli import preprocess
 from megatron_direct.preprocessing.settings import PreprocessSettings
 
-NEEDED = ["--input", "a.txt", "--output-prefix", "x", "--tokenizer-model", "t.model"]
+NEEDED = ["--input", "a.jsonl", "--output-prefix", "x", "--tokenizer-model", "t.model"]
 
 
 def test_importing_it_loads_neither_torch_nor_megatron():
@@ -33,7 +33,7 @@ def test_flags_that_are_not_given_leave_the_defaults(monkeypatch):
     monkeypatch.setattr(preprocess, "preprocess", lambda settings, ranks: seen.append(settings))
     preprocess.main(NEEDED)
     preprocess.main([*NEEDED, "--json-keys", "a", "b.c", "--exclude", "v", "--shard-size", "2"])
-    needed = {"input": (Path("a.txt"),), "output_prefix": "x", "tokenizer_model": Path("t.model")}
+    needed = {"input": (Path("a.jsonl"),), "output_prefix": "x", "tokenizer_model": Path("t.model")}
     assert seen == [PreprocessSettings(**needed), PreprocessSettings(
         **needed, json_keys=("a", "b.c"), exclude=("v",), shard_size=2.0)]
 

@@ -52,7 +52,8 @@ def _plan_here(folder, measured, flags):
 
 
 @pytest.mark.parametrize(("layout", "flags"), [
-    (Layout(), []), (Layout(tp=2), ["--tensor-model-parallel-size", "2"])], ids=str)
+    (Layout(), []),
+    (Layout(tp=2), ["--tensor-model-parallel-size", "2", "--sequence-parallel"])], ids=str)
 def test_a_plan_for_this_machine_is_made_by_what_is_measured(small_folder, tmp_path, layout,
                                                              flags):
     """The sizes are those of the files; all ranks have the same estimate."""

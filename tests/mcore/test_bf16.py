@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from megatron_direct.gradients.sketch import Sketch
 from megatron_direct.mcore import checkpoint, passes, training, training_folder
 from megatron_direct.mcore import model as models
 from megatron_direct.mcore.shards import parameter_shards
+from megatron_direct.mcore.specs import local
 from megatron_direct.steps.curvature_config import CurvatureConfig, require_precision
 
 BF16, FP32 = Precision(bf16=True), Precision()
@@ -103,19 +105,47 @@ def exact_of_experts(prefix) -> np.ndarray:
     return _rows_in(Layout(), prefix, FP32, EXPERTS)
 
 
+@pytest.mark.parametrize("router", [None, "fp32"])
 @pytest.mark.parametrize("layout", [
     Layout(dp=2, ep=2),
     pytest.param(Layout(tp=2, dp=2, ep=2, sp=True), marks=pytest.mark.slow)], ids=str)
 def test_rows_of_experts_are_those_of_float32_but_for_tokens_between_two(
-        layout, prefix, exact_of_experts):
+        layout, router, prefix, exact_of_experts):
     """A token whose second and third expert are nearly equal may go to the other one: that moves
     the rows of a fifth of the samples by up to 0.13, on one rank as well, and the rest by
     rounding."""
-    rows = _rows_in(layout, prefix, BF16, EXPERTS)
+    model = dataclasses.replace(EXPERTS, moe_router_dtype=router)
+    rows = _rows_in(layout, prefix, BF16, model)
     errors = _errors(rows, exact_of_experts)
     assert 1e-4 < np.median(errors) < 0.02 and np.mean(errors < 0.02) > 0.7
     assert errors.max() < 0.3
     assert spearmanr(_cosines(rows), _cosines(exact_of_experts)).statistic >= 0.998
+
+
+@pytest.mark.parametrize("name", [None, "fp32", "fp64"])
+def test_logits_have_the_precision_that_the_router_was_trained_with(name, monkeypatch):
+    """To the last bit those of Megatron's own function, which its router calls on a GPU alone; so
+    are the gradients."""
+    from megatron.core.transformer.moe import moe_utils
+
+    # Without Transformer Engine it does not come to be asked for.
+    monkeypatch.setattr(moe_utils, "te_general_gemm", None, raising=False)
+    dtype = {None: torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[name]
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    weight, inputs = (torch.randn(shape, generator=generator).bfloat16()
+                      for shape in ((8, 64), (5, 2, 64)))
+    for ours in (True, False):
+        leaves = [tensor.clone().requires_grad_() for tensor in (inputs, weight)]
+        router = SimpleNamespace(config=SimpleNamespace(moe_router_dtype=name), bias=None,
+                                 weight=leaves[1])
+        logits = local.router_class().gating(router, leaves[0]) if ours else \
+            moe_utils.router_gating_linear(*leaves, None, dtype)
+        assert logits.dtype == dtype
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def _pieces_and_product(model, layout, prefix):

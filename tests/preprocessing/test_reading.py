@@ -143,11 +143,21 @@ def test_damaged_files_are_named(tmp_path, name, damage):
         parquet = pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / name)
     else:
-        _write(tmp_path / name, "\n".join(RECORDS).encode())
+        _write(tmp_path / name, "\n".join(TEXTS if name == "a.txt.gz" else RECORDS).encode())
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[:-5] if damage == "cut" else b"\0" * 99)
     with pytest.raises(UserError, match=f"{name} is .*(damaged|not a Parquet).*Copy it again"):
         _read([tmp_path / name], 1000, Fields())
+
+
+@pytest.mark.parametrize("name", ["part-00000", "a.jl.gz"])
+def test_records_under_the_name_of_plain_text_are_refused(tmp_path, name):
+    _write(tmp_path / name, ("\ufeff" + "\n".join(RECORDS)).encode())
+    with pytest.raises(UserError, match=f"{name} would be read as plain text, for its name, but .*"
+                                        "Give it a name that ends in .jsonl"):
+        _read([tmp_path / name], 1000, Fields())
+    _write(tmp_path / name, b"[1] is no record\n{}")
+    assert len(_read([tmp_path / name], 1000, Fields())) == 1
 
 
 def test_a_column_that_is_not_there_is_named(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from megatron_direct.errors import UserError
 from megatron_direct.preprocessing.settings import PreprocessSettings
 
-GOOD = {"input": (Path("a.txt"),), "output_prefix": "x", "tokenizer_model": Path("t.model")}
+GOOD = {"input": (Path("a.jsonl"),), "output_prefix": "x", "tokenizer_model": Path("t.model")}
 NAN, INF = float("nan"), float("inf")
 
 
@@ -39,6 +39,12 @@ NAN, INF = float("nan"), float("inf")
     ({"domain_key": ""}, "--domain-key is empty"),
     ({"domain": ""}, "--domain is empty"),
     ({"eod_token": ""}, "--eod-token is empty"),
+    ({"input": (Path("a.jsonl"), Path("b")), "group_key": "book"},
+     "--group-key: b is read as plain text, for its name, and has no keys. Name records .jsonl"),
+    ({"input": (Path("b.txt"),), "json_keys": ("content",), "domain_key": "set"},
+     "--domain-key and --json-keys: b.txt is read as plain text"),
+    ({"eod_token": "</s>"}, "--eod-token </s> ends no document without --append-eod"),
+    ({"vocab_size": 99}, "--vocab-size 99 is of a tokenizer that --train-tokenizer trains"),
     ({"samples": "sentence"}, "--samples sentence is not one of document, window"),
     ({"samples": "window"}, "--samples window and --seq-length go together"),
     ({"seq_length": 8}, "--samples window and --seq-length go together"),
@@ -59,7 +65,9 @@ def test_wrong_values_are_refused(changed, match):
     {"split": "0,0,1"}, {"split": "98.5,1,0.5"}, {"shard_size": 1e-9}, {"corrupt_fraction": 1.0},
     {"samples": "window", "seq_length": 2}, {"train_tokenizer": True, "vocab_size": 1},
     {"input": (Path("a/x.txt"), Path("b/x.txt")), "domain": "one"},
-    {"input": (Path("a/x.txt"), Path("b/x.txt")), "domain_key": "set"},
+    {"input": (Path("a.jsonl"), Path("b.txt")), "json_keys": ("content",)},
+    {"exclude": ("held-out",), "eod_token": "</s>"},  # what ends the documents there
+    {"input": (Path("a/x.jsonl"), Path("b/x.jsonl")), "domain_key": "set"},
 ])
 def test_values_at_the_limits_are_taken(changed):
     settings = PreprocessSettings(**{**GOOD, **changed})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import flat_requests
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import trained_checkpoint
+from indexed_files import random_documents, write_dataset
 from ranks import Layout, RankError, on_layout, run_on_ranks
 from tiny_models import MODELS
 from trained import SMALL
@@ -34,14 +38,18 @@ from megatron_direct.steps import selected
 from megatron_direct.steps import sketch as sketch_step
 from megatron_direct.steps.curvature_config import OPERATORS
 from megatron_direct.steps.pass_plan import Drawn
+from megatron_direct.steps.pilot import GradientPoint
 from megatron_direct.steps.sketch import (
+    SketchConfig,
     SketchesKey,
     open_store,
     read_sketches,
     sketched_shards,
+    sketches_key,
 )
 
 SIZE = 128
+EPS = 1e-4  # of the size of the moments' roots
 MODEL, OPTIMIZER, BATCH = SMALL.model, SMALL.optimizer, SMALL.batch
 VOCAB_SIZE = MODEL.known_vocab_size
 MANY = Layout(tp=2, pp=2)
@@ -152,7 +160,7 @@ def _sketches(folder, layout, settings):
     found = training_folder.latest(folder / "theta")
     checkpoint.load_model(found, chunks)
     shards = parameter_shards(chunks)
-    scales = adam_scales(found, chunks, shards)
+    scales = adam_scales(found, chunks, shards, EPS)
     sketch = Sketch(shards, SIZE, 1, scales if settings.get("precondition") else None)
     samples = Samples([str(folder / "pool")], MODEL.seq_length, VOCAB_SIZE)
     rows = {}
@@ -180,7 +188,7 @@ def _adam_state(folder):
         return pieces(shards, [state[s.parameter]["exp_avg_sq"] for s in shards])
 
 
-def test_adam_scales_are_the_moments_to_the_power_of_a_quarter_in_every_layout(folder):
+def test_adam_scales_are_those_of_its_update_in_every_layout(folder):
     moments = assemble(run_on_ranks(1, _adam_state, folder))
     for layout in (Layout(), MANY):
         ranks = run_on_ranks(layout.world_size, _in_layout, folder, layout, {})
@@ -188,7 +196,8 @@ def test_adam_scales_are_the_moments_to_the_power_of_a_quarter_in_every_layout(f
         assert scales.keys() == moments.keys()
         for name, v in moments.items():
             seen = v > 0
-            np.testing.assert_allclose(scales[name][seen] ** -4, v[seen], rtol=1e-4)
+            np.testing.assert_allclose(scales[name][seen] ** -2, np.sqrt(v[seen]) + EPS,
+                                       rtol=1e-5)
             assert not scales[name][~seen].any()
 
 
@@ -312,7 +321,7 @@ def _save_weights_alone(folder):
 def _scales_of(folder):
     with grid.model_parallel(Layout().config()), torch.no_grad():
         chunks = model.build(Job(MODEL, Layout().config()))
-        adam_scales(training_folder.latest(folder / "bare"), chunks, parameter_shards(chunks))
+        adam_scales(training_folder.latest(folder / "bare"), chunks, parameter_shards(chunks), EPS)
 
 
 def _moments_of_parts(model_of_case, layout, folder):
@@ -326,7 +335,7 @@ def _moments_of_parts(model_of_case, layout, folder):
     state = {parameter: of_one for optimizer in getattr(
         trainer.optimizer, "chained_optimizers", [trainer.optimizer])
         for parameter, of_one in optimizer.optimizer.state.items()}
-    scales = adam_scales(found, chunks, shards)
+    scales = adam_scales(found, chunks, shards, EPS)
     return {s.name: (scales[s.name].numpy(), state[s.parameter]["exp_avg_sq"].numpy())
             for s in shards}
 
@@ -340,14 +349,15 @@ def test_experts_and_mamba_layers_have_second_moments_too(name, layout, part, tm
         assert any(part in of_parameter for of_parameter in of_rank)
         for scales, moments in of_rank.values():
             seen = moments > 0
-            np.testing.assert_allclose(scales[seen] ** -4, moments[seen], rtol=1e-4)
+            np.testing.assert_allclose(scales[seen] ** -2, np.sqrt(moments[seen]) + EPS,
+                                       rtol=1e-5)
             assert not scales[~seen].any()
 
 
 def _scales_in(model_of_case, layout, folder, precision):
     chunks = model.build(Job(model_of_case, layout, precision=precision))
     shards = parameter_shards(chunks)
-    scales = adam_scales(training_folder.latest(folder), chunks, shards)
+    scales = adam_scales(training_folder.latest(folder), chunks, shards, EPS)
     return pieces(shards, [scales[s.name] for s in shards])
 
 
@@ -369,6 +379,33 @@ def test_the_distributed_optimizers_moments_are_the_same_and_so_are_those_in_bf1
         moments, others = (np.where(of_one > 0, of_one, np.inf) ** -4.0
                            for of_one in (scales, distributed[name]))
         np.testing.assert_allclose(others, moments, rtol=1e-3, atol=1e-8 * moments.max())
+
+
+def test_another_pool_leaves_the_spectrum_as_it_is(folder):
+    """Also where the state of Lanczos was deleted, from which it would be found again."""
+    write_dataset(folder / "more", random_documents(9, 60, seed=7, longest=16))
+    run_on_ranks(1, _select, folder, Layout(), "extended", {"num_eigenpairs": 6})
+    curvature = folder / "extended" / "curvature"
+    shutil.rmtree(curvature / "lanczos")
+    before = {path: path.stat().st_mtime_ns for path in curvature.rglob("*")}
+    pools = tuple(str(folder / name) for name in ("pool", "more"))
+    run_on_ranks(1, _select, folder, Layout(), "extended", {"data_path": pools})
+    assert {path: path.stat().st_mtime_ns for path in curvature.rglob("*")} == before
+    run_on_ranks(1, _select, folder, Layout(), "whole", {"data_path": pools})
+    found = [selected.SelectionSummary.read(selected.selection_folder(folder / name, "direct"))
+             for name in ("extended", "whole")]
+    assert found[0].mask_digests == found[1].mask_digests
+
+
+def test_rows_that_adam_scales_are_of_its_moments_and_its_constant():
+    """Where weights are an average, the moments are of the checkpoint that was given beside it."""
+    def key(precondition, moments_digest, eps):
+        job = Job(MODEL, Layout().config(), dataclasses.replace(OPTIMIZER, adam_eps=eps))
+        point = GradientPoint(Path("merged"), "average", Path("theta"), moments_digest)
+        return sketches_key(SketchConfig(precondition=precondition), job, point).digest()
+
+    assert len({key("adam", *of) for of in (("x", 1e-8), ("y", 1e-8), ("x", 1e-6))}) == 3
+    assert key("none", "x", 1e-8) == key("none", "y", 1e-6)
 
 
 class _SeenLate(SketchStore):

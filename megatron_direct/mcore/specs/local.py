@@ -216,9 +216,13 @@ def router_class() -> type:
     """Megatron's, which multiplies without Transformer Engine."""
     from megatron.core.transformer.moe.router import TopKRouter
 
+    dtypes = {"fp32": torch.float32, "fp64": torch.float64}
+
     class Router(TopKRouter):
         def gating(self, input):
-            return torch.nn.functional.linear(input, self.weight, self.bias)
+            dtype = dtypes.get(self.config.moe_router_dtype, input.dtype)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype), bias)
 
         def routing(self, logits, padding_mask=None):
             # Megatron compiles the count of the tokens an expert gets: half a minute for nothing.
