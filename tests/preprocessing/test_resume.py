@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from preprocess_runs import main, outputs, read
 
-from megatron_direct.preprocessing import shard_folder, shards, tokenizer
+from megatron_direct.preprocessing import pipeline, shard_folder, shards, tokenizer
 
 ENTRIES = [f"Entry {n}: the tide turned at {n} past the hour." for n in range(40)]
 
@@ -180,6 +180,36 @@ def test_a_split_that_a_run_no_longer_writes_is_not_left_beside_it(text, tmp_pat
     for path in tmp_path.glob("x_plain_test.*"):
         path.unlink()
     text.run(tmp_path / "x", "--split", "90,10,0", inputs=[text.plain])
+
+
+def test_a_run_that_is_killed_while_it_merges_leaves_no_dataset_of_an_earlier_one(
+        text, tmp_path, monkeypatch):
+    """Its documents are divided otherwise: of the two runs some would be in both sets."""
+    split = ("--split", "60,20,20")
+    text.run(tmp_path / "x", *split, "--drop-duplicates", inputs=[text.plain])
+    assert len(list(tmp_path.glob("x_plain_*.idx"))) == 3
+
+    def killed(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_merge", killed)
+    again = (*split, "--drop-duplicates", "--seed", "7")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        text.run(tmp_path / "x", *again, inputs=[text.plain])
+    assert not list(tmp_path.glob("x_plain_*.idx"))
+    monkeypatch.undo()
+    text.run(tmp_path / "x", *again, inputs=[text.plain])
+    assert len(list(tmp_path.glob("x_plain_*.idx"))) == 3
+
+
+def test_what_the_run_itself_writes_cannot_be_excluded(text, tmp_path):
+    split = ("--split", "80,10,10", "--drop-duplicates")
+    text.run(tmp_path / "x", *split, inputs=[text.plain])
+    before = read(tmp_path / "x_plain_test")
+    with pytest.raises(SystemExit, match="x_plain_test names a dataset that this run writes"):
+        text.run(tmp_path / "x", *split, "--exclude", f"{tmp_path}/./x_plain_test",
+                 inputs=[text.plain])
+    assert read(tmp_path / "x_plain_test") == before
 
 
 def test_an_identity_tells_what_tokens_depend_on(hugging_face):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from annealed_run import (
@@ -17,7 +18,7 @@ from page_reader import Page
 
 from megatron_direct.commands.report import ReportConfig, ReportRequest, report
 from megatron_direct.errors import UserError
-from megatron_direct.reports.run_files import read_report_files
+from megatron_direct.reports.run_files import RunReport, read_report_files
 from megatron_direct.reports.run_page import headline, loss_tables, write_page
 
 HOSTILE = "<script>alert(1)</script> | `tick`\n& _x_ $\\q$"
@@ -67,6 +68,20 @@ def _with_arms(folder, **arms):
         name = name.replace("_", "-")
         write_arm(run / "anneal" / name, name, names, ("test",), 3, (loss,) * 4, **settings)
     return read_report_files(run)
+
+
+def test_an_average_is_compared_with_the_random_arms_average():
+    """Not with its end, beside which averaging alone would be a difference."""
+    names = ("direct", "direct, last 4 averaged", "random", "random, last 2 averaged")
+    annealings = {name: SimpleNamespace(arm=name.partition(",")[0], settings={}) for name in names}
+
+    def run():
+        return RunReport("run", annealings, {}, {}, {}, None, {}, ())
+
+    assert run().reference_of("direct, last 4 averaged") == "random, last 4 averaged"
+    assert [name for name in annealings if run().is_compared(name)] == ["direct"]
+    annealings["random, last 4 averaged"] = annealings["random"]
+    assert [name for name in annealings if run().is_compared(name)] == list(names[:2])
 
 
 def test_a_selection_is_compared_with_its_own_random_arm(tmp_path):
