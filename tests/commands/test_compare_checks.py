@@ -29,7 +29,8 @@ def _setting(folder: Path, *arms: str, num_valid: int = 20, **sketch) -> Setting
     onset = SimpleNamespace(
         pool=SimpleNamespace(prefixes=[str(folder / "a")]),
         valid=SimpleNamespace(prefixes=[str(folder / "a")], usable=np.arange(num_valid)),
-        checkpoint=SimpleNamespace(has_readable_optimizer=True, path=folder / "theta", digest="one"))
+        checkpoint=SimpleNamespace(has_readable_optimizer=True, path=folder / "theta",
+                                   digest="one"))
     return Setting(CompareConfig(test_data_path=("data/test",), arms=arms), folder / "run", onset,
                    MeasureSettings(PilotConfig(), SketchConfig(**sketch), CurvatureConfig()),
                    SelectionConfig())
