@@ -51,8 +51,8 @@ def _save_as_earlier(model, layout, case, folder):
 
 
 @pytest.mark.parametrize(("numbered", "distributed"), [
-    (False, True), pytest.param(False, False, marks=pytest.mark.slow),
-    (True, False), pytest.param(True, True, marks=pytest.mark.slow)])
+    (False, True), *(pytest.param(*names, marks=pytest.mark.slow)
+                     for names in ((False, False), (True, False), (True, True)))])
 def test_optimizers_of_experts_are_read_under_the_names_of_either_way(
         tmp_path, numbered, distributed):
     """Megatron-LM writes names without a number."""
