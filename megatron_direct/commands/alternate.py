@@ -16,7 +16,6 @@ from megatron_direct.errors import UserError
 from megatron_direct.runtime import files, parallel, typed_json
 from megatron_direct.runtime.manifest import Artefact, State
 from megatron_direct.runtime.run_directory import RunDirectory
-from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.settings import Settings, flag
 from megatron_direct.steps.annealed import Losses
 from megatron_direct.steps.onset import Onset, OnsetConfig, dataset_digests
@@ -101,7 +100,7 @@ def _key(request: AlternateRequest, onset: Onset) -> AlternationKey:
                         "or --at pilot.")
     return AlternationKey.of(
         onset, dataclasses.replace(request.measure, pilot=request.pilot.in_one_spelling()),
-        dataclasses.replace(request.selection, sketch_rows=SelectionConfig().sketch_rows),
+        request.selection.wherever_rows_lie(),
         tuple(dataset_digests(config.test_data_path).values()),
         lr_wsd_decay_iters=config.lr_wsd_decay_iters, rounds=config.rounds,
         max_epochs=config.max_epochs, load_optim=config.load_optim,

@@ -51,7 +51,6 @@ from megatron_direct.runtime import files, parallel
 from megatron_direct.runtime.manifest import Artefact, State
 from megatron_direct.runtime.run_directory import RunDirectory, locked
 from megatron_direct.selection.auto import FEWEST_VALID
-from megatron_direct.selection.config import SelectionConfig
 from megatron_direct.steps import selection_request
 from megatron_direct.steps.extend import num_drawn_valid
 from megatron_direct.steps.onset import Onset, OnsetConfig, dataset_digests
@@ -224,7 +223,7 @@ def _key(setting: Setting) -> ComparisonKey:
     return ComparisonKey.of(
         onset, dataclasses.replace(setting.measure, pilot=pilot, sketch=dataclasses.replace(
             sketch, seed=SketchConfig().seed)),
-        dataclasses.replace(setting.selection, sketch_rows=SelectionConfig().sketch_rows),
+        setting.selection.wherever_rows_lie(),
         tuple(setting.test_digests.values()),
         lr_wsd_decay_iters=setting.config.lr_wsd_decay_iters, first_seed=sketch.seed)
 

@@ -212,13 +212,13 @@ def _repeats(results: ResultsBySeed) -> Repeats | None:
 def _shared_by_seeds(results: ResultsBySeed, candidates: dict[int, Candidates]) -> Repeats | None:
     """Of distinct samples; None where a seed chose none. Two random choices of a and b samples, out
     of A and B candidates of which C are the same, share C (a / A) (b / B)."""
-    chosen = [(set(candidates[seed].numbers[r.chosen].tolist()),
-               set(candidates[seed].numbers.tolist())) for seed, r in results.items()]
-    if not all(of_seed for of_seed, _ in chosen):
+    chosen = [(np.unique(candidates[seed].numbers[r.chosen]), candidates[seed].numbers)
+              for seed, r in results.items()]
+    if not all(len(of_seed) for of_seed, _ in chosen):
         return None
     return _mean_of([
-        Repeats(len(a & b) / size, len(of_a & of_b) * len(a) * len(b)
-                / (len(of_a) * len(of_b) * size))
+        Repeats(len(np.intersect1d(a, b)) / size, len(np.intersect1d(of_a, of_b))
+                * len(a) * len(b) / (len(of_a) * len(of_b) * size))
         for (a, of_a), (b, of_b) in itertools.combinations(chosen, 2)
         for size in [(len(a) + len(b)) / 2]])
 

@@ -36,12 +36,12 @@ from megatron_direct.mcore import (
 from megatron_direct.mcore.checkpoint_contents import tensors_in
 from megatron_direct.mcore.checkpoint_formats import (
     FORMAT_FILE,
-    OF_ONE_LAYOUT,
     PARTS_OF_MODELS,
     TRACKER,
     iteration_folder,
     iteration_of,
     require_readable,
+    tied_to_a_layout,
 )
 from megatron_direct.mcore.shards import ParameterShard, checkpoint_metadata
 from megatron_direct.runtime import attendance, digests, files, parallel, stopping
@@ -129,8 +129,8 @@ def read_checkpoint(folder: str | os.PathLike) -> Checkpoint:
         arguments=(bridge_arguments.read(found) if args is None
                    else arguments.translated(vars(args), found)),
         has_optimizer=has_optimizer, digest=_digest(found),
-        is_optimizer_of_one_layout=has_optimizer and any(
-            OF_ONE_LAYOUT.match(tensor.name) for tensor in tensors_in(found)),
+        is_optimizer_of_one_layout=has_optimizer and tied_to_a_layout(
+            tensor.name for tensor in tensors_in(found)) is not None,
         lr_reached=main_parameters.lr_reached(common.get("optimizer", {})))
 
 
@@ -226,6 +226,8 @@ def _take(chunk: Any, state: Mapping[str, Any]) -> None:
 def load_training(checkpoint: Path, chunks: Sequence[Any], optimizer,
                   scheduler) -> int:
     """Weights, optimizer and schedule; returns the iteration they are of."""
+    from megatron.core import dist_checkpointing
+
     integrity.verify(checkpoint)
     stored = _common_state(checkpoint)
     if "opt_param_scheduler" not in stored:
@@ -233,10 +235,12 @@ def load_training(checkpoint: Path, chunks: Sequence[Any], optimizer,
                         "start with a fresh one.")
     load_model(checkpoint, chunks)
     torch_adam.give_state(optimizer)
+    known = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     state = optimizer.sharded_state_dict(
         _model_state(chunks), is_loading=True,
-        metadata=checkpoint_metadata(main_parameters.has_chained_prefix(checkpoint)))
-    torch_adam.load(optimizer, main_parameters.load_state(checkpoint, state, stored["optimizer"]))
+        metadata=checkpoint_metadata(main_parameters.has_chained_prefix(known)))
+    torch_adam.load(optimizer, main_parameters.load_state(
+        checkpoint, state, stored["optimizer"], known))
     scheduler.load_state_dict(stored["opt_param_scheduler"])
     return int(stored["iteration"])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_direct.errors import UserError
@@ -21,9 +22,14 @@ FORMAT_FILE = "metadata.json"  # written last, and by Megatron's own formats alo
 PARTS_OF_MODELS = ("embedding.", "decoder.", "output_layer.", "mtp.")
 
 # Buffers of the distributed optimizer as they lie in one layout, which it saves by default.
-OF_ONE_LAYOUT = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
+_OF_ONE_LAYOUT = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
 
 _RESAVE = "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
+
+
+def tied_to_a_layout(names: Iterable[str]) -> str | None:
+    """The first of a checkpoint's tensors that is of such buffers."""
+    return next(filter(_OF_ONE_LAYOUT.match, names), None)
 
 
 def iteration_folder(training: str | os.PathLike, iteration: int) -> Path:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import compat
-from megatron_direct.mcore.checkpoint_formats import OF_ONE_LAYOUT
+from megatron_direct.mcore.checkpoint_formats import tied_to_a_layout
 
 # Before a parameter's own key; experts have an optimizer of their own.
 _MAIN_PARAMETERS = re.compile(r"^(chained_\d+\.)?optimizer\.state\.fp32_param\.")
@@ -23,12 +23,10 @@ _CHAINED = re.compile(r"^chained_\d+\.")
 _NESTED = "optimizer"
 
 
-def has_chained_prefix(checkpoint: Path) -> bool:
+def has_chained_prefix(known: Iterable[str]) -> bool:
     """Whether the state of each of several optimizers is under its number, as earlier versions
-    wrote it."""
-    from megatron.core import dist_checkpointing
-
-    return any(map(_CHAINED.match, dist_checkpointing.load_tensors_metadata(str(checkpoint))))
+    wrote it. known: names of a checkpoint's tensors."""
+    return any(map(_CHAINED.match, known))
 
 
 def lr_reached(stored: Mapping[str, Any]) -> float | None:
@@ -40,18 +38,18 @@ def lr_reached(stored: Mapping[str, Any]) -> float | None:
                 if "lr" in group and not group.get("is_decoupled_lr")), default=None)
 
 
-def load_state(checkpoint: Path, state: dict, stored: Mapping[str, Any]) -> dict:
+def load_state(checkpoint: Path, state: dict, stored: Mapping[str, Any],
+               known: Collection[str]) -> dict:
     """The sharded ``state`` of an optimizer, loaded.
 
+    known: names of the checkpoint's tensors.
     stored: what the checkpoint holds of the optimizer's state beside tensors. Of a model that was
     trained in float32 the weights are the main parameters.
     """
-    from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    known = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    tied = next(filter(OF_ONE_LAYOUT.match, known), None)
+    tied = tied_to_a_layout(known)
     if tied is not None:
         raise UserError(f"{checkpoint} holds its optimizer ({tied}) as it lies in one layout. Save "
                         "with --dist-ckpt-optim-fully-reshardable, or add --no-load-optim.")

@@ -20,7 +20,7 @@ from megatron_direct.config import ModelConfig
 from megatron_direct.errors import UserError
 from megatron_direct.mcore import checkpoint, compat
 from megatron_direct.mcore.checkpoint import Checkpoint
-from megatron_direct.mcore.checkpoint_formats import OF_ONE_LAYOUT
+from megatron_direct.mcore.checkpoint_formats import tied_to_a_layout
 from megatron_direct.runtime import parallel
 from megatron_direct.settings import flag_name
 
@@ -78,7 +78,7 @@ def _tensors_of_one_model(average: Average) -> dict[str, Any]:
                 raise UserError(f"{state.path} holds no optimizer, and --merge-optimizer last "
                                 "averages the main parameters that come with it. Leave it out "
                                 "with --merge-optimizer none.")
-        tied = next(filter(OF_ONE_LAYOUT.match, expected), None)
+        tied = tied_to_a_layout(expected)
         if tied is not None:
             raise UserError(
                 f"{last.path} holds its optimizer ({tied}) as it lies in one layout. Save with "

@@ -90,6 +90,10 @@ class SelectionConfig(Settings):
         return self if self.anneal_tokens is not None else dataclasses.replace(
             self, anneal_tokens=tokens)
 
+    def wherever_rows_lie(self) -> SelectionConfig:
+        """For keys: where the rows lie while it is solved changes nothing of a selection."""
+        return dataclasses.replace(self, sketch_rows=SelectionConfig.sketch_rows)
+
     @property
     def is_in_contrast(self) -> bool:
         return self.contrast and OBJECTIVES[self.objective].treats_sketches

@@ -68,10 +68,10 @@ def check_finite(config: SelectionConfig, num_finite: int) -> None:
 
 def selection_key(config: SelectionConfig, curvature: CurvatureConfig, measured: Measured,
                   sketch: SketchConfig) -> SelectionKey:
-    defaults, is_sketched = SelectionConfig(), curvature.curvature == SKETCHED_FISHER
-    problem = dataclasses.replace(
-        config, sketch_rows=defaults.sketch_rows,
-        anneal_tokens=config.anneal_tokens if config.is_auto else defaults.anneal_tokens)
+    is_sketched = curvature.curvature == SKETCHED_FISHER
+    problem = config.wherever_rows_lie()
+    if not config.is_auto:
+        problem = dataclasses.replace(problem, anneal_tokens=SelectionConfig.anneal_tokens)
     return SelectionKey(tuple(measured.pool.digests), measured.sketches, measured.spectrum,
                         curvature.num_eigenpairs, curvature.energy_share, problem, sketch.seed,
                         sketch.sketch_share, measured.valid.samples.sources_digest,
